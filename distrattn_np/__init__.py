@@ -1,0 +1,12 @@
+"""Approximate attention that keeps the full context, on NumPy, CuPy and Numba CUDA arrays, without a framework."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .attention import distr_attention, exact_attention
+
+try:
+    __version__ = version("distrattn_np")
+except PackageNotFoundError:  # an uninstalled source tree
+    __version__ = "0+unknown"
+
+__all__ = ["__version__", "distr_attention", "exact_attention"]

@@ -1,0 +1,100 @@
+"""The three implementations behind one interface, loaded only when an array of theirs comes in or a caller names one."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from functools import cache
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ..arrays import Kind, describe, kind_of
+from ..problem import GroupMaps, Layout, Problem
+
+NAMES = ("numpy", "cupy", "numba")
+
+INSTALL = {
+    "cupy": "pip install 'distrattn_np[cuda13]' (or [cuda12] for a CUDA 12 driver)",
+    "numba": "pip install 'distrattn_np[cuda13]' (or [cuda12]); for Numba's simulator on a CPU, pip install numba",
+}
+
+
+class Backend(ABC):
+    """One implementation of the method. Its arrays ("native") are (B, H, rows, width) views, whatever the layout."""
+
+    name: ClassVar[str]
+    kinds: ClassVar[frozenset[Kind]]
+    """Array kinds that it takes."""
+
+    def attention(self, problem: Problem, q: Any, k: Any, v: Any, out: Any) -> tuple[Any, Any]:
+        """Compute one checked call; return the result in the caller's kind and layout, and the lse (B, H, N)."""
+        if kind_of(q) not in self.kinds:
+            rule = f"the {self.name} backend takes {' and '.join(sorted(self.kinds))} arrays"
+            raise TypeError(f"q: {rule}, got {describe(q)}")
+        Q, K, V = (self.bring_in(x, problem.layout) for x in (q, k, v))
+        if out is not None and self.shares_memory(out):
+            O = self.bring_in(out, problem.layout)
+        else:
+            O = self.empty((problem.batch, problem.heads, problem.queries, problem.value_width), Q, problem.layout)
+        lse = self.empty_lse((problem.batch, problem.heads, problem.queries), Q)
+        if 0 not in O.shape:
+            self.attend(problem, Q, K, V, O, lse, self.group_maps(problem, Q, K))
+        result = self.hand_back(O, problem.layout, like=q, out=out)
+        return result, self.hand_back(lse, None, like=q, out=None)
+
+    @abstractmethod
+    def group_maps(self, problem: Problem, Q: Any, K: Any) -> GroupMaps | None:
+        """Return the maps of every block (docs/math.md, eq. 5 to 9); None for exact attention."""
+
+    @abstractmethod
+    def attend(
+        self, problem: Problem, Q: Any, K: Any, V: Any, O: Any, lse: Any, maps: GroupMaps | None
+    ) -> None:
+        """Write attention into O (B, H, N, E) and its log-sum-exp into lse (B, H, N); no axis of O is empty."""
+
+    @abstractmethod
+    def bring_in(self, array: Any, layout: Layout) -> Any:
+        """Return ``array`` as a native view; copied only from host to device."""
+
+    @abstractmethod
+    def shares_memory(self, array: Any) -> bool:
+        """Whether `bring_in` of this array is a view of it, not a copy."""
+
+    @abstractmethod
+    def empty(self, shape: tuple[int, int, int, int], like: Any, layout: Layout) -> Any:
+        """Return a new (B, H, rows, width) array of ``like``'s dtype whose memory is ordered as ``layout``."""
+
+    @abstractmethod
+    def empty_lse(self, shape: tuple[int, int, int], like: Any) -> Any:
+        """Return a new float32 (B, H, N) array on ``like``'s device."""
+
+    @abstractmethod
+    def hand_back(self, array: Any, layout: Layout | None, *, like: Any, out: Any) -> Any:
+        """Return a native array as the caller's kind and layout (None: as it is), in ``out`` where that is given."""
+
+
+def load(name: str | None, *, like: Any) -> Backend:
+    """Return the named backend, or the one of ``like``'s kind."""
+    return load_by_name(name or kind_of(like) or "numpy")
+
+
+@cache
+def load_by_name(name: str) -> Backend:
+    """Return one backend, importing its package."""
+    try:
+        module = importlib.import_module(f".{name}_backend", __name__)
+    except ImportError as error:
+        hint = INSTALL.get(name, "")
+        raise ImportError(f"backend: {name!r} needs a package that is not installed: {hint}") from error
+    backend: Backend = module.BACKEND
+    return backend
+
+
+def host_copy_back(host: np.ndarray, layout: Layout | None, out: Any) -> np.ndarray:
+    """Return a host (B, H, rows, width) result in the caller's layout, written into ``out`` where that is given."""
+    result = host.transpose(0, 2, 1, 3) if layout == "bnhd" else host
+    if out is None:
+        return result
+    out[...] = result
+    return out  # type: ignore[no-any-return]

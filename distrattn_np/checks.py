@@ -1,0 +1,192 @@
+"""Every error that a caller can meet, raised before anything is launched or written.
+
+Text: ``<argument>: <rule>, got <what was handed over>``. ValueError: a value or shape that is wrong; TypeError: a wrong
+kind of array or dtype; NotImplementedError: legal, but no kernel covers it.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import numpy as np
+
+from .arrays import address_range, describe, kind_of
+from .problem import Grouping, Layout, Problem
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+MAX_WIDTH = 256
+DEFAULT_BLOCK_SIZE = 1024
+"""Rows per grouping block where the caller names none; docs/math.md says what the choice trades."""
+
+
+def check_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    causal: bool | str,
+    scale: float | None,
+    layout: str,
+    out: Any,
+    grouping: Grouping | None,
+) -> Problem:
+    """Return the problem that the arguments describe, or raise the first error found."""
+    if layout not in ("bhnd", "bnhd"):
+        raise ValueError(_message("layout", "must be 'bhnd' or 'bnhd'", repr(layout)))
+    named = {"q": q, "k": k, "v": v}
+    if out is not None:
+        named["out"] = out
+    for name, array in named.items():
+        _check_array(name, array, q)
+    batch, heads, queries, width = _bhnd_shape(q, layout)
+    k_batch, kv_heads, keys, k_width = _bhnd_shape(k, layout)
+    v_batch, v_heads, v_keys, value_width = _bhnd_shape(v, layout)
+    for name, array, size in (("q", q, width), ("v", v, value_width)):
+        if not 1 <= size <= MAX_WIDTH:
+            raise ValueError(_message(name, f"the last axis must have 1 to {MAX_WIDTH} elements", describe(array)))
+    if k_batch != batch:
+        raise ValueError(_message("k", f"must have q's batch size {batch}", describe(k)))
+    if v_batch != batch:
+        raise ValueError(_message("v", f"must have q's batch size {batch}", describe(v)))
+    if k_width != width:
+        raise ValueError(_message("k", f"must have q's width {width}", describe(k)))
+    if (kv_heads == 0 and heads != 0) or (kv_heads and heads % kv_heads):
+        raise ValueError(_message("k", f"the number of heads must divide q's {heads}", describe(k)))
+    if v_heads != kv_heads:
+        raise ValueError(_message("v", f"must have k's {kv_heads} heads", describe(v)))
+    if v_keys != keys:
+        raise ValueError(_message("v", f"must have k's {keys} rows", describe(v)))
+    if out is not None:
+        _check_out(out, named, _in_layout((batch, heads, queries, value_width), layout))
+    return Problem(
+        batch=batch,
+        heads=heads,
+        kv_heads=kv_heads,
+        queries=queries,
+        keys=keys,
+        width=width,
+        value_width=value_width,
+        dtype=q.dtype,
+        scale=_check_scale(scale, width),
+        causal_offset=_check_causal(causal, queries, keys),
+        layout="bnhd" if layout == "bnhd" else "bhnd",
+        grouping=grouping,
+    )
+
+
+def check_grouping(
+    q: Any, *, method: str, fusion: str, group_size: int, group_by: str | None, block_size: int | None, seed: int
+) -> Grouping | None:
+    """Return the grouping that the options describe, None where they ask for exact attention, or raise."""
+    if method != "lsh":
+        raise ValueError(_message("method", "must be 'lsh'", repr(method)))
+    if fusion not in ("sum", "lstsq"):
+        raise ValueError(_message("fusion", "must be 'sum' or 'lstsq'", repr(fusion)))
+    if group_by not in (None, "queries", "keys"):
+        raise ValueError(_message("group_by", "must be 'queries' or 'keys'", repr(group_by)))
+    group_size = _check_integer("group_size", group_size, at_least=1)
+    block_size = _check_integer("block_size", DEFAULT_BLOCK_SIZE if block_size is None else block_size, at_least=1)
+    seed = _check_integer("seed", seed, at_least=0)
+    if kind_of(q) is not None and len(q.shape) == 4 and q.shape[3] % group_size:
+        raise ValueError(_message("group_size", f"must divide the width {q.shape[3]}", str(group_size)))
+    if group_size == 1:
+        return None
+    return Grouping(
+        group_size=group_size,
+        block_size=block_size,
+        by="keys" if group_by == "keys" else "queries",
+        fusion="lstsq" if fusion == "lstsq" else "sum",
+        seed=seed,
+    )
+
+
+def check_backend_name(name: str | None) -> None:
+    """Raise unless ``name`` is one of the backends."""
+    if name not in (None, "numpy", "cupy", "numba"):
+        raise ValueError(_message("backend", "must be 'numpy', 'cupy' or 'numba'", repr(name)))
+
+
+def _message(argument: str, rule: str, got: str) -> str:
+    return f"{argument}: {rule}, got {got}"
+
+
+def _check_array(name: str, array: Any, q: Any) -> None:
+    if kind_of(array) is None:
+        raise TypeError(_message(name, "must be a NumPy, CuPy or Numba device array", describe(array)))
+    if kind_of(array) != kind_of(q):
+        raise TypeError(_message(name, f"must be a {kind_of(q)} array, as q is", describe(array)))
+    if _device_of(array) != _device_of(q):
+        rule = f"must be on q's device {_device_of(q)}"
+        raise ValueError(_message(name, rule, f"{describe(array)} on device {_device_of(array)}"))
+    if len(array.shape) != 4:
+        raise ValueError(_message(name, "must have 4 axes", describe(array)))
+    if array.dtype.name not in DTYPES or not np.dtype(array.dtype).isnative:
+        raise TypeError(_message(name, f"the dtype must be one of {', '.join(DTYPES)}", describe(array)))
+    if array.dtype != q.dtype:
+        raise TypeError(_message(name, f"must have q's dtype {q.dtype}", describe(array)))
+    if array.shape[3] > 1 and 0 not in array.shape and array.strides[3] != array.dtype.itemsize:
+        got = f"{describe(array)} with strides {tuple(array.strides)} bytes"
+        raise ValueError(_message(name, "the last axis must be contiguous", got))
+    if any(stride % array.dtype.itemsize for stride in array.strides):
+        got = f"{describe(array)} with strides {tuple(array.strides)} bytes"
+        raise ValueError(_message(name, "strides must be multiples of the element size", got))
+
+
+def _check_out(out: Any, named: dict[str, Any], shape: tuple[int, ...]) -> None:
+    if tuple(out.shape) != shape:
+        raise ValueError(_message("out", f"must have shape {shape}", describe(out)))
+    if kind_of(out) == "numpy" and not out.flags.writeable:
+        raise ValueError(_message("out", "must be writeable", f"read-only {describe(out)}"))
+    for size, stride in zip(out.shape, out.strides, strict=True):
+        if size > 1 and stride == 0:
+            got = f"{describe(out)} with strides {tuple(out.strides)} bytes"
+            raise ValueError(_message("out", "elements must not share memory", got))
+    out_start, out_stop = address_range(out)
+    for name in ("q", "k", "v"):
+        start, stop = address_range(named[name])
+        if start < out_stop and out_start < stop:
+            raise ValueError(_message("out", f"must not share memory with {name}", describe(out)))
+
+
+def _check_scale(scale: float | None, width: int) -> float:
+    if scale is None:
+        return 1 / math.sqrt(width)
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not math.isfinite(scale):
+        raise ValueError(_message("scale", "must be a finite number", repr(scale)))
+    return float(scale)
+
+
+def _check_causal(causal: bool | str, queries: int, keys: int) -> int | None:
+    if causal is False or causal is None:
+        return None
+    if causal is True or causal == "bottom-right":
+        return keys - queries
+    if causal == "top-left":
+        return 0
+    raise ValueError(_message("causal", "must be True, False, 'bottom-right' or 'top-left'", repr(causal)))
+
+
+def _check_integer(name: str, value: Any, *, at_least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < at_least:
+        raise ValueError(_message(name, f"must be an integer of at least {at_least}", repr(value)))
+    return int(value)
+
+
+def _bhnd_shape(array: Any, layout: str) -> tuple[int, int, int, int]:
+    b, h, n, d = array.shape
+    return (b, n, h, d) if layout == "bnhd" else (b, h, n, d)
+
+
+def _in_layout(shape: tuple[int, int, int, int], layout: str) -> tuple[int, int, int, int]:
+    b, h, n, d = shape
+    return (b, n, h, d) if layout == "bnhd" else shape
+
+
+def _device_of(array: Any) -> int:
+    # CuPy: .device.id. A Numba array belongs to the context it was made in; NumPy has one device.
+    return int(array.device.id) if kind_of(array) == "cupy" else 0
+
+
+__all__ = ["DEFAULT_BLOCK_SIZE", "DTYPES", "MAX_WIDTH", "Layout", "check_attention", "check_backend_name", "check_grouping"]
