@@ -157,8 +157,6 @@ def _attend(
     backend: str | None,
 ) -> Any:
     checks.check_backend_name(backend)
-    problem = checks.check_attention(
-        q, k, v, causal=causal, scale=scale, layout=layout, out=out, grouping=grouping
-    )
+    problem = checks.check_attention(q, k, v, causal=causal, scale=scale, layout=layout, out=out, grouping=grouping)
     result, lse = backends.load(backend, like=q).attention(problem, q, k, v, out)
     return (result, lse) if return_lse else result

@@ -189,4 +189,12 @@ def _device_of(array: Any) -> int:
     return int(array.device.id) if kind_of(array) == "cupy" else 0
 
 
-__all__ = ["DEFAULT_BLOCK_SIZE", "DTYPES", "MAX_WIDTH", "Layout", "check_attention", "check_backend_name", "check_grouping"]
+__all__ = [
+    "DEFAULT_BLOCK_SIZE",
+    "DTYPES",
+    "MAX_WIDTH",
+    "Layout",
+    "check_attention",
+    "check_backend_name",
+    "check_grouping",
+]

@@ -1,4 +1,4 @@
-"""What is to be computed, as plain numbers: sizes, scale, causal limit, grouping. No arrays of the caller, no backend."""
+"""What is to be computed, as plain numbers: sizes, scale, causal limit, grouping. No arrays, no backend."""
 
 from __future__ import annotations
 

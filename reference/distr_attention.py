@@ -57,9 +57,7 @@ def group_maps(
             X = grouped[b, h, start:stop].astype(np.float64)
             order = group_channels(hash_channels(X, planes))
             if gains is not None:
-                first, last = rows_that_meet(
-                    start, stop, group_by=group_by, N=N, M=M, causal_offset=causal_offset
-                )
+                first, last = rows_that_meet(start, stop, group_by=group_by, N=N, M=M, causal_offset=causal_offset)
                 if group_by == "queries":
                     others = k[b, h * H_kv // H, first:last]
                 else:

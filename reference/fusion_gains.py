@@ -1,4 +1,4 @@
-"""Least-squares fusion: which member of a group stands for it, and how much of it each member is (docs/math.md, eq. 9)."""
+"""Least-squares fusion: which member stands for its group, and how much of it each member is (docs/math.md, eq. 9)."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def fusion_gains(
     Returns
     -------
     channels : array, shape (D,), int
-        The member with the largest ``|x_j| |y_j|`` comes first (the earliest of equals); the others keep their order.
+        The member with the largest ``|x_j| |y_j|`` comes first (the earliest of equals), the rest in order.
     gains : array, shape (D,)
-        ``<x_first, x_j> / <x_first, x_first>``: one for the first member, zero for all others where it is a zero column.
+        ``<x_first, x_j> / <x_first, x_first>``: one for the first member; zero for the others where it is all zero.
     """
     groups = channels.reshape(-1, group_size)
     weights = np.einsum("nd,nd->d", X, X) * y_norms

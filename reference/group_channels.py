@@ -10,7 +10,7 @@ Words = np.ndarray[Any, np.dtype[np.uint16]]
 
 
 def gray_rank(words: Words) -> Words:
-    """Return the position of each 16-bit word in the Gray code (eq. 6): words of neighbouring ranks differ in one bit."""
+    """Return each 16-bit word's position in the Gray code (eq. 6): words of neighbouring ranks differ in one bit."""
     rank = words.copy()
     for shift in (1, 2, 4, 8):
         rank ^= rank >> np.uint16(shift)

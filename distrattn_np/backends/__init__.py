@@ -48,9 +48,7 @@ class Backend(ABC):
         """Return the maps of every block (docs/math.md, eq. 5 to 9); None for exact attention."""
 
     @abstractmethod
-    def attend(
-        self, problem: Problem, Q: Any, K: Any, V: Any, O: Any, lse: Any, maps: GroupMaps | None
-    ) -> None:
+    def attend(self, problem: Problem, Q: Any, K: Any, V: Any, O: Any, lse: Any, maps: GroupMaps | None) -> None:
         """Write attention into O (B, H, N, E) and its log-sum-exp into lse (B, H, N); no axis of O is empty."""
 
     @abstractmethod
