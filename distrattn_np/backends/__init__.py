@@ -1,4 +1,4 @@
-"""The three implementations behind one interface, loaded only when an array of theirs comes in or a caller names one."""
+"""Three implementations behind one interface, loaded only when an array of theirs comes in or a caller names one."""
 
 from __future__ import annotations
 
