@@ -1,0 +1,44 @@
+// work_item.cuh - which query rows a thread block of a forward kernel owns, and how far they can see.
+//
+// A work item is one (batch, head, query block), query block fastest:
+//
+//   item = (b * H + h) * query_blocks + c,     rows c * query_block_size ... of that head
+//
+// Blocks over queries (eq. 4 of docs/math.md) have query_block_size = L. Exact attention and blocks over keys have one
+// item per head: query_blocks = 1, query_block_size = N. A launch covers the items from first_item on, so that a bounded
+// workspace can serve one launch after the other:
+//
+//   gridDim.x = (items of this launch) * query_tiles,     query_tiles = ceil_div(query_block_size, BLOCK_Q)
+
+#pragma once
+
+struct WorkItem {
+  int b, h, c;
+  int launch_item;             // counts from the launch's first item: the item's place in a workspace
+  int query_begin, query_end;  // past the end; not above query_begin where the tile is empty
+};
+
+// `longest_first` is for causal calls: the last tiles of a head see the most keys, and a long tile that starts late
+// keeps the whole device waiting.
+__device__ __forceinline__ WorkItem find_work(int block_q, int H, int N, int query_blocks, int query_block_size,
+                                              int first_item, bool longest_first) {
+  const int position = longest_first ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+  const int query_tiles = (query_block_size + block_q - 1) / block_q;
+  WorkItem work;
+  work.launch_item = position / query_tiles;
+  const int item = first_item + work.launch_item;
+  work.c = item % query_blocks;
+  work.h = item / query_blocks % H;
+  work.b = item / query_blocks / H;
+
+  const int block_begin = work.c * query_block_size;
+  const int block_end = block_begin + min(query_block_size, N - block_begin);
+  work.query_begin = block_begin + position % query_tiles * block_q;
+  work.query_end = min(work.query_begin + block_q, block_end);
+  return work;
+}
+
+// Past the last key that a row before query_end sees: query n sees m <= n + causal_offset (eq. 3).
+__device__ __forceinline__ int visible_key_end(int query_end, int M, int causal_offset) {
+  return max(0, min(M, query_end + causal_offset));
+}
