@@ -1,0 +1,1 @@
+"""What the tests share: comparison, cases, strategies, the backends that run here, the compiler."""

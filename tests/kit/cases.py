@@ -1,0 +1,269 @@
+"""One attention call as plain data, its inputs, its truth in float64, and what plain arithmetic makes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from distrattn_np.reference.distr_attention import rows_that_meet
+
+from distrattn_np import checks, reference
+from distrattn_np.problem import GroupMaps, Problem, block_edges
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+HASH_MARGIN = 1e-6
+"""A dot product below this part of |x| |g| may fall on either side of zero: 16 x the rounding of a float32 sum."""
+WEIGHT_MARGIN = 1e-4
+"""Two |x_j| |y_j| closer than this may be ordered either way; float32 sums over 1000 rows are good to about 1e-5."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes and options of one call; letters as in docs/math.md. ``str(case)`` is its id: what is not the default."""
+
+    B: int = 1
+    H: int = 2
+    H_kv: int = 2
+    N: int = 200
+    M: int = 200
+    D: int = 64
+    E: int = 64
+    dtype: str = "float16"
+    G: int = 2
+    L: int = 128
+    by: str = "queries"
+    fusion: str = "sum"
+    causal: bool | str = False
+    scale: float | None = None
+    layout: str = "bhnd"
+    memory: str = "contiguous"
+    """"strided": every second row of a wider buffer. "unaligned": rows start at odd elements."""
+    seed: int = 0
+
+    def __str__(self) -> str:
+        shown = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if f.name in "NMDE"]
+        shown += [
+            f"{f.name}={getattr(self, f.name)}"
+            for f in fields(self)
+            if f.name not in "NMDE" and getattr(self, f.name) != f.default
+        ]
+        return "-".join(shown)
+
+    @property
+    def numpy_dtype(self) -> np.dtype:
+        """The dtype that the name stands for."""
+        return BFLOAT16 if self.dtype == "bfloat16" else np.dtype(self.dtype)
+
+    @property
+    def attention_options(self) -> dict[str, Any]:
+        """Keywords of `exact_attention`."""
+        return {"causal": self.causal, "scale": self.scale, "layout": self.layout}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keywords of `distr_attention`."""
+        return self.attention_options | {
+            "group_size": self.G,
+            "block_size": self.L,
+            "group_by": self.by,
+            "fusion": self.fusion,
+            "seed": self.seed,
+        }
+
+    def problem(self, q: Any, k: Any, v: Any) -> Problem:
+        """Return the checked problem for arrays in this case's layout."""
+        return problem_of(q, k, v, **self.options)
+
+
+def problem_of(q: Any, k: Any, v: Any, **options: Any) -> Problem:
+    """Return what `distr_attention` would hand to its backend."""
+    defaults = {"group_size": 2, "block_size": None, "group_by": None, "fusion": "sum", "seed": 0}
+    grouping = checks.check_grouping(
+        q, method="lsh", **{key: options.pop(key, value) for key, value in defaults.items()}
+    )
+    defaults = {"causal": False, "scale": None, "layout": "bhnd", "out": None}
+    return checks.check_attention(q, k, v, grouping=grouping, **(defaults | options))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """q, k, v as (B, H, rows, width) NumPy arrays, whatever the layout of the case."""
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+
+    def __iter__(self) -> Any:
+        return iter((self.q, self.k, self.v))
+
+
+def make_inputs(case: Case) -> Inputs:
+    """Return normal random inputs on which no hash bit and no choice of a first member hangs on rounding."""
+    rng = np.random.default_rng([case.seed, case.B, case.H, case.H_kv, case.N, case.M, case.D, case.E])
+
+    def draw(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, dtype=np.float32).astype(case.numpy_dtype)
+
+    q = draw(case.B, case.H, case.N, case.D)
+    k = draw(case.B, case.H_kv, case.M, case.D)
+    v = draw(case.B, case.H_kv, case.M, case.E)
+    problem = problem_of(q, k, v, **(case.options | {"layout": "bhnd"}))
+    for _ in range(100):
+        unsafe = [] if problem.grouping is None else unsafe_channels(problem, q, k)
+        if not unsafe:
+            return Inputs(q, k, v)
+        grouped = q if case.by == "queries" else k
+        for b, h, rows, j in unsafe:
+            grouped[b, h, rows, j] = draw(rows.stop - rows.start)
+    raise AssertionError(f"{case}: no inputs whose groups are safe from rounding")
+
+
+def unsafe_channels(problem: Problem, q: np.ndarray, k: np.ndarray) -> list[tuple[int, int, slice, int]]:
+    """Return (batch, head, rows of the block, channel) wherever rounding could change a group or its first member."""
+    g = problem.grouping
+    assert g is not None
+    planes = reference.hyperplanes(g.seed, g.block_size).astype(np.float64)
+    grouped = q if g.by == "queries" else k
+    found = []
+    for b, h in np.ndindex(grouped.shape[:2]):
+        for start, stop in block_edges(grouped.shape[2], g.block_size):
+            X = grouped[b, h, start:stop].astype(np.float64)
+            found += [(b, h, slice(start, stop), int(j)) for j in unsafe_hashes(X, planes)]
+            if g.fusion == "lstsq":
+                first, last = rows_that_meet(
+                    start, stop, group_by=g.by, N=problem.queries, M=problem.keys, causal_offset=problem.causal_offset
+                )
+                shared = problem.heads_per_kv_head
+                others = (
+                    k[b, [h // shared], first:last]
+                    if g.by == "queries"
+                    else q[b, h * shared : (h + 1) * shared, first:last]
+                )
+                order = reference.group_channels(reference.hash_channels(X, planes))
+                found += [
+                    (b, h, slice(start, stop), int(j))
+                    for j in unsafe_firsts(X, others.reshape(-1, problem.width).astype(np.float64), order, g.group_size)
+                ]
+    return found
+
+
+def unsafe_hashes(X: np.ndarray, planes: np.ndarray) -> np.ndarray:
+    """Return the channels with a dot product within rounding of zero; one that is all zero is safe."""
+    planes = planes[: len(X)]
+    dots = np.abs(X.T @ planes)
+    lengths = np.linalg.norm(X, axis=0)[:, None] * np.linalg.norm(planes, axis=0)
+    return np.flatnonzero(((dots < HASH_MARGIN * lengths) & (lengths > 0)).any(axis=1))
+
+
+def unsafe_firsts(X: np.ndarray, Y: np.ndarray, order: np.ndarray, group_size: int) -> np.ndarray:
+    """Return the heaviest channel of every group in which two weights nearly tie; no weight at all is safe."""
+    weights = (np.square(X).sum(axis=0) * np.square(Y).sum(axis=0))[order.reshape(-1, group_size)]
+    ranked = np.sort(weights, axis=1)
+    tied = (ranked[:, -1] > 0) & (ranked[:, -1] - ranked[:, -2] < WEIGHT_MARGIN * ranked[:, -1])
+    groups = order.reshape(-1, group_size)[tied]
+    return np.take_along_axis(groups, weights[tied].argmax(axis=1)[:, None], axis=1)[:, 0]
+
+
+def reference_maps(problem: Problem, q: np.ndarray, k: np.ndarray) -> GroupMaps | None:
+    """Return the reference's maps with float32 gains, as every backend holds them; None for exact attention."""
+    g = problem.grouping
+    if g is None:
+        return None
+    channels, gains = reference.group_maps(
+        q,
+        k,
+        group_size=g.group_size,
+        block_size=g.block_size,
+        group_by=g.by,
+        fusion=g.fusion,
+        seed=g.seed,
+        causal_offset=problem.causal_offset,
+    )
+    return GroupMaps(channels, None if gains is None else gains.astype(np.float32))
+
+
+def truth(
+    problem: Problem, q: np.ndarray, k: np.ndarray, v: np.ndarray, maps: GroupMaps | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the reference's result and lse in float64 for these very inputs and maps."""
+    g = problem.grouping
+    if g is None or maps is None:
+        return reference.exact_attention(q, k, v, scale=problem.scale, causal_offset=problem.causal_offset)
+    return reference.distr_attention(
+        q,
+        k,
+        v,
+        scale=problem.scale,
+        group_size=g.group_size,
+        block_size=g.block_size,
+        group_by=g.by,
+        fusion=g.fusion,
+        seed=g.seed,
+        causal_offset=problem.causal_offset,
+        maps=(maps.channels, maps.gains),
+    )
+
+
+def plain(
+    problem: Problem, q: np.ndarray, k: np.ndarray, v: np.ndarray, maps: GroupMaps | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the same in plain NumPy of the inputs' precision: float32 sums, every step's result rounded to the dtype.
+
+    The yardstick of the 16-bit rule: nobody would call this computation wrong, so twice its error is not wrong either.
+    """
+    dtype = q.dtype
+
+    def rounded(x: np.ndarray) -> np.ndarray:
+        return x.astype(dtype).astype(np.float32)
+
+    q, k, v = (x.astype(np.float32) for x in (q, k, v))
+    B, H, N, _ = q.shape
+    out = np.zeros((B, H, N, v.shape[3]), np.float32)
+    lse = np.full((B, H, N), -np.inf, np.float32)
+    seen = reference.visible_keys(N, problem.keys, problem.causal_offset)
+    g = problem.grouping
+    for b, h in np.ndindex(B, H):
+        h_kv = h // problem.heads_per_kv_head
+        S = np.zeros((N, problem.keys), np.float32)
+        if g is None or maps is None:
+            S[...] = q[b, h] @ k[b, h_kv].T
+        else:
+            h_x = h if g.by == "queries" else h_kv
+            gains = np.ones_like(maps.channels[b, h_x], np.float32) if maps.gains is None else maps.gains[b, h_x]
+            for (start, stop), order, gain in zip(
+                block_edges(problem.grouped_rows, g.block_size), maps.channels[b, h_x], gains, strict=True
+            ):
+                X, Y = (q[b, h], k[b, h_kv]) if g.by == "queries" else (k[b, h_kv], q[b, h])
+                fused = rounded((Y[:, order] * gain).reshape(len(Y), -1, g.group_size).sum(axis=2))
+                block = X[start:stop, order[:: g.group_size]] @ fused.T
+                S[(slice(start, stop), slice(None)) if g.by == "queries" else (slice(None), slice(start, stop))] = (
+                    block if g.by == "queries" else block.T
+                )
+        S = np.where(seen, rounded(np.float32(problem.scale) * S), -np.inf).astype(np.float32)
+        row_max = S.max(axis=1, initial=-np.inf, keepdims=True)
+        row_max = np.where(row_max == -np.inf, np.float32(0), row_max)
+        P = np.exp(S - row_max)
+        row_sum = P.sum(axis=1, keepdims=True)
+        P = rounded(np.divide(P, row_sum, out=np.zeros_like(P), where=row_sum != 0))
+        out[b, h] = P @ v[b, h_kv]
+        with np.errstate(divide="ignore"):
+            lse[b, h] = np.log(row_sum[:, 0]) + row_max[:, 0]
+    return out.astype(dtype), lse
+
+
+def in_memory(array: np.ndarray, case: Case) -> np.ndarray:
+    """Return a copy of a (B, H, rows, width) array as a view in the case's layout, laid out in memory as it says."""
+    array = array.transpose(0, 2, 1, 3) if case.layout == "bnhd" else array
+    b, x, y, width = array.shape
+    if case.memory == "contiguous":
+        view = np.empty_like(array, order="C")
+    elif case.memory == "strided":
+        view = np.empty((b, 2 * x, 2 * y, width + 8), array.dtype)[:, ::2, 1::2, :width]
+    else:
+        assert case.memory == "unaligned", case.memory
+        view = np.empty((b, x, y, width + 3), array.dtype)[..., 1 : 1 + width]
+    view[...] = array
+    return view

@@ -1,0 +1,103 @@
+"""What Hypothesis draws: calls of hostile sizes and values; and `law`, one property stated for every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from .backends import Limits, Runner, runners
+from .cases import Case, Inputs
+
+MAX_ENTRY = 8
+"""Keeps scores in a range where float32 still resolves them: about 700 at D = 128."""
+
+Draw = Callable[[st.SearchStrategy[Any]], Any]
+
+
+def law(body: Callable[[Runner, Draw], None]) -> Any:
+    """Make a test of ``body(backend, draw)``: every backend that runs here, as many examples as it can afford."""
+
+    @pytest.mark.parametrize("backend", runners(), ids=lambda runner: runner.name)
+    def test(backend: Runner) -> None:
+        def examples(data: st.DataObject) -> None:
+            body(backend, data.draw)
+
+        examples.__name__ = f"{body.__name__}[{backend.name}]"  # Hypothesis files failures under this name
+        most = backend.limits.examples
+        profile = settings() if most is None else settings(max_examples=min(most, settings().max_examples))
+        profile(given(data=st.data())(examples))()
+
+    test.__name__ = test.__qualname__ = body.__name__
+    test.__doc__ = body.__doc__
+    test.__module__ = body.__module__
+    return test
+
+
+@st.composite
+def calls(draw: Draw, limits: Limits, *, hostile: bool = True, **fixed: Any) -> tuple[Case, Inputs]:
+    """Draw one call. ``fixed`` pins fields of `Case` (a value or a strategy); ``hostile=False`` leaves out ties."""
+
+    def pick(name: str, strategy: st.SearchStrategy[Any]) -> Any:
+        chosen = fixed.get(name, strategy)
+        return draw(chosen) if isinstance(chosen, st.SearchStrategy) else chosen
+
+    H, H_kv = draw(st.sampled_from(limits.heads))
+    D = pick("D", st.sampled_from(limits.widths))
+    N = pick("N", st.sampled_from(limits.rows))
+    M = pick("M", st.sampled_from(limits.rows))
+    case = Case(
+        B=draw(st.sampled_from(limits.batches)),
+        H=H,
+        H_kv=H_kv,
+        N=N,
+        M=M,
+        D=D,
+        E=pick("E", st.sampled_from(limits.widths)),
+        dtype=pick("dtype", st.sampled_from(limits.dtypes)),
+        G=pick("G", st.sampled_from([g for g in (1, 2, 3, 4, 8, 33) if D % g == 0])),
+        L=pick("L", st.sampled_from([*limits.rows, 1024])),
+        by=pick("by", st.sampled_from(["queries", "keys"])),
+        fusion=pick("fusion", st.sampled_from(["sum", "lstsq"])),
+        causal=pick("causal", st.sampled_from([False, True, "top-left"])),
+        scale=pick("scale", st.sampled_from([None, 0.5, -0.25])),
+        seed=pick("seed", st.integers(0, 3)),
+    )
+    shapes = ((case.B, H, N, D), (case.B, H_kv, M, D), (case.B, H_kv, M, case.E))
+    return case, Inputs(*(draw(arrays(shape, case.numpy_dtype, hostile=hostile)) for shape in shapes))
+
+
+@st.composite
+def arrays(draw: Draw, shape: tuple[int, ...], dtype: np.dtype, *, hostile: bool = True) -> np.ndarray:
+    """Draw an array: normal numbers; if ``hostile``, also constant or far from zero, with odd entries."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    array = rng.standard_normal(shape)
+    if hostile:
+        array = array * draw(st.sampled_from([1.0, 0.0, 2.0**-10])) + draw(st.sampled_from([0.0, -3.0, 1.0]))
+        if array.size:
+            entry = st.floats(-MAX_ENTRY, MAX_ENTRY, width=32, allow_subnormal=False)
+            for place, value in draw(st.lists(st.tuples(st.integers(0, array.size - 1), entry), max_size=3)):
+                array.flat[place] = value
+    return np.clip(array, -MAX_ENTRY, MAX_ENTRY).astype(dtype)
+
+
+def rounding(case: Case, inputs: Inputs) -> float:
+    """Return a bound, in units of the values, of what rounding in the case's dtype may change in a result.
+
+    A score is a sum of D products, each at most max|q| max|k|; least-squares gains may add a factor sqrt(rows). An
+    error of d nats in the scores moves a result by at most about 2 d max|v|, and lse by d.
+    """
+    largest_q, largest_k = (float(np.abs(x.astype(np.float64)).max(initial=0)) for x in (inputs.q, inputs.k))
+    scale = 1 / np.sqrt(case.D) if case.scale is None else abs(case.scale)
+    rows = max(case.N, case.M) if case.fusion == "lstsq" and case.G > 1 else 1
+    scores = scale * largest_q * largest_k * case.D * np.sqrt(rows)
+    return 4 * unit_roundoff(case) * (1 + scores)
+
+
+def unit_roundoff(case: Case) -> float:
+    """Return the spacing of numbers at 1 in the case's dtype."""
+    return {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}[case.dtype]
