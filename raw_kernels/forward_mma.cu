@@ -1,0 +1,370 @@
+// forward_mma.cu - attention for 16-bit elements on tensor cores, sm_80 and up, with keys of reduced width.
+//
+//   S = scale * (X W) (Y Z)^T,   O = softmax(S) V                              docs/math.md (eq. 2, 4 and 10)
+//
+// Reference : reference/distr_attention.py      Numba : distrattn_np/numba_kernels/forward.py
+// Launcher  : distrattn_np/backends/cupy_backend.py      Tests : tests/agreement/test_gpu_forward.py
+//
+// K holds what stands on the key side of eq. 4: the keys themselves (exact attention), keys fused for one block of
+// queries (KEYS_PER_ITEM), or sampled keys. QUERY_MAP says how a query tile becomes the other side: as it is, sampled
+// once, or fused anew for every block of keys.
+//
+// Grid      : (query tiles of a block * items); an item is a (batch, head, query block), see work_item.cuh
+// Block     : NUM_WARPS * 32 threads; a warp owns WARP_Q query rows from the scores to the output
+// Shared    : SHARED_BYTES below, dynamic: Q (and the unmapped Q) plus two stages of K and V; rows are padded by 16
+//             bytes, an odd number of 16-byte units, so that the eight rows of an ldmatrix fall into different banks
+// Assumes   : scale > 0. ALIGNED: pointers and strides of Q, K, V, O are multiples of 16 bytes, D and E of 8 elements
+// A query that sees no key: O = 0, lse = -inf.
+// Alone     : nvcc -cubin -arch=sm_80 raw_kernels/forward_mma.cu
+
+// ---- parameters: the launcher sets these with -D; the defaults let the file compile alone ----
+#ifndef D
+#define D 128  // width of a row of Q
+#endif
+#ifndef K_COLUMNS
+#define K_COLUMNS 128  // columns of K that are there to be read
+#endif
+#ifndef R
+#define R 128  // inner width; the kernel pads it to a multiple of 16
+#endif
+#ifndef E
+#define E 128  // width of a row of V
+#endif
+#ifndef QUERY_MAP
+#define QUERY_MAP 0  // 0: queries as they are, 1: sampled, 2: fused for each block of keys
+#endif
+#ifndef GROUP_SIZE
+#define GROUP_SIZE 1
+#endif
+#ifndef WITH_GAINS
+#define WITH_GAINS 0
+#endif
+#ifndef KEYS_PER_ITEM
+#define KEYS_PER_ITEM 0  // 1: K is [items of this launch, M, K_COLUMNS]
+#endif
+#ifndef CAUSAL
+#define CAUSAL 0
+#endif
+#ifndef ALIGNED
+#define ALIGNED 1
+#endif
+#ifndef BLOCK_Q
+#define BLOCK_Q 128
+#endif
+#ifndef BLOCK_KV
+#define BLOCK_KV 64
+#endif
+#ifndef NUM_WARPS
+#define NUM_WARPS 4
+#endif
+
+#include "mma.cuh"
+#include "work_item.cuh"
+
+constexpr int NUM_THREADS = NUM_WARPS * WARP_SIZE;
+constexpr int MMA_M = 16, MMA_N = 8, MMA_K = 16;
+constexpr int CHUNK = 8;  // elements in a 16-byte copy
+constexpr int R_PADDED = (R + MMA_K - 1) / MMA_K * MMA_K;
+constexpr int E_PADDED = (E + 15) / 16 * 16;
+constexpr int WARP_Q = BLOCK_Q / NUM_WARPS;
+constexpr int M_TILES = WARP_Q / MMA_M;
+constexpr int KV_TILES = BLOCK_KV / MMA_N;
+constexpr int E_TILES = E_PADDED / MMA_N;
+constexpr int ROWS = 2 * M_TILES;  // query rows that a lane holds accumulators of
+static_assert(ELEMENT == FLOAT16 || ELEMENT == BFLOAT16, "tensor cores take 16-bit elements");
+static_assert(BLOCK_Q % (NUM_WARPS * MMA_M) == 0, "each warp owns whole 16-row tiles of queries");
+static_assert(BLOCK_KV % MMA_K == 0, "a key tile is a multiple of the product's depth");
+static_assert(!ALIGNED || (D % CHUNK == 0 && K_COLUMNS % CHUNK == 0 && E % CHUNK == 0),
+              "ALIGNED rows are whole 16-byte chunks");
+
+constexpr int D_STRIDE = (D + CHUNK - 1) / CHUNK * CHUNK + CHUNK;
+constexpr int R_STRIDE = R_PADDED + CHUNK;
+constexpr int E_STRIDE = E_PADDED + CHUNK;
+constexpr int RAW_Q_ELEMENTS = QUERY_MAP == 0 ? 0 : BLOCK_Q * D_STRIDE;
+constexpr int Q_ELEMENTS = BLOCK_Q * R_STRIDE;
+constexpr int STAGE_ELEMENTS = BLOCK_KV * (R_STRIDE + E_STRIDE);
+constexpr int SHARED_BYTES = (RAW_Q_ELEMENTS + Q_ELEMENTS + 2 * STAGE_ELEMENTS) * 2;
+#ifdef LAUNCH_SHARED_BYTES
+static_assert(LAUNCH_SHARED_BYTES == SHARED_BYTES, "tiles.py and this file disagree on the shared memory");
+#endif
+
+// The maximum may lag behind by this much (log2 units) before sums are rescaled: P stays below 2^8, far from overflow.
+constexpr float RESCALE_THRESHOLD = 8.0f;
+constexpr float LN_2 = 0.6931471805599453f;
+constexpr float INFINITE = __builtin_huge_valf();
+constexpr float LOWEST = -3.402823466e38f;  // maximum of no scores: finite, so that its difference to -inf is -inf
+
+// threadIdx.x, hidden from the compiler so that it does not keep what follows from it in registers of the main loop.
+__device__ inline int thread_index_anew() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
+// Copies rows [ROW_COUNT, COLUMNS] to shared memory; rows from `rows_valid` on and columns from VALID_COLUMNS are zero.
+template <int ROW_COUNT, int COLUMNS, int VALID_COLUMNS, int SHARED_STRIDE>
+__device__ inline void load_rows(element_t* shared, const element_t* global, long long stride, int rows_valid) {
+#if ALIGNED
+  constexpr int CHUNKS = COLUMNS / CHUNK, COPIES = ROW_COUNT * CHUNKS;
+  const int thread = thread_index_anew();
+#pragma unroll
+  for (int first = 0; first < COPIES; first += NUM_THREADS) {
+    const int i = first + thread, row = i / CHUNKS, column = i % CHUNKS * CHUNK;
+    const bool is_valid = row < rows_valid && column < VALID_COLUMNS;
+    if (COPIES - first >= NUM_THREADS || i < COPIES)
+      copy_async_or_zero(shared + row * SHARED_STRIDE + column, is_valid ? global + row * stride + column : global,
+                         is_valid);
+  }
+#else
+  for (int i = threadIdx.x; i < ROW_COUNT * COLUMNS; i += NUM_THREADS) {
+    const int row = i / COLUMNS, column = i % COLUMNS;
+    const bool is_valid = row < rows_valid && column < VALID_COLUMNS;
+    shared[row * SHARED_STRIDE + column] = is_valid ? global[row * stride + column] : element_t(0);
+  }
+#endif
+}
+
+struct KeyTile {
+  int begin, end;  // rows of K and V; end - begin may exceed BLOCK_KV
+  int block;       // key block
+  bool is_first_of_block;
+};
+
+// Key tile t of those a query tile visits; tiles never straddle key blocks.
+__device__ inline KeyTile key_tile(int t, int tiles_per_block, int key_block_size, int key_limit) {
+  if (QUERY_MAP != 2) return {t * BLOCK_KV, key_limit, 0, t == 0};
+  const int block = t / tiles_per_block, tile = t - block * tiles_per_block;
+  return {block * key_block_size + tile * BLOCK_KV, min(key_limit, (block + 1) * key_block_size), block, tile == 0};
+}
+
+// Writes this warp's rows of Q W or Q Z (eq. 8, 9); a lane keeps its columns' channels while it walks down the rows.
+__device__ inline void map_queries(element_t* Q_smem, const element_t* raw_Q_smem, const int* channels,
+                                   const float* gains) {
+  constexpr int MEMBERS = QUERY_MAP == 2 ? GROUP_SIZE : 1;
+  const int first_row = threadIdx.x / WARP_SIZE * WARP_Q;
+  for (int r = threadIdx.x % WARP_SIZE; r < R_PADDED; r += WARP_SIZE) {
+    int member_channels[MEMBERS];
+    float member_gains[MEMBERS];
+#pragma unroll
+    for (int g = 0; g < MEMBERS; ++g) {
+      const bool is_padding = r >= R;
+      member_channels[g] = is_padding ? 0 : channels[r * GROUP_SIZE + g];
+      member_gains[g] = is_padding ? 0.0f : WITH_GAINS ? gains[r * GROUP_SIZE + g] : 1.0f;
+    }
+#pragma unroll 4
+    for (int row = first_row; row < first_row + WARP_Q; ++row) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int g = 0; g < MEMBERS; ++g)
+        sum += member_gains[g] * to_accumulate(raw_Q_smem[row * D_STRIDE + member_channels[g]]);
+      Q_smem[row * R_STRIDE + r] = r < R ? to_element(sum) : element_t(0);
+    }
+  }
+  __syncwarp();  // the warp's lanes read each other's columns
+}
+
+extern "C" __global__ __launch_bounds__(NUM_THREADS)
+void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
+                 const element_t* __restrict__ K,     // [B, H_kv, M, K_COLUMNS], or as KEYS_PER_ITEM says
+                 const element_t* __restrict__ V,     // [B, H_kv, M, E]
+                 const int* __restrict__ channels,    // [B, H_x, C, D]; unused without QUERY_MAP
+                 const float* __restrict__ gains,     // [B, H_x, C, D]; unused without WITH_GAINS
+                 element_t* __restrict__ O,           // [B, H, N, E]
+                 float* __restrict__ lse,             // [B, H, N]
+                 int H, int heads_per_kv_head, int N, int M,
+                 int query_blocks, int query_block_size,  // one block of N rows where queries are not cut
+                 int key_block_size,                      // at least 1; M where keys are not cut
+                 int first_item, int causal_offset,
+                 float scale_log2,                        // scale * log2(e)
+                 long long stride_q_b, long long stride_q_h, long long stride_q_n,  // elements, here and below
+                 long long stride_k_b, long long stride_k_h, long long stride_k_m,
+                 long long stride_v_b, long long stride_v_h, long long stride_v_m,
+                 long long stride_o_b, long long stride_o_h, long long stride_o_n) {
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  element_t* const raw_Q_smem = reinterpret_cast<element_t*>(shared_bytes);  // [BLOCK_Q, D_STRIDE], with QUERY_MAP
+  element_t* const Q_smem = raw_Q_smem + RAW_Q_ELEMENTS;                     // [BLOCK_Q, R_STRIDE]
+  element_t* const stages_smem = Q_smem + Q_ELEMENTS;                        // 2 x ([BLOCK_KV, R_STRIDE] K, then V)
+
+  // ---- which query rows this block owns, which keys they see ----
+  auto find_work_anew = [=]() mutable {  // hidden from the compiler: registers through the main loop are dearer
+    asm volatile("" : "+r"(first_item), "+r"(query_block_size));
+    return find_work(BLOCK_Q, H, N, query_blocks, query_block_size, first_item, CAUSAL);
+  };
+  const WorkItem work = find_work_anew();
+  if (work.query_begin >= work.query_end) return;
+  const int h_kv = work.h / heads_per_kv_head;
+  const int key_limit = CAUSAL ? visible_key_end(work.query_end, M, causal_offset) : M;
+  const element_t* const Q_tile = Q + work.b * stride_q_b + work.h * stride_q_h + work.query_begin * stride_q_n;
+  const element_t* K_head = KEYS_PER_ITEM ? K + (long long)work.launch_item * M * K_COLUMNS
+                                                : K + work.b * stride_k_b + h_kv * stride_k_h;
+  const long long stride_k = KEYS_PER_ITEM ? K_COLUMNS : stride_k_m;
+  const element_t* V_head = V + work.b * stride_v_b + h_kv * stride_v_h;
+
+  asm volatile("" : "+l"(K_head), "+l"(V_head));  // hold two pointers through the main loop, not what they are sums of
+  const int tiles_per_block = (key_block_size + BLOCK_KV - 1) / BLOCK_KV;
+  auto load_keys_and_values = [&](int t) {
+    const KeyTile tile = key_tile(t, tiles_per_block, key_block_size, key_limit);
+    if (tile.begin >= key_limit) return;
+    element_t* const K_smem = stages_smem + t % 2 * STAGE_ELEMENTS;
+    load_rows<BLOCK_KV, R_PADDED, K_COLUMNS, R_STRIDE>(K_smem, K_head + tile.begin * stride_k, stride_k,
+                                                       tile.end - tile.begin);
+    load_rows<BLOCK_KV, E_PADDED, E, E_STRIDE>(K_smem + BLOCK_KV * R_STRIDE, V_head + tile.begin * stride_v_m,
+                                               stride_v_m, tile.end - tile.begin);
+  };
+
+  // ---- load the Q tile [BLOCK_Q, D] and the first K and V tiles ----
+  const int rows_valid = work.query_end - work.query_begin;
+  if (QUERY_MAP == 0)
+    load_rows<BLOCK_Q, R_PADDED, D, R_STRIDE>(Q_smem, Q_tile, stride_q_n, rows_valid);
+  else
+    load_rows<BLOCK_Q, D_STRIDE - CHUNK, D, D_STRIDE>(raw_Q_smem, Q_tile, stride_q_n, rows_valid);
+  load_keys_and_values(0);
+  copy_async_commit();
+
+  const int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
+  const int row_in_block = warp * WARP_Q + lane / 4;  // this lane's rows: row_in_block + 8 i
+  float O_rmem[M_TILES][E_TILES][4] = {};
+  float row_max_log2[ROWS], row_sum[ROWS];  // the maximum is of scale_log2 * score and may lag
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i) row_max_log2[i] = LOWEST, row_sum[i] = 0.0f;
+
+  // Addresses of the ldmatrix rows: A and transposed B walk 16 rows x two 8-column halves, B 8 rows x two halves x 2.
+  const unsigned Q_address = shared_address(Q_smem + (warp * WARP_Q + lane % 16) * R_STRIDE + lane / 16 * 8);
+  const unsigned K_lane_offset = ((lane % 8 + lane / 16 * 8) * R_STRIDE + lane / 8 % 2 * 8) * 2;
+  const unsigned V_lane_offset = (BLOCK_KV * R_STRIDE + lane % 16 * E_STRIDE + lane / 16 * 8) * 2;
+
+#pragma unroll 1
+  for (int t = 0;; ++t) {
+    const KeyTile tile = key_tile(t, tiles_per_block, key_block_size, key_limit);
+    if (tile.begin >= key_limit) break;
+    copy_async_wait_all();
+    __syncthreads();  // tile t has arrived for all threads, and no warp still reads the stage that is filled next
+    load_keys_and_values(t + 1);
+    copy_async_commit();
+    if (QUERY_MAP != 0 && tile.is_first_of_block) {
+      const WorkItem item = find_work_anew();
+      const int H_x = QUERY_MAP == 2 ? H / heads_per_kv_head : H, h_x = QUERY_MAP == 2 ? item.h / heads_per_kv_head : item.h;
+      const int C = QUERY_MAP == 2 ? (M + key_block_size - 1) / key_block_size : query_blocks;
+      const int c = QUERY_MAP == 2 ? tile.block : item.c;
+      const long long map_offset = (((long long)item.b * H_x + h_x) * C + c) * D;
+      map_queries(Q_smem, raw_Q_smem, channels + map_offset, gains + map_offset);
+    }
+    const unsigned stage_address = shared_address(stages_smem + t % 2 * STAGE_ELEMENTS);
+
+    // ---- S = Q K^T  [WARP_Q, BLOCK_KV] ----
+    float S_rmem[M_TILES][KV_TILES][4] = {};
+#pragma unroll
+    for (int r = 0; r < R_PADDED / MMA_K; ++r) {
+      unsigned Q_rmem[M_TILES][4];
+#pragma unroll
+      for (int i = 0; i < M_TILES; ++i)
+        load_matrices(Q_rmem[i], Q_address + (i * MMA_M * R_STRIDE + r * MMA_K) * 2);
+#pragma unroll
+      for (int j = 0; j < KV_TILES; j += 2) {
+        unsigned K_rmem[4];
+        load_matrices(K_rmem, stage_address + K_lane_offset + (j * MMA_N * R_STRIDE + r * MMA_K) * 2);
+#pragma unroll
+        for (int i = 0; i < M_TILES; ++i) {
+          multiply_add(S_rmem[i][j], Q_rmem[i], K_rmem[0], K_rmem[1]);
+          multiply_add(S_rmem[i][j + 1], Q_rmem[i], K_rmem[2], K_rmem[3]);
+        }
+      }
+    }
+
+    // ---- minus infinity where a key is past the tile's end or hidden by the causal limit ----
+    if (tile.begin + BLOCK_KV > tile.end ||
+        (CAUSAL && tile.begin + BLOCK_KV - 1 > work.query_begin + warp * WARP_Q + causal_offset)) {
+#pragma unroll
+      for (int i = 0; i < M_TILES; ++i)
+#pragma unroll
+        for (int j = 0; j < KV_TILES; ++j)
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            const int key = tile.begin + j * MMA_N + lane % 4 * 2 + k % 2, query = work.query_begin + row_in_block + i * MMA_M + k / 2 * 8;
+            if (key >= tile.end || (CAUSAL && key > query + causal_offset)) S_rmem[i][j][k] = -INFINITE;
+          }
+    }
+
+    // ---- running maximum (eq. 10): rescale the sums only where it grew beyond the threshold ----
+    float tile_max[ROWS];
+    bool has_grown = false;
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+      tile_max[i] = -INFINITE;
+#pragma unroll
+      for (int j = 0; j < KV_TILES; ++j)
+        tile_max[i] = fmaxf(tile_max[i], fmaxf(S_rmem[i / 2][j][i % 2 * 2], S_rmem[i / 2][j][i % 2 * 2 + 1]));
+      tile_max[i] *= scale_log2;
+      has_grown = has_grown || tile_max[i] > row_max_log2[i] + RESCALE_THRESHOLD;
+    }
+    if (__any_sync(~0u, has_grown)) {
+#pragma unroll
+      for (int i = 0; i < ROWS; ++i) {
+        float new_max = fmaxf(tile_max[i], __shfl_xor_sync(~0u, tile_max[i], 1));
+        new_max = fmaxf(new_max, __shfl_xor_sync(~0u, new_max, 2));
+        new_max = fmaxf(new_max, row_max_log2[i]);
+        const float rescale = exp2_approximate(row_max_log2[i] - new_max);
+        row_max_log2[i] = new_max;
+        row_sum[i] *= rescale;
+#pragma unroll
+        for (int j = 0; j < E_TILES; ++j) {
+          O_rmem[i / 2][j][i % 2 * 2] *= rescale;
+          O_rmem[i / 2][j][i % 2 * 2 + 1] *= rescale;
+        }
+      }
+    }
+
+    // ---- P = exp(S - row_max), O += P V  [WARP_Q, E], sixteen keys at a time: exp runs beside the products ----
+#pragma unroll
+    for (int k = 0; k < BLOCK_KV / MMA_K; ++k) {
+      unsigned P_rmem[M_TILES][4];
+#pragma unroll
+      for (int i = 0; i < M_TILES; ++i)
+#pragma unroll
+        for (int part = 0; part < 4; ++part) {  // row half part % 2 of accumulator tile 2 k + part / 2
+          const float* const S_pair = S_rmem[i][2 * k + part / 2] + part % 2 * 2;
+          const float low = exp2_approximate(fmaf(S_pair[0], scale_log2, -row_max_log2[2 * i + part % 2]));
+          const float high = exp2_approximate(fmaf(S_pair[1], scale_log2, -row_max_log2[2 * i + part % 2]));
+          row_sum[2 * i + part % 2] += low + high;
+          P_rmem[i][part] = pack(low, high);
+        }
+#pragma unroll
+      for (int j = 0; j < E_TILES; j += 2) {
+        unsigned V_rmem[4];
+        load_matrices_transposed(V_rmem, stage_address + V_lane_offset + (k * MMA_K * E_STRIDE + j * MMA_N) * 2);
+#pragma unroll
+        for (int i = 0; i < M_TILES; ++i) {
+          multiply_add(O_rmem[i][j], P_rmem[i], V_rmem[0], V_rmem[1]);
+          multiply_add(O_rmem[i][j + 1], P_rmem[i], V_rmem[2], V_rmem[3]);
+        }
+      }
+    }
+  }
+
+  // ---- O / row_sum and lse, rows n < query_end ----
+  const int thread = thread_index_anew(), member = thread % 4;
+  const WorkItem done = find_work_anew();
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i) {
+    float sum = row_sum[i] + __shfl_xor_sync(~0u, row_sum[i], 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    const int n = done.query_begin + thread / WARP_SIZE * WARP_Q + thread % WARP_SIZE / 4 + i * 8;
+    if (n >= done.query_end) continue;
+    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+    element_t* const O_row = O + done.b * stride_o_b + done.h * stride_o_h + n * stride_o_n;
+#pragma unroll
+    for (int j = 0; j < E_TILES; ++j) {
+      const int e = j * MMA_N + member * 2;
+      const float low = O_rmem[i / 2][j][i % 2 * 2] * inverse, high = O_rmem[i / 2][j][i % 2 * 2 + 1] * inverse;
+#if ALIGNED
+      if (e < E) *reinterpret_cast<unsigned*>(O_row + e) = pack(low, high);
+#else
+      if (e < E) O_row[e] = to_element(low);
+      if (e + 1 < E) O_row[e + 1] = to_element(high);
+#endif
+    }
+    if (member == 0)
+      lse[((long long)done.b * H + done.h) * N + n] =
+          sum == 0.0f ? -INFINITE : LN_2 * (row_max_log2[i] + log2f(sum));
+  }
+}
