@@ -1,0 +1,74 @@
+// channel_norms.cu - squared lengths of all channels, segment of rows by segment of rows.
+//
+//   norms_sj = sum over the rows n of segment s of Y_nj^2                         docs/math.md (|y_j|^2 of eq. 9)
+//
+// Segments, and not whole columns, because in a causal call every block meets other rows: fusion_gains adds up the
+// segments that its block meets. Segment s holds the rows from edge(s) to edge(s + 1) - 1, where
+//
+//   edge(s) = min(max(s * segment_rows + shift, lower), upper),   edge(0) = lower,   edge(S) = upper
+//
+// Reference : reference/channel_norms.py      Numba : distrattn_np/numba_kernels/channel_norms.py
+// Launcher  : distrattn_np/backends/cupy_backend.py
+//
+// Grid      : (S, H, B)     one thread block per segment
+// Block     : THREADS
+// Shared    : THREADS * VECTOR * sizeof(accumulate_t), static
+// Assumes   : 1 <= D <= 256; 0 <= lower <= upper <= rows; VECTOR divides D, and Y and its strides are aligned to VECTOR
+//             elements. Sums run in float32 (float64 for float64), in a fixed order. An empty segment gives 0.
+// Alone     : nvcc -cubin -arch=sm_80 raw_kernels/channel_norms.cu
+
+#include "element.cuh"
+
+// ---- the launcher sets these with -D; the defaults let the file compile alone ----
+#ifndef THREADS
+#define THREADS 256
+#endif
+#ifndef VECTOR  // elements per load: 1, or as many as fit 16 bytes
+#define VECTOR 8
+#endif
+constexpr int MAX_D = 256;
+static_assert(THREADS * VECTOR >= MAX_D, "the threads reach across the widest row");
+
+extern "C" __global__ __launch_bounds__(THREADS)
+void channel_norms(const element_t* __restrict__ Y,   // [B, H, rows, D]
+                   accumulate_t* __restrict__ norms,  // [B, H, S, D]
+                   int rows, int D, int segment_rows, int shift, int lower, int upper, long long stride_y_b,
+                   long long stride_y_h, long long stride_y_n) {
+  __shared__ accumulate_t partial_smem[THREADS * VECTOR];  // [slices, D]
+
+  // ---- which rows this block owns; which channels and rows of them this thread owns ----
+  const int s = blockIdx.x, h = blockIdx.y, b = blockIdx.z, S = gridDim.x;
+  auto edge = [&](int segment) -> int {
+    if (segment == 0) return lower;
+    if (segment == S) return upper;
+    const long long row = static_cast<long long>(segment) * segment_rows + shift;
+    return max(static_cast<long long>(lower), min(row, static_cast<long long>(upper)));
+  };
+  const int begin = edge(s), end = edge(s + 1);
+  const int strips = D / VECTOR;  // a strip is VECTOR neighbouring channels; neighbouring threads read along a row
+  const int slices = THREADS / strips;
+  const int slice = threadIdx.x / strips;
+  const int channel = threadIdx.x % strips * VECTOR;
+  const element_t* column = Y + b * stride_y_b + h * stride_y_h + channel;
+
+  // ---- sums over this thread's rows ----
+  accumulate_t sums[VECTOR] = {};
+  if (slice < slices) {
+#pragma unroll 4
+    for (int n = begin + slice; n < end; n += slices) {
+      const Elements<VECTOR> y = *reinterpret_cast<const Elements<VECTOR>*>(column + n * stride_y_n);
+#pragma unroll
+      for (int v = 0; v < VECTOR; v++) sums[v] += to_accumulate(y.at[v]) * to_accumulate(y.at[v]);
+    }
+#pragma unroll
+    for (int v = 0; v < VECTOR; v++) partial_smem[slice * D + channel + v] = sums[v];
+  }
+  __syncthreads();  // the partial sums are written before they are added up
+
+  // ---- add up the slices ----
+  if (threadIdx.x < D) {
+    accumulate_t sum = 0;
+    for (int i = 0; i < slices; i++) sum += partial_smem[i * D + threadIdx.x];
+    norms[((static_cast<long long>(b) * gridDim.y + h) * S + s) * D + threadIdx.x] = sum;
+  }
+}
