@@ -1,0 +1,400 @@
+"""Attention with NumPy alone: tiles of scores that stay in cache, a worker thread per core, bounded memory.
+
+A task is a tile of queries of one head. It visits the keys in tiles with the running softmax of docs/math.md (eq. 10).
+NumPy releases the interpreter lock in matrix products and elementwise passes, so tasks run side by side. The tiles do
+not depend on the number of threads, hence neither do the results. docs/cpu.md gives the reasons for the sizes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import itertools
+import math
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .. import reference
+from ..problem import Grouping, GroupMaps, Layout, Problem, block_edges, ceil_div
+from ..reference.distr_attention import rows_that_meet
+from . import Backend
+
+QUERY_TILE = 512
+KEY_TILE = 512
+SCRATCH_BYTES = 56 << 20
+"""What all workers together may hold: where their tiles need more, fewer workers run."""
+
+
+class NumpyBackend(Backend):
+    """Host arrays. The arithmetic is float32; float64 for float64 arrays, and for hashes and gains."""
+
+    name = "numpy"
+    kinds = frozenset({"numpy"})
+
+    def group_maps(self, problem: Problem, Q: np.ndarray, K: np.ndarray) -> GroupMaps | None:
+        """Return the maps of every block; the gains have the precision of the scores."""
+        grouping = problem.grouping
+        if grouping is None:
+            return None
+        X, Y = (Q, K) if grouping.by == "queries" else (K, Q)
+        block_rows = min(grouping.block_size, problem.grouped_rows)
+        # a shorter draw has the same first rows, so no planes are drawn for rows that are not there
+        planes = reference.hyperplanes(grouping.seed, block_rows)
+        channels = self.group_channels(self.hash_channels(X, planes, grouping.block_size))
+        if grouping.fusion == "sum":
+            return GroupMaps(channels, None)
+        gains = np.empty(channels.shape, dtype=_compute_dtype(problem))
+
+        def weigh_head(b: int, h: int) -> None:
+            if grouping.by == "queries":
+                first, stop = h // problem.heads_per_kv_head, h // problem.heads_per_kv_head + 1
+            else:
+                first, stop = h * problem.heads_per_kv_head, (h + 1) * problem.heads_per_kv_head
+            _weigh_members(problem, grouping, X[b, h], Y[b, first:stop], channels[b, h], gains[b, h])
+
+        # a block in float64, its columns in the order of their groups, and a tile of the other side
+        _run_tasks(weigh_head, channels.shape[:2], 8 * problem.width * (2 * block_rows + KEY_TILE))
+        return GroupMaps(channels, gains)
+
+    def hash_channels(self, x: np.ndarray, planes: np.ndarray, block_size: int) -> np.ndarray:
+        """Return the words (B, H, C, D) uint16 of every block of ``x`` (B, H, rows, D), eq. 5."""
+        B, H, rows, D = x.shape
+        words = np.empty((B, H, ceil_div(rows, block_size), D), dtype=np.uint16)
+
+        def hash_block(b: int, h: int, c: int) -> None:
+            words[b, h, c] = reference.hash_channels(x[b, h, c * block_size : (c + 1) * block_size], planes)
+
+        # a block and its planes in float64
+        _run_tasks(hash_block, words.shape[:3], 8 * (D + reference.HASH_BITS) * min(block_size, rows))
+        return words
+
+    def group_channels(self, words: np.ndarray) -> np.ndarray:
+        """Return the channels (B, H, C, D) int32 of every block in the order of their groups, eq. 6 and 7."""
+        channels = np.empty(words.shape, dtype=np.int32)
+        for head in np.ndindex(words.shape[:2]):
+            channels[head] = reference.group_channels(words[head])
+        return channels
+
+    def attend(
+        self,
+        problem: Problem,
+        Q: np.ndarray,
+        K: np.ndarray,
+        V: np.ndarray,
+        O: np.ndarray,
+        lse: np.ndarray,
+        maps: GroupMaps | None,
+    ) -> None:
+        """Write attention into O (B, H, N, E) and its log-sum-exp into lse (B, H, N), a tile of queries at a time."""
+        N, grouping = problem.queries, problem.grouping
+        by_queries = grouping is not None and grouping.by == "queries"
+        # no tile crosses from one block of queries into the next, for its rows share one map
+        blocks = block_edges(N, grouping.block_size) if grouping is not None and by_queries else [(0, N)]
+        tiles = [(n, min(n + QUERY_TILE, stop)) for start, stop in blocks for n in range(start, stop, QUERY_TILE)]
+
+        def attend_tile(b: int, h: int, t: int) -> None:
+            h_kv = h // problem.heads_per_kv_head
+            head_maps = None
+            if grouping is not None and maps is not None:
+                h_x = h if by_queries else h_kv
+                gains = None if maps.gains is None else maps.gains[b, h_x]
+                head_maps = _HeadMaps(grouping, maps.channels[b, h_x], gains)
+            _Head(problem, Q[b, h], K[b, h_kv], V[b, h_kv], O[b, h], lse[b, h], head_maps).attend(*tiles[t])
+
+        _run_tasks(attend_tile, (problem.batch, problem.heads, len(tiles)), _tile_bytes(problem))
+
+    def bring_in(self, array: np.ndarray, layout: Layout) -> np.ndarray:
+        """Return ``array`` as a (B, H, rows, width) view."""
+        host = np.asarray(array)
+        return host.transpose(0, 2, 1, 3) if layout == "bnhd" else host
+
+    def shares_memory(self, array: np.ndarray) -> bool:  # noqa: ARG002
+        """Return True: `bring_in` never copies."""
+        return True
+
+    def empty(self, shape: tuple[int, int, int, int], like: np.ndarray, layout: Layout) -> np.ndarray:
+        """Return a new (B, H, rows, width) array of ``like``'s dtype whose memory is ordered as ``layout``."""
+        B, H, rows, width = shape
+        return self.bring_in(np.empty((B, rows, H, width) if layout == "bnhd" else shape, dtype=like.dtype), layout)
+
+    def empty_lse(self, shape: tuple[int, int, int], like: np.ndarray) -> np.ndarray:  # noqa: ARG002
+        """Return a new float32 (B, H, N) array."""
+        return np.empty(shape, dtype=np.float32)
+
+    def hand_back(self, array: np.ndarray, layout: Layout | None, *, like: Any, out: Any) -> Any:  # noqa: ARG002
+        """Return a native array in the caller's layout, or ``out``, which it is a view of."""
+        if out is not None:
+            return out
+        return array.transpose(0, 2, 1, 3) if layout == "bnhd" else array
+
+
+@dataclass(frozen=True, slots=True)
+class _HeadMaps:
+    """The maps of one head of the side that is cut into blocks."""
+
+    grouping: Grouping
+    channels: np.ndarray  # (C, D)
+    gains: np.ndarray | None  # (C, D)
+
+    def sample(self, X: np.ndarray, block: int) -> np.ndarray:
+        return reference.sample_channels(X, self.channels[block], self.grouping.group_size)
+
+    def fuse(self, Y: np.ndarray, block: int) -> np.ndarray:
+        gains = None if self.gains is None else self.gains[block]
+        return reference.fuse_channels(Y, self.channels[block], gains, self.grouping.group_size)
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """A query head and its key/value head."""
+
+    problem: Problem
+    Q: np.ndarray  # (N, D)
+    K: np.ndarray  # (M, D)
+    V: np.ndarray  # (M, E)
+    O: np.ndarray  # (N, E)
+    lse: np.ndarray  # (N,)
+    maps: _HeadMaps | None  # None: exact
+
+    def attend(self, start: int, stop: int) -> None:
+        """Write O and lse of the queries ``start`` to ``stop - 1``, all of one block."""
+        problem, offset = self.problem, self.problem.causal_offset
+        dtype = _compute_dtype(problem)
+        # the keys that the last of these queries sees (eq. 3), and the first query that sees any
+        keys = problem.keys if offset is None else min(max(stop + offset, 0), problem.keys)
+        first = start if offset is None else min(max(start, -offset), stop)
+        if keys == 0:
+            first = stop
+        self.O[start:first] = 0
+        self.lse[start:first] = -np.inf
+        if first == stop:
+            return
+
+        X = _tile(self.Q, first, stop, dtype) * dtype.type(problem.scale)
+        block = None
+        if self.maps is not None and self.maps.grouping.by == "queries":
+            block = start // self.maps.grouping.block_size
+            X = self.maps.sample(X, block)
+        softmax = _RunningSoftmax(stop - first, problem.value_width, dtype)
+        buffer = np.empty((stop - first) * min(KEY_TILE, keys), dtype)
+        for m in range(0, keys, KEY_TILE):
+            m_stop = min(m + KEY_TILE, keys)
+            unseen = 0 if offset is None else max(m - offset - first, 0)  # the rows before it see nothing of this tile
+            S = buffer[: (stop - first - unseen) * (m_stop - m)].reshape(-1, m_stop - m)
+            self._write_scores(S, X[unseen:], _tile(self.K, m, m_stop, dtype), m, block)
+            if offset is not None and first + unseen + offset < m_stop - 1:
+                last_seen = np.arange(first + unseen, stop)[:, None] + offset
+                np.copyto(S, -np.inf, where=np.arange(m, m_stop) > last_seen)
+            softmax.add(unseen, S, _tile(self.V, m, m_stop, dtype))
+        softmax.write(self.O[first:stop], self.lse[first:stop])
+
+    def _write_scores(self, S: np.ndarray, X: np.ndarray, Y: np.ndarray, m: int, block: int | None) -> None:
+        """Write the scores (eq. 4) of scaled queries X, sampled if they are of a ``block``, and keys Y from m on."""
+        if self.maps is None:
+            np.matmul(X, Y.T, out=S)
+        elif block is not None:
+            np.matmul(X, self.maps.fuse(Y, block).T, out=S)
+        else:
+            L = self.maps.grouping.block_size
+            for c in range(m // L, ceil_div(m + len(Y), L)):
+                rows = slice(max(c * L - m, 0), (c + 1) * L - m)
+                np.matmul(self.maps.fuse(X, c), self.maps.sample(Y[rows], c).T, out=S[:, rows])
+
+
+class _RunningSoftmax:
+    """Softmax-weighted values of a tile of queries, over keys that come in tiles (eq. 10)."""
+
+    def __init__(self, rows: int, value_width: int, dtype: np.dtype[Any]) -> None:
+        self.O = np.zeros((rows, value_width), dtype)
+        self.row_max = np.full((rows, 1), -np.inf, dtype)
+        self.row_sum = np.zeros((rows, 1), dtype)
+        self.product = np.empty_like(self.O)
+
+    def add(self, first: int, S: np.ndarray, V: np.ndarray) -> None:
+        """Take in the scores S (which become P) and values V of one tile of keys, for the rows from ``first`` on."""
+        O, row_max, row_sum, product = (x[first:] for x in (self.O, self.row_max, self.row_sum, self.product))
+        new_max = np.maximum(row_max, S.max(axis=1, keepdims=True))
+        shift = _finite_shift(new_max)
+        S -= shift
+        np.exp(S, out=S)
+        rescale = np.exp(row_max - shift)
+        row_max[...] = new_max
+        row_sum *= rescale
+        row_sum += S.sum(axis=1, keepdims=True)
+        if (rescale != 1).any():
+            O *= rescale
+        O += np.matmul(S, V, out=product)
+
+    def write(self, O: np.ndarray, lse: np.ndarray) -> None:
+        """Divide by the row sums; a row without weight gives zero and an lse of minus infinity."""
+        empty = self.row_sum == 0
+        np.divide(self.O, self.row_sum, out=self.O, where=~empty)
+        np.copyto(self.O, 0, where=empty)
+        O[...] = self.O
+        lse[...] = (np.log(self.row_sum) + _finite_shift(self.row_max))[:, 0]
+
+
+def _finite_shift(row_max: np.ndarray) -> np.ndarray:
+    # a row of scores that are all minus infinity has no weight; shifted by its maximum it would be NaN
+    return np.where(row_max == -np.inf, row_max.dtype.type(0), row_max)
+
+
+def _weigh_members(
+    problem: Problem, grouping: Grouping, X: np.ndarray, Y: np.ndarray, channels: np.ndarray, gains: np.ndarray
+) -> None:
+    """Move the sampled member of every group of one head to its front and write all gains (eq. 9).
+
+    X is (rows, D), channels and gains are (C, D), Y holds the heads that meet X: (heads, rows, D). In a causal call the
+    rows of Y that meet a block grow from block to block, over keys from the last block to the first; so |y_j|^2 is
+    summed up on the way and no row is read twice.
+    """
+    edges = list(enumerate(block_edges(len(X), grouping.block_size)))
+    y_norms = np.zeros(problem.width)
+    first = last = 0 if grouping.by == "queries" else problem.queries
+    for c, (start, stop) in edges if grouping.by == "queries" else reversed(edges):
+        meet = rows_that_meet(
+            start,
+            stop,
+            group_by=grouping.by,
+            N=problem.queries,
+            M=problem.keys,
+            causal_offset=problem.causal_offset,
+        )
+        for new_first, new_last in ((meet[0], first), (last, meet[1])):
+            y_norms += _channel_norms(Y, new_first, new_last)
+        first, last = meet
+        channels[c], gains[c] = reference.fusion_gains(
+            X[start:stop].astype(np.float64), channels[c], y_norms, grouping.group_size
+        )
+
+
+def _channel_norms(Y: np.ndarray, first: int, last: int) -> np.ndarray:
+    """Return |y_j|^2 over rows ``first`` to ``last - 1`` of all heads of Y (heads, rows, D), in float64."""
+    norms = np.zeros(Y.shape[2])
+    for head in Y:
+        for start in range(first, last, KEY_TILE):
+            norms += reference.channel_norms(head[start : min(start + KEY_TILE, last)].astype(np.float64))
+    return norms
+
+
+def _compute_dtype(problem: Problem) -> np.dtype[Any]:
+    return np.dtype(np.float64 if problem.dtype == np.float64 else np.float32)
+
+
+def _tile(rows: np.ndarray, start: int, stop: int, dtype: np.dtype[Any]) -> np.ndarray:
+    """Return some rows in ``dtype``, as a view where BLAS can read them in place."""
+    tile = rows[start:stop]
+    width = tile.shape[1]
+    in_place = tile.flags.aligned and tile.strides[1] == dtype.itemsize and tile.strides[0] >= width * dtype.itemsize
+    return tile if tile.dtype == dtype and in_place else tile.astype(dtype, order="C")
+
+
+def _tile_bytes(problem: Problem) -> int:
+    """Return an upper bound of what one worker holds in `_Head.attend`."""
+    D, E, R = problem.width, problem.value_width, problem.rank
+    itemsize = _compute_dtype(problem).itemsize
+    queries, keys = min(QUERY_TILE, problem.queries), min(KEY_TILE, problem.keys)
+    scores = queries * keys * (itemsize + 1)  # and the causal mask
+    # X, O, the product; K and V converted; a fused and a sampled side with what is being added to the fused one
+    return scores + itemsize * (queries * (D + 2 * E) + keys * (D + E) + max(queries, keys) * 3 * R)
+
+
+class _BlasThreads:
+    """The number of threads of NumPy's OpenBLAS, one setting for the whole process.
+
+    Workers that each call a multithreaded BLAS get in one another's way, so it has one thread a call while they run.
+    NumPy offers no function for that; the library's own is looked up. Another BLAS is left as it is.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._get, self._set = _openblas_functions()
+
+    @contextmanager
+    def one_per_call(self) -> Iterator[int]:
+        """Hold BLAS to one thread; yield how many it had, which also says how many the user allows us."""
+        with self._lock:  # the first of several concurrent users saves the setting, the last restores it
+            if self._users == 0 and self._get and self._set:
+                self._threads = self._get()
+                self._set(1)
+            self._users += 1
+        try:
+            yield self._threads
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._users == 0 and self._set:
+                    self._set(self._threads)
+
+
+def _openblas_functions() -> tuple[Callable[[], int] | None, Callable[[int], None] | None]:
+    # names differ between NumPy's wheels and system packages; a symbol is found through any library that links to it
+    library = ctypes.CDLL(importlib.import_module("numpy.linalg._umath_linalg").__file__)
+    for prefix, suffix in itertools.product(("scipy_", ""), ("64_", "")):
+        try:
+            return (
+                getattr(library, f"{prefix}openblas_get_num_threads{suffix}"),
+                getattr(library, f"{prefix}openblas_set_num_threads{suffix}"),
+            )
+        except AttributeError:
+            continue
+    return None, None
+
+
+_BLAS_THREADS = _BlasThreads()
+
+
+def _run_tasks(run: Callable[..., None], shape: tuple[int, ...], bytes_each: int) -> None:
+    """Call ``run`` with every index of ``shape``, on as many threads as there are for BLAS and as memory allows."""
+    tasks = itertools.product(*map(range, shape))
+    with _BLAS_THREADS.one_per_call() as threads:
+        workers = min(threads, math.prod(shape), max(1, SCRATCH_BYTES // max(1, bytes_each)))
+        if workers <= 1:
+            _drain(run, tasks)
+            return
+        shared = _Shared(tasks)
+        with ThreadPoolExecutor(workers) as pool:
+            try:
+                for worker in [pool.submit(_drain, run, shared) for _ in range(workers)]:
+                    worker.result()
+            finally:
+                shared.close()  # after an error or Ctrl-C the other workers stop at their next task
+
+
+def _drain(run: Callable[..., None], tasks: Iterable[tuple[int, ...]]) -> None:
+    # NumPy's error state belongs to a thread. NaN, inf and overflow pass through to the result without a warning
+    with np.errstate(all="ignore"):
+        for task in tasks:
+            run(*task)
+
+
+class _Shared:
+    """An iterator that several threads may advance."""
+
+    def __init__(self, items: Iterator[tuple[int, ...]]) -> None:
+        self._items = items
+        self._lock = threading.Lock()
+
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        return self
+
+    def __next__(self) -> tuple[int, ...]:
+        with self._lock:
+            return next(self._items)
+
+    def close(self) -> None:
+        """Leave nothing for the next call."""
+        with self._lock:
+            self._items = iter(())
+
+
+BACKEND = NumpyBackend()
