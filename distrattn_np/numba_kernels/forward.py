@@ -1,0 +1,252 @@
+"""Fused tiled attention with a running softmax, exact or on grouped channels (docs/math.md, eq. 1 to 4 and 10).
+
+    S = scale * (X W) (Y Z)^T,   O = softmax(S) V,   lse = log sum exp S
+
+Reference : reference/distr_attention.py, reference/exact_attention.py        CUDA C++ : raw_kernels/forward.cu
+Launcher  : distrattn_np/backends/numba_backend.py
+
+Grid      : B * H * query tiles; a query tile does not reach over the edge of a grouping block
+Block     : (thread_columns, thread_rows); thread (tx, ty) owns the queries ty, ty + thread_rows, ... of the tile
+            and, of these, the keys (of S) and the columns (of O) tx, tx + thread_columns, ...
+Shared    : query tile [block_q, R], key tile [block_kv, R] and then value tile [block_kv, E] in one place,
+            P [block_q, block_kv], the row maxima of each thread, the maps of one grouping block
+Assumes   : tiles from `choose_tiles`; no axis of O is empty. A query that sees nothing gives 0 and lse = -inf
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import cuda
+
+from ..problem import GroupBy, ceil_div
+from .fuse_channels import make_fuse_channels, make_sample_channels
+
+MAX_SHARED_BYTES = 48 * 1024
+"""What a static shared array may take on every GPU; Numba cannot ask for more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Queries and keys of one step, and the threads that share them."""
+
+    block_q: int
+    block_kv: int
+    thread_rows: int
+    thread_columns: int
+
+    def shared_bytes(self, width: int, rank: int, value_width: int, itemsize: int) -> int:
+        """Shared memory of the forward kernel, in bytes."""
+        numbers = (
+            self.block_q * odd(rank)
+            + self.block_kv * self.key_value_stride(rank, value_width)
+            + self.block_q * odd(self.block_kv)
+            + self.block_q * self.thread_columns
+            + width
+        )
+        return numbers * itemsize + width * np.dtype(np.int32).itemsize
+
+    def key_value_stride(self, rank: int, value_width: int) -> int:
+        """Row length of the array that holds key tiles, then value tiles with all columns that a thread row owns."""
+        return odd(max(rank, ceil_div(value_width, self.thread_columns) * self.thread_columns))
+
+
+def odd(stride: int) -> int:
+    """Smallest odd row length that holds ``stride`` numbers: neighbouring rows then start in different banks."""
+    return stride | 1
+
+
+def choose_tiles(
+    width: int, rank: int, value_width: int, accumulator: type[np.floating[Any]], simulated: bool
+) -> Tiles:
+    """Return the largest tiles that fit; in the simulator, where each thread costs an OS thread, small ones."""
+    if simulated:
+        return Tiles(block_q=16, block_kv=16, thread_rows=2, thread_columns=4)
+    itemsize = np.dtype(accumulator).itemsize
+    for block_q, block_kv in ((64, 64), (64, 32), (32, 32), (16, 16)):
+        tiles = Tiles(block_q, block_kv, thread_rows=16, thread_columns=16)
+        if tiles.shared_bytes(width, rank, value_width, itemsize) <= MAX_SHARED_BYTES:
+            return tiles
+    return Tiles(block_q=8, block_kv=8, thread_rows=8, thread_columns=8)
+
+
+@cache
+def make_forward(
+    accumulator: type[np.floating[Any]],
+    width: int,
+    value_width: int,
+    group_size: int,
+    group_by: GroupBy | None,
+    has_gains: bool,
+    causal: bool,
+    tiles: Tiles,
+) -> Any:
+    """Return the kernel for one choice of widths, grouping and tiles; ``group_by=None`` is exact attention."""
+    RANK = width // group_size
+    BLOCK_Q, BLOCK_KV = tiles.block_q, tiles.block_kv
+    THREAD_ROWS, THREAD_COLUMNS = tiles.thread_rows, tiles.thread_columns
+    THREADS = THREAD_ROWS * THREAD_COLUMNS
+    ROWS_PER_THREAD = BLOCK_Q // THREAD_ROWS
+    KEYS_PER_THREAD = BLOCK_KV // THREAD_COLUMNS
+    VALUES_PER_THREAD = ceil_div(value_width, THREAD_COLUMNS)
+    VALUE_COLUMNS = VALUES_PER_THREAD * THREAD_COLUMNS
+    Q_SHAPE = (BLOCK_Q, odd(RANK))
+    KV_SHAPE = (BLOCK_KV, tiles.key_value_stride(RANK, value_width))
+    P_SHAPE = (BLOCK_Q, odd(BLOCK_KV))
+    MAXIMA_SHAPE = (BLOCK_Q, THREAD_COLUMNS)
+    S_SHAPE = (ROWS_PER_THREAD, KEYS_PER_THREAD)
+    O_SHAPE = (ROWS_PER_THREAD, VALUES_PER_THREAD)
+    ZERO = accumulator(0)
+    MINUS_INFINITY = accumulator(-np.inf)
+    is_grouped = group_by is not None
+    by_keys = group_by == "keys"
+    sample = make_sample_channels(accumulator, RANK, group_size, THREAD_ROWS, THREAD_COLUMNS)
+    fuse = make_fuse_channels(accumulator, RANK, group_size, has_gains, THREAD_ROWS, THREAD_COLUMNS)
+    load_queries, load_keys = (fuse, sample) if by_keys else (sample, fuse)
+
+    def forward(
+        Q: Any,  # [B, H, N, D]
+        K: Any,  # [B, H_kv, M, D]
+        V: Any,  # [B, H_kv, M, E]
+        channels: Any,  # [B, H_x, C, D] or None
+        gains: Any,  # [B, H_x, C, D] or None
+        O: Any,  # [B, H, N, E]
+        lse: Any,  # [B, H, N]
+        query_block: int,  # rows per grouping block, or N
+        key_block: int,  # rows per grouping block, or M (1 where there are no keys)
+        causal_offset: int,
+        scale: Any,
+    ) -> None:
+        Q_smem = cuda.shared.array(Q_SHAPE, accumulator)
+        KV_smem = cuda.shared.array(KV_SHAPE, accumulator)
+        P_smem = cuda.shared.array(P_SHAPE, accumulator)
+        maxima_smem = cuda.shared.array(MAXIMA_SHAPE, accumulator)
+        channels_smem = cuda.shared.array(width, np.int32)
+        gains_smem = cuda.shared.array(width, accumulator)
+        S_rmem = cuda.local.array(S_SHAPE, accumulator)
+        O_rmem = cuda.local.array(O_SHAPE, accumulator)
+        row_max = cuda.local.array(ROWS_PER_THREAD, accumulator)
+        row_sum = cuda.local.array(ROWS_PER_THREAD, accumulator)
+        tx = cuda.threadIdx.x
+        ty = cuda.threadIdx.y
+
+        # ---- which queries this block owns ----
+        heads, N = Q.shape[1], Q.shape[2]
+        kv_heads, M = K.shape[1], K.shape[2]
+        tiles_per_block = (query_block + BLOCK_Q - 1) // BLOCK_Q
+        query_tiles = (N + query_block - 1) // query_block * tiles_per_block
+        tile = cuda.blockIdx.x % query_tiles
+        h = cuda.blockIdx.x // query_tiles % heads
+        b = cuda.blockIdx.x // query_tiles // heads
+        h_kv = h * kv_heads // heads
+        query_c = tile // tiles_per_block
+        query_start = query_c * query_block + tile % tiles_per_block * BLOCK_Q
+        query_stop = min(query_start + BLOCK_Q, (query_c + 1) * query_block, N)
+        if query_start >= query_stop:
+            return  # beyond the end of a short last block
+        key_stop = M
+        if causal:
+            key_stop = min(max(query_stop + causal_offset, 0), M)
+
+        for i in range(ROWS_PER_THREAD):
+            row_max[i] = MINUS_INFINITY
+            row_sum[i] = ZERO
+            for e in range(VALUES_PER_THREAD):
+                O_rmem[i, e] = ZERO
+
+        for block_start in range(0, key_stop, key_block):
+            # ---- maps of this pair of blocks: only one side has more than one, the other's index is 0 ----
+            c = query_c + block_start // key_block
+            h_x = h_kv if by_keys else h
+            for j in range(ty * THREAD_COLUMNS + tx, width, THREADS):
+                channels_smem[j] = j
+                if is_grouped:
+                    channels_smem[j] = channels[b, h_x, c, j]
+                if has_gains:
+                    gains_smem[j] = gains[b, h_x, c, j]
+            cuda.syncthreads()  # the maps are there
+            load_queries(Q, b, h, query_start, query_stop, channels_smem, gains_smem, Q_smem, ty, tx)
+
+            block_stop = min(block_start + key_block, key_stop)
+            for key_start in range(block_start, block_stop, BLOCK_KV):
+                load_keys(K, b, h_kv, key_start, block_stop, channels_smem, gains_smem, KV_smem, ty, tx)
+                cuda.syncthreads()  # queries and keys are there
+
+                # ---- S = scale * Q K^T [BLOCK_Q, BLOCK_KV] ----
+                for i in range(ROWS_PER_THREAD):
+                    for j in range(KEYS_PER_THREAD):
+                        S_rmem[i, j] = ZERO
+                for r in range(RANK):
+                    for i in range(ROWS_PER_THREAD):
+                        q = Q_smem[ty + i * THREAD_ROWS, r]
+                        for j in range(KEYS_PER_THREAD):
+                            S_rmem[i, j] += q * KV_smem[tx + j * THREAD_COLUMNS, r]
+
+                # ---- scores out of sight, and this thread's share of the row maxima ----
+                for i in range(ROWS_PER_THREAD):
+                    row = ty + i * THREAD_ROWS
+                    row_stop = block_stop
+                    if causal:
+                        row_stop = min(block_stop, query_start + row + causal_offset + 1)
+                    largest = MINUS_INFINITY
+                    for j in range(KEYS_PER_THREAD):
+                        score = MINUS_INFINITY
+                        if key_start + tx + j * THREAD_COLUMNS < row_stop:
+                            score = scale * S_rmem[i, j]
+                        S_rmem[i, j] = score
+                        if score > largest:
+                            largest = score
+                    maxima_smem[row, tx] = largest
+                cuda.syncthreads()  # all maxima are there, the keys are used up
+
+                # ---- value tile [BLOCK_KV, E] ----
+                keys = min(block_stop - key_start, BLOCK_KV)
+                for m in range(ty, keys, THREAD_ROWS):
+                    for e in range(tx, VALUE_COLUMNS, THREAD_COLUMNS):
+                        KV_smem[m, e] = accumulator(V[b, h_kv, key_start + m, e]) if e < value_width else ZERO
+
+                # ---- running softmax: P = exp(S - row_max), and the rescaling of what was summed so far ----
+                for i in range(ROWS_PER_THREAD):
+                    row = ty + i * THREAD_ROWS
+                    new_max = row_max[i]
+                    for t in range(THREAD_COLUMNS):
+                        if maxima_smem[row, t] > new_max:
+                            new_max = maxima_smem[row, t]
+                    # a row that has seen no key yet: -inf - 0, not -inf - -inf
+                    shift = ZERO if new_max == MINUS_INFINITY else new_max
+                    rescale = math.exp(row_max[i] - shift)
+                    row_max[i] = new_max
+                    row_sum[i] *= rescale
+                    for e in range(VALUES_PER_THREAD):
+                        O_rmem[i, e] *= rescale
+                    for j in range(KEYS_PER_THREAD):
+                        P_smem[row, tx + j * THREAD_COLUMNS] = math.exp(S_rmem[i, j] - shift)
+                cuda.syncthreads()  # P and the values are there
+
+                # ---- O += P V [BLOCK_Q, E] ----
+                for m in range(keys):
+                    for i in range(ROWS_PER_THREAD):
+                        p = P_smem[ty + i * THREAD_ROWS, m]
+                        row_sum[i] += p
+                        for e in range(VALUES_PER_THREAD):
+                            O_rmem[i, e] += p * KV_smem[m, tx + e * THREAD_COLUMNS]
+                cuda.syncthreads()  # P, the values and, at the end of a block, its queries and maps are used up
+
+        # ---- write rows query_start to query_stop - 1 ----
+        for i in range(ROWS_PER_THREAD):
+            n = query_start + ty + i * THREAD_ROWS
+            if n < query_stop:
+                total = row_sum[i]
+                has_seen = total != ZERO
+                for e in range(VALUES_PER_THREAD):
+                    column = tx + e * THREAD_COLUMNS
+                    if column < value_width:
+                        O[b, h, n, column] = O_rmem[i, e] / total if has_seen else ZERO
+                if tx == 0:
+                    lse[b, h, n] = row_max[i] + math.log(total) if has_seen else MINUS_INFINITY
+
+    return cuda.jit(forward)
