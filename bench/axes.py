@@ -1,0 +1,120 @@
+"""What is run: the axes, their named presets, and the shapes and options that they multiply out to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from .. import checks
+from ..problem import Problem
+
+EXACT: dict[str, Any] = {"group_size": 1}
+DEFAULT_OPTIONS: dict[str, Any] = {"method": "lsh", "fusion": "sum", "group_by": None, "block_size": None, "seed": 0}
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes, element type and mask of one call; letters as in docs/math.md."""
+
+    B: int
+    H: int
+    kv_heads: int
+    N: int
+    M: int
+    D: int
+    E: int
+    dtype: str
+    causal: bool
+
+    @property
+    def label(self) -> str:
+        """One line that names the shape; what follows from the rest is left out."""
+        sizes = [f"B={self.B} H={self.H}"]
+        if self.kv_heads != self.H:
+            sizes.append(f"kv_heads={self.kv_heads}")
+        sizes.append(f"N={self.N}" if self.M == self.N else f"N={self.N} M={self.M}")
+        sizes.append(f"D={self.D}" if self.E == self.D else f"D={self.D} E={self.E}")
+        return " ".join([*sizes, self.dtype, "causal" if self.causal else "full"])
+
+    @property
+    def array_shapes(self) -> tuple[tuple[int, int, int, int], ...]:
+        """Shapes of q, k and v."""
+        return (
+            (self.B, self.H, self.N, self.D),
+            (self.B, self.kv_heads, self.M, self.D),
+            (self.B, self.kv_heads, self.M, self.E),
+        )
+
+    def problem(self, options: dict[str, Any]) -> Problem:
+        """Return the problem of a call with these grouping options; ValueError as the call itself would raise it."""
+        q, k, v = (np.empty(shape, dtype_named(self.dtype)) for shape in self.array_shapes)
+        return checks.check_attention(
+            q,
+            k,
+            v,
+            causal=self.causal,
+            scale=None,
+            layout="bhnd",
+            out=None,
+            grouping=checks.check_grouping(q, **(DEFAULT_OPTIONS | options)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """Values of every axis; the run is their product. None follows another axis or the device."""
+
+    N: tuple[int, ...] = (4096,)
+    M: tuple[int, ...] | None = None
+    B: tuple[int, ...] = (1,)
+    H: tuple[int, ...] = (8,)
+    kv_heads: tuple[int, ...] | None = None
+    D: tuple[int, ...] = (128,)
+    E: tuple[int, ...] | None = None
+    G: tuple[int, ...] = (1, 2, 4)
+    L: tuple[int, ...] = (checks.DEFAULT_BLOCK_SIZE,)
+    dtype: tuple[str, ...] | None = None
+    causal: tuple[bool, ...] = (False,)
+    method: tuple[str, ...] = ("lsh",)
+    fusion: tuple[str, ...] = ("sum",)
+    group_by: tuple[str, ...] = ("queries",)
+
+    def shapes(self, default_dtype: str) -> Iterator[Shape]:
+        """Yield every shape, longest-running axes last."""
+        dtypes = self.dtype or (default_dtype,)
+        for dtype, causal, B, H, D, N in product(dtypes, self.causal, self.B, self.H, self.D, self.N):
+            for kv_heads, M, E in product(self.kv_heads or (H,), self.M or (N,), self.E or (D,)):
+                yield Shape(B=B, H=H, kv_heads=kv_heads, N=N, M=M, D=D, E=E, dtype=dtype, causal=causal)
+
+    def options(self) -> list[dict[str, Any]]:
+        """Return the grouping options of every variant; exact attention (G = 1) comes once, as nothing else matters."""
+        variants = [EXACT] if 1 in self.G else []
+        approximate = [G for G in self.G if G != 1]
+        for G, method, fusion, group_by, L in product(approximate, self.method, self.fusion, self.group_by, self.L):
+            variants.append(
+                {"method": method, "fusion": fusion, "group_size": G, "group_by": group_by, "block_size": L}
+            )
+        return variants
+
+
+PRESETS = {
+    "main": (Axes(B=(2,), H=(16,), N=(8192,), D=(128,), dtype=("float16",)), None),
+    "paper": (
+        Axes(H=(10,), N=tuple(1024 * n for n in (2, 4, 8, 10, 20, 40)), D=(32, 64, 128), dtype=("float16",), B=(1,)),
+        None,
+    ),
+    "cpu": (Axes(H=(8,), N=(4096,), D=(128,), dtype=("float32",)), 2),
+}
+"""Axes, and the number of CPU threads where the preset fixes it."""
+
+
+def dtype_named(name: str) -> np.dtype[Any]:
+    """Return the NumPy dtype; bfloat16 is the one of ml_dtypes."""
+    scalar: Any = import_module("ml_dtypes").bfloat16 if name == "bfloat16" else name
+    dtype: np.dtype[Any] = np.dtype(scalar)
+    return dtype

@@ -1,0 +1,237 @@
+"""``distrattn bench``: run, list, table, compare, plot."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from .. import checks, info
+from . import report, table
+from .axes import PRESETS, Axes
+from .device import BACKENDS, Kind, open_device
+from .environment import describe_environment, gpu_state
+from .peers import PEERS, load_peers
+from .runner import Plan, profile, run
+
+THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+"""Read once, when the libraries load: a run with ``--threads`` therefore starts in a new process."""
+
+
+def main(argv: list[str]) -> int:
+    """Run ``distrattn bench`` with these arguments; return its exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.command(arguments, argv)
+    except (ValueError, ImportError, OSError) as error:
+        print(f"distrattn bench: {error}", file=sys.stderr)
+        return 2
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="distrattn bench", description="Speed beside error, against peers.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="check and time every point of the axes", epilog="LIST: values with commas.")
+    run.set_defaults(command=_run)
+    run.add_argument("--preset", type=_list_of(_choice(*PRESETS)), default=[], metavar="LIST", help=", ".join(PRESETS))
+    sizes = {
+        "-N": "queries",
+        "-M": "keys (default: as many as queries)",
+        "-B": "batch",
+        "-H": "query heads",
+        "--kv-heads": "key/value heads (default: one for each query head)",
+        "-D": "query/key width",
+        "-E": "value width (default: D)",
+        "-G": "channels per group; 1 is exact",
+        "-L": "rows per grouping block",
+    }
+    for flag, meaning in sizes.items():
+        run.add_argument(flag, type=_list_of(_size), metavar="LIST", help=f"{meaning}; 8k is 8192")
+    words: dict[str, tuple[str, ...]] = {
+        "--dtype": checks.DTYPES,
+        "--method": ("lsh",),
+        "--fusion": ("sum", "lstsq"),
+        "--group-by": ("queries", "keys"),
+    }
+    for flag, choices in words.items():
+        run.add_argument(flag, type=_list_of(_choice(*choices)), metavar="LIST", help=", ".join(choices))
+    run.add_argument("--causal", action="append_const", dest="causal", const=True, help="with --full: both")
+    run.add_argument("--full", action="append_const", dest="causal", const=False)
+    run.add_argument(
+        "--backend",
+        type=_list_of(_choice(*BACKENDS)),
+        metavar="LIST",
+        help=f"{', '.join(BACKENDS)} (default: cupy where it has a device, else numpy)",
+    )
+    run.add_argument(
+        "--peers",
+        type=_list_of(_choice("all", "none", *PEERS)),
+        default=["all"],
+        metavar="LIST",
+        help=f"all (default), none, or of {', '.join(PEERS)}",
+    )
+    run.add_argument("--repeat", type=_size, metavar="ROUNDS", help="cold runs of each contender")
+    run.add_argument("--threads", type=_size, metavar="T", help="CPU threads of NumPy and PyTorch")
+    run.add_argument("--json", type=Path, metavar="FILE", help="write the report")
+    run.add_argument("--profile", action="store_true", help="call everything once, unchecked and without timers")
+
+    commands.add_parser("list", help="show the presets").set_defaults(command=_list)
+
+    tables = commands.add_parser("table", help="write the tables of the documentation from the committed results")
+    tables.set_defaults(command=_table)
+    tables.add_argument("documents", nargs="*", type=Path, default=[Path("README.md")], metavar="FILE")
+    tables.add_argument("--results", type=Path, default=Path(__file__).parent / "results", metavar="FOLDER")
+    tables.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a table is not current")
+
+    compare = commands.add_parser("compare", help="two reports side by side")
+    compare.set_defaults(command=_compare)
+    compare.add_argument("before", type=Path)
+    compare.add_argument("after", type=Path)
+
+    plot = commands.add_parser("plot", help="speed-up over the number of queries, as a picture")
+    plot.set_defaults(command=_plot)
+    plot.add_argument("report", type=Path)
+    plot.add_argument("picture", type=Path)
+    return parser
+
+
+def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
+    presets = [PRESETS[name] for name in arguments.preset] or [(Axes(), None)]
+    threads = arguments.threads or next((count for _, count in presets if count is not None), None)
+    if threads is not None:
+        if any(os.environ.get(name) != str(threads) for name in THREAD_VARIABLES):
+            return _run_with_threads(threads, argv)
+        _limit_cpus(threads)
+    kind, backend_names = _choose_backends(arguments.backend)
+    device = open_device(kind)
+    axes = [replace(preset, **_overrides(arguments)) for preset, _ in presets]
+    points = [(shape, some.options()) for some in axes for shape in some.shapes(device.default_dtype)]
+    for shape, variants in points:
+        for options in variants:
+            shape.problem(options)  # a mistake in the axes ends the run before it begins
+    wanted = list(PEERS) if "all" in arguments.peers else [name for name in arguments.peers if name != "none"]
+    peers, missing = load_peers(wanted, kind, info.cpu_cores())
+    for name, reason in missing.items():
+        _say(f"peer {name} is missing: {reason}")
+    plan = Plan(device, points, backend_names, peers, arguments.repeat or device.default_rounds)
+    if arguments.profile:
+        profile(plan, _say)
+        return 0
+    measured: report.Report = {
+        "schema": report.SCHEMA,
+        "kind": kind,
+        "environment": describe_environment(device, argv),
+        "missing_peers": missing,
+        "peaks": {},
+        "rows": [],
+    }
+    for peaks, rows in run(plan, _say):
+        measured["peaks"] = peaks
+        measured["rows"] += rows
+        if kind == "gpu":  # right after the load: the clocks of an idle GPU say nothing
+            measured["environment"]["gpu_state"] = gpu_state()
+        report.print_rows(rows)
+        if arguments.json is not None:  # after every shape: a long run may be cut off
+            report.save(measured, arguments.json)
+    ours = [row for row in measured["rows"] if row["contender"] in BACKENDS]
+    return 1 if any(row["status"] in ("wrong", "failed") for row in ours) else 0
+
+
+def _overrides(arguments: argparse.Namespace) -> dict[str, tuple[Any, ...]]:
+    """Return the axes that the command line names; they replace those of a preset."""
+    given = {field.name: getattr(arguments, field.name) for field in fields(Axes)}
+    return {name: tuple(values) for name, values in given.items() if values is not None}
+
+
+def _choose_backends(names: list[str] | None) -> tuple[Kind, list[str]]:
+    """Return the backends to run and the one kind of device that all of them are timed on."""
+    chosen = names or ["cupy" if info.probe("cupy").devices else "numpy"]
+    kinds = {BACKENDS[name] for name in chosen}
+    if len(kinds) > 1:
+        raise ValueError(f"--backend: one run times one device, got {', '.join(chosen)}")
+    if "gpu" in kinds:
+        for name in dict.fromkeys(["cupy", *chosen]):  # inputs and clock are CuPy's, whatever the backend
+            state = info.probe(name)
+            if not state.devices:
+                raise ValueError(f"--backend: {', '.join(chosen)} cannot run here: {name}: {state.problem or 'no GPU'}")
+    return kinds.pop(), chosen
+
+
+def _run_with_threads(threads: int, argv: list[str]) -> int:
+    environment = os.environ | dict.fromkeys(THREAD_VARIABLES, str(threads))
+    return subprocess.run([sys.executable, "-m", __package__, *argv], env=environment, check=False).returncode
+
+
+def _limit_cpus(threads: int) -> None:
+    """Keep this process on as many CPUs: the NumPy backend starts a worker for each."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+
+
+def _list(_arguments: argparse.Namespace, _argv: list[str]) -> int:
+    for name, (axes, threads) in PRESETS.items():
+        values = {field.name: getattr(axes, field.name) for field in fields(Axes)}
+        told = [f"{axis}={','.join(map(str, value))}" for axis, value in values.items() if value is not None]
+        print(f"{name}: {' '.join(told)}{'' if threads is None else f' threads={threads}'}")
+    return 0
+
+
+def _table(arguments: argparse.Namespace, _argv: list[str]) -> int:
+    stale = []
+    for path in arguments.documents:
+        old = path.read_text(encoding="utf-8")
+        new = table.fill(old, arguments.results)
+        if new != old:
+            stale.append(path)
+            if not arguments.check:
+                path.write_text(new, encoding="utf-8")
+    for path in stale:
+        print(f"{path}: {'not current: run distrattn bench table' if arguments.check else 'written'}")
+    return 1 if stale and arguments.check else 0
+
+
+def _compare(arguments: argparse.Namespace, _argv: list[str]) -> int:
+    report.compare(report.load(arguments.before), report.load(arguments.after))
+    return 0
+
+
+def _plot(arguments: argparse.Namespace, _argv: list[str]) -> int:
+    from .plot import plot
+
+    plot(report.load(arguments.report), arguments.picture)
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _list_of(item: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    def parse(text: str) -> list[Any]:
+        return list(dict.fromkeys(item(part.strip()) for part in text.split(",")))
+
+    return parse
+
+
+def _size(text: str) -> int:
+    """Return a positive number; "8k" is 8192."""
+    digits, kilo = (text[:-1], 1024) if text.endswith("k") else (text, 1)
+    if not digits.isdecimal() or int(digits) == 0:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
+    return int(digits) * kilo
+
+
+def _choice(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"must be of {', '.join(choices)}, got {text!r}")
+        return text
+
+    return parse

@@ -1,0 +1,91 @@
+"""What one call costs: floating-point operations and bytes, counted from the problem alone (docs/math.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .problem import Problem, block_edges
+from .reference import HASH_BITS
+from .reference.distr_attention import rows_that_meet
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Counts of one call; a multiply-add is two FLOP."""
+
+    pairs: int
+    """Visible (query, key) pairs over all heads."""
+    exact_flop: int
+    """FLOP of exact attention on the same shape, ``2 pairs (D + E)``: divided by a time it compares methods."""
+    executed_flop: int
+    """FLOP of the two products as computed, ``2 pairs (R + E)``, and of hashing and fusion."""
+    minimum_bytes: int
+    """q, k and v read once, the result written once."""
+
+
+def work_of(problem: Problem) -> Work:
+    """Return what ``problem`` costs. Exponentials, sorting, and masked parts of a kernel's tiles are not counted."""
+    D, E, R = problem.width, problem.value_width, problem.rank
+    pairs = problem.batch * problem.heads * visible_pairs(problem.queries, problem.keys, problem.causal_offset)
+    return Work(
+        pairs=pairs,
+        exact_flop=2 * pairs * (D + E),
+        executed_flop=2 * pairs * (R + E) + grouping_flop(problem) + fusion_flop(problem),
+        minimum_bytes=_elements(problem) * np.dtype(problem.dtype).itemsize,
+    )
+
+
+def visible_pairs(N: int, M: int, causal_offset: int | None) -> int:
+    """Return how many pairs of eq. 3 one head has: the sum over n of ``n + causal_offset + 1``, kept within 0 and M."""
+    if causal_offset is None:
+        return N * M
+
+    def keys_up_to(last: int) -> int:  # sum of min(count, M) over count = 1 ... last
+        growing = min(max(last, 0), M)
+        return growing * (growing + 1) // 2 + max(last - M, 0) * M
+
+    return keys_up_to(N + causal_offset) - keys_up_to(causal_offset)
+
+
+def grouping_flop(problem: Problem) -> int:
+    """Return the FLOP of the maps: the hash (eq. 5) and, for "lstsq", the channel lengths and gains (eq. 9)."""
+    grouping = problem.grouping
+    if grouping is None:
+        return 0
+    D, R = problem.width, problem.rank
+    x_rows = problem.batch * problem.grouped_heads * problem.grouped_rows
+    flop = 2 * x_rows * D * HASH_BITS
+    if grouping.fusion == "lstsq":
+        if grouping.by == "queries":
+            y_rows = problem.batch * problem.kv_heads * problem.keys
+        else:
+            y_rows = problem.batch * problem.heads * problem.queries
+        flop += 2 * D * (x_rows + y_rows) + 2 * (D - R) * x_rows
+    return flop
+
+
+def fusion_flop(problem: Problem) -> int:
+    """Return the FLOP of Y Z (eq. 8): every row of the other side once per block and query head that meets it."""
+    grouping = problem.grouping
+    if grouping is None:
+        return 0
+    fused_rows = 0
+    for start, stop in block_edges(problem.grouped_rows, grouping.block_size):
+        first, last = rows_that_meet(
+            start,
+            stop,
+            group_by=grouping.by,
+            N=problem.queries,
+            M=problem.keys,
+            causal_offset=problem.causal_offset,
+        )
+        fused_rows += last - first
+    per_row = (problem.width - problem.rank) * (2 if grouping.fusion == "lstsq" else 1)
+    return problem.batch * problem.heads * fused_rows * per_row
+
+
+def _elements(problem: Problem) -> int:
+    row = problem.width + problem.value_width
+    return problem.batch * row * (problem.heads * problem.queries + problem.kv_heads * problem.keys)
