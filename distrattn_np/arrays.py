@@ -12,7 +12,8 @@ Kind = Literal["numpy", "cupy", "numba"]
 def kind_of(array: Any) -> Kind | None:
     """Return the kind of ``array``: a NumPy, CuPy or Numba device array; None for anything else."""
     if isinstance(array, np.ndarray):
-        return "numpy"
+        # a mask would be ignored without a word
+        return None if isinstance(array, np.ma.MaskedArray) else "numpy"
     module = type(array).__module__
     if module.partition(".")[0] == "cupy" and hasattr(array, "__cuda_array_interface__"):
         return "cupy"
@@ -29,17 +30,41 @@ def describe(array: Any) -> str:
     return f"{kind} array of shape {tuple(array.shape)} and dtype {array.dtype}"
 
 
-def address_range(array: Any) -> tuple[int, int]:
-    """Return the first and past-the-last byte address that ``array`` can touch."""
-    if kind_of(array) == "numpy":
-        start = array.__array_interface__["data"][0]
-    elif hasattr(array, "__cuda_array_interface__"):
-        start = array.__cuda_array_interface__["data"][0] or 0
-    else:  # Numba's simulator keeps its data in a NumPy array
-        start = array.__array_interface__["data"][0]
-    if 0 in array.shape:
-        return start, start
-    reach = [(size - 1) * stride for size, stride in zip(array.shape, array.strides, strict=True)]
-    low = sum(step for step in reach if step < 0)
-    high = sum(step for step in reach if step > 0)
-    return start + low, start + high + array.dtype.itemsize
+def address(array: Any) -> int:
+    """Return the address of the first element, in bytes; 0 where there is none."""
+    # Numba's simulator keeps its data in a NumPy array
+    on_device = kind_of(array) != "numpy" and hasattr(array, "__cuda_array_interface__")
+    interface = array.__cuda_array_interface__ if on_device else array.__array_interface__
+    return interface["data"][0] or 0
+
+
+def overlaps_itself(array: Any) -> bool:
+    """Whether two elements of ``array`` may share memory: an axis steps by less than the axes inside it reach."""
+    axes = sorted((abs(stride), size) for size, stride in zip(array.shape, array.strides, strict=True) if size > 1)
+    reach = array.dtype.itemsize
+    for stride, size in axes:
+        if stride < reach:
+            return 0 not in array.shape
+        reach += (size - 1) * stride
+    return False
+
+
+def share_memory(a: Any, b: Any) -> bool:
+    """Whether an element of ``a`` and one of ``b`` share memory; interleaved views of one buffer need not."""
+    # where strides are too odd to decide within max_work, overlapping ranges count; NumPy's stub knows only 0 and -1
+    return np.may_share_memory(_shape_in_memory(a), _shape_in_memory(b), max_work=10**6)  # type: ignore[arg-type]
+
+
+def _shape_in_memory(array: Any) -> np.ndarray:
+    """Return a NumPy array at the same addresses, on the device or not. It must not be read."""
+
+    class Interface:
+        __array_interface__ = {  # noqa: RUF012
+            "version": 3,
+            "typestr": f"|V{array.dtype.itemsize}",
+            "data": (address(array), True),
+            "shape": tuple(array.shape),
+            "strides": tuple(array.strides),
+        }
+
+    return np.asarray(Interface())

@@ -6,19 +6,21 @@ kind of array or dtype; NotImplementedError: legal, but no kernel covers it.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import numbers
 from typing import Any
 
 import numpy as np
 
-from .arrays import address_range, describe, kind_of
-from .problem import Grouping, Layout, Problem
+from .arrays import address, describe, kind_of, overlaps_itself, share_memory
+from .problem import Grouping, Problem, ceil_div
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 MAX_WIDTH = 256
 DEFAULT_BLOCK_SIZE = 1024
 """Rows per grouping block where the caller names none; docs/math.md says what the choice trades."""
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def check_attention(
@@ -33,8 +35,7 @@ def check_attention(
     grouping: Grouping | None,
 ) -> Problem:
     """Return the problem that the arguments describe, or raise the first error found."""
-    if layout not in ("bhnd", "bnhd"):
-        raise ValueError(_message("layout", "must be 'bhnd' or 'bnhd'", repr(layout)))
+    _check_choice("layout", layout, "bhnd", "bnhd")
     named = {"q": q, "k": k, "v": v}
     if out is not None:
         named["out"] = out
@@ -72,7 +73,7 @@ def check_attention(
         scale=_check_scale(scale, width),
         causal_offset=_check_causal(causal, queries, keys),
         layout="bnhd" if layout == "bnhd" else "bhnd",
-        grouping=grouping,
+        grouping=_shorten_block(grouping, queries, keys),
     )
 
 
@@ -80,12 +81,10 @@ def check_grouping(
     q: Any, *, method: str, fusion: str, group_size: int, group_by: str | None, block_size: int | None, seed: int
 ) -> Grouping | None:
     """Return the grouping that the options describe, None where they ask for exact attention, or raise."""
-    if method != "lsh":
-        raise ValueError(_message("method", "must be 'lsh'", repr(method)))
-    if fusion not in ("sum", "lstsq"):
-        raise ValueError(_message("fusion", "must be 'sum' or 'lstsq'", repr(fusion)))
-    if group_by not in (None, "queries", "keys"):
-        raise ValueError(_message("group_by", "must be 'queries' or 'keys'", repr(group_by)))
+    _check_choice("method", method, "lsh")
+    _check_choice("fusion", fusion, "sum", "lstsq")
+    if group_by is not None:
+        _check_choice("group_by", group_by, "queries", "keys")
     group_size = _check_integer("group_size", group_size, at_least=1)
     block_size = _check_integer("block_size", DEFAULT_BLOCK_SIZE if block_size is None else block_size, at_least=1)
     seed = _check_integer("seed", seed, at_least=0)
@@ -104,12 +103,23 @@ def check_grouping(
 
 def check_backend_name(name: str | None) -> None:
     """Raise unless ``name`` is one of the backends."""
-    if name not in (None, "numpy", "cupy", "numba"):
-        raise ValueError(_message("backend", "must be 'numpy', 'cupy' or 'numba'", repr(name)))
+    if name is not None:
+        _check_choice("backend", name, "numpy", "cupy", "numba")
 
 
 def _message(argument: str, rule: str, got: str) -> str:
     return f"{argument}: {rule}, got {got}"
+
+
+def _show(value: Any) -> str:
+    return repr(value) if kind_of(value) is None else describe(value)
+
+
+def _check_choice(name: str, value: Any, *choices: str) -> None:
+    if not (isinstance(value, str) and value in choices):
+        *others, last = map(repr, choices)
+        rule = f"must be {', '.join(others)} or {last}" if others else f"must be {last}"
+        raise ValueError(_message(name, rule, _show(value)))
 
 
 def _check_array(name: str, array: Any, q: Any) -> None:
@@ -132,6 +142,9 @@ def _check_array(name: str, array: Any, q: Any) -> None:
     if any(stride % array.dtype.itemsize for stride in array.strides):
         got = f"{describe(array)} with strides {tuple(array.strides)} bytes"
         raise ValueError(_message(name, "strides must be multiples of the element size", got))
+    if address(array) % array.dtype.itemsize:
+        got = f"{describe(array)} at address {address(array):#x}"
+        raise ValueError(_message(name, "the address must be a multiple of the element size", got))
 
 
 def _check_out(out: Any, named: dict[str, Any], shape: tuple[int, ...]) -> None:
@@ -139,39 +152,46 @@ def _check_out(out: Any, named: dict[str, Any], shape: tuple[int, ...]) -> None:
         raise ValueError(_message("out", f"must have shape {shape}", describe(out)))
     if kind_of(out) == "numpy" and not out.flags.writeable:
         raise ValueError(_message("out", "must be writeable", f"read-only {describe(out)}"))
-    for size, stride in zip(out.shape, out.strides, strict=True):
-        if size > 1 and stride == 0:
-            got = f"{describe(out)} with strides {tuple(out.strides)} bytes"
-            raise ValueError(_message("out", "elements must not share memory", got))
-    out_start, out_stop = address_range(out)
+    if overlaps_itself(out):
+        got = f"{describe(out)} with strides {tuple(out.strides)} bytes"
+        raise ValueError(_message("out", "elements must not share memory", got))
     for name in ("q", "k", "v"):
-        start, stop = address_range(named[name])
-        if start < out_stop and out_start < stop:
+        if share_memory(out, named[name]):
             raise ValueError(_message("out", f"must not share memory with {name}", describe(out)))
 
 
 def _check_scale(scale: float | None, width: int) -> float:
     if scale is None:
         return 1 / math.sqrt(width)
-    if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not math.isfinite(scale):
-        raise ValueError(_message("scale", "must be a finite number", repr(scale)))
-    return float(scale)
+    if isinstance(scale, numbers.Real) and not isinstance(scale, bool) and abs(scale) <= FLOAT32_MAX:
+        return float(scale)
+    raise ValueError(_message("scale", "must be a finite number in the range of float32", _show(scale)))
 
 
 def _check_causal(causal: bool | str, queries: int, keys: int) -> int | None:
-    if causal is False or causal is None:
-        return None
-    if causal is True or causal == "bottom-right":
-        return keys - queries
-    if causal == "top-left":
-        return 0
-    raise ValueError(_message("causal", "must be True, False, 'bottom-right' or 'top-left'", repr(causal)))
+    if isinstance(causal, bool | np.bool_):
+        return keys - queries if causal else None
+    if isinstance(causal, str) and causal in ("bottom-right", "top-left"):
+        return keys - queries if causal == "bottom-right" else 0
+    raise ValueError(_message("causal", "must be True, False, 'bottom-right' or 'top-left'", _show(causal)))
 
 
 def _check_integer(name: str, value: Any, *, at_least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < at_least:
-        raise ValueError(_message(name, f"must be an integer of at least {at_least}", repr(value)))
+        raise ValueError(_message(name, f"must be an integer of at least {at_least}", _show(value)))
     return int(value)
+
+
+def _shorten_block(grouping: Grouping | None, queries: int, keys: int) -> Grouping | None:
+    """Return the grouping with no more rows a block than the arrays have, rounded up to whole default blocks.
+
+    All rows are one block then as before, with the same hyperplanes; numbers of any size stay within the kernels' ints.
+    """
+    if grouping is None:
+        return None
+    rows = keys if grouping.by == "keys" else queries
+    enough = DEFAULT_BLOCK_SIZE * max(ceil_div(rows, DEFAULT_BLOCK_SIZE), 1)
+    return dataclasses.replace(grouping, block_size=min(grouping.block_size, enough))
 
 
 def _bhnd_shape(array: Any, layout: str) -> tuple[int, int, int, int]:
@@ -187,14 +207,3 @@ def _in_layout(shape: tuple[int, int, int, int], layout: str) -> tuple[int, int,
 def _device_of(array: Any) -> int:
     # CuPy: .device.id. A Numba array belongs to the context it was made in; NumPy has one device.
     return int(array.device.id) if kind_of(array) == "cupy" else 0
-
-
-__all__ = [
-    "DEFAULT_BLOCK_SIZE",
-    "DTYPES",
-    "MAX_WIDTH",
-    "Layout",
-    "check_attention",
-    "check_backend_name",
-    "check_grouping",
-]

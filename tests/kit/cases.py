@@ -99,6 +99,10 @@ class Inputs:
     def __iter__(self) -> Any:
         return iter((self.q, self.k, self.v))
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # noqa: ARG002
+        """Keep Hypothesis's reports short."""
+        printer.text(", ".join(str(x.tolist()) if x.size <= 16 else f"array of shape {x.shape}" for x in self))
+
 
 def make_inputs(case: Case) -> Inputs:
     """Return normal random inputs on which no hash bit and no choice of a first member hangs on rounding."""

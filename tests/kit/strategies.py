@@ -12,9 +12,14 @@ from hypothesis import strategies as st
 
 from .backends import Limits, Runner, runners
 from .cases import Case, Inputs
+from .compare import assert_agrees
 
 MAX_ENTRY = 8
 """Keeps scores in a range where float32 still resolves them: about 700 at D = 128."""
+SPACING = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
+"""Of numbers at 1, by dtype."""
+LSE_ROUNDING = SPACING["float32"]
+"""lse is float32 whatever the inputs are."""
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
@@ -27,7 +32,8 @@ def law(body: Callable[[Runner, Draw], None]) -> Any:
         def examples(data: st.DataObject) -> None:
             body(backend, data.draw)
 
-        examples.__name__ = f"{body.__name__}[{backend.name}]"  # Hypothesis files failures under this name
+        # Hypothesis files failures under this name
+        examples.__name__ = f"{body.__name__}_{backend.name.replace('-', '_')}"
         most = backend.limits.examples
         profile = settings() if most is None else settings(max_examples=min(most, settings().max_examples))
         profile(given(data=st.data())(examples))()
@@ -86,18 +92,36 @@ def arrays(draw: Draw, shape: tuple[int, ...], dtype: np.dtype, *, hostile: bool
 
 
 def rounding(case: Case, inputs: Inputs) -> float:
-    """Return a bound, in units of the values, of what rounding in the case's dtype may change in a result.
+    """Return a bound, in nats, of what rounding in the case's dtype does to the scores and the weights of values.
 
     A score is a sum of D products, each at most max|q| max|k|; least-squares gains may add a factor sqrt(rows). An
     error of d nats in the scores moves a result by at most about 2 d max|v|, and lse by d.
     """
-    largest_q, largest_k = (float(np.abs(x.astype(np.float64)).max(initial=0)) for x in (inputs.q, inputs.k))
     scale = 1 / np.sqrt(case.D) if case.scale is None else abs(case.scale)
     rows = max(case.N, case.M) if case.fusion == "lstsq" and case.G > 1 else 1
-    scores = scale * largest_q * largest_k * case.D * np.sqrt(rows)
-    return 4 * unit_roundoff(case) * (1 + scores)
+    scores = scale * largest(inputs.q) * largest(inputs.k) * case.D * np.sqrt(rows)
+    return 4 * SPACING[case.dtype] * (1 + scores) + sum_rounding(case)
 
 
-def unit_roundoff(case: Case) -> float:
-    """Return the spacing of numbers at 1 in the case's dtype."""
-    return {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}[case.dtype]
+def value_rounding(case: Case, v: np.ndarray) -> float:
+    """Return a bound of what rounding does to a weighted mean of M values once the weights are given."""
+    return (4 * SPACING[case.dtype] + 2 * sum_rounding(case)) * largest(v)
+
+
+def sum_rounding(case: Case) -> float:
+    """Return the relative rounding of a sum over the keys, float32 at least."""
+    return case.M * min(SPACING[case.dtype], SPACING["float32"])
+
+
+def largest(array: np.ndarray) -> float:
+    """Return the largest absolute value."""
+    return float(np.abs(array.astype(np.float64)).max(initial=0))
+
+
+def assert_same_result(
+    actual: tuple[np.ndarray, np.ndarray], expected: tuple[np.ndarray, np.ndarray], case: Case, slack: float
+) -> None:
+    """Compare (out, lse) of two computations; ``slack`` is the error of their scores in nats, as from `rounding`."""
+    tolerances = ((0, 2 * slack * MAX_ENTRY), (4 * LSE_ROUNDING, slack + LSE_ROUNDING))
+    for got, want, (rtol, atol) in zip(actual, expected, tolerances, strict=True):
+        assert_agrees(got, want, rtol=rtol, atol=atol, context=str(case), check_dtype=False, constant_ok=True)
