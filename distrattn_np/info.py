@@ -99,15 +99,16 @@ def driver_version() -> tuple[int, int] | None:
 
 
 def kernels(name: str, dtype: str, compute_capability: tuple[int, int] | None) -> str:
-    """Return in words what computes a call with arrays of ``dtype``."""
-    if name == "numpy":
-        return "BLAS products over tiles of queries" + (", in float32" if dtype in ("float16", "bfloat16") else "")
-    if name == "numba":
-        return "CUDA cores" if dtype != "bfloat16" else "not supported"
+    """Return in words what computes a call with arrays of ``dtype``; no capability: Numba's simulator, or NumPy."""
     is_narrow = dtype in ("float16", "bfloat16")
+    if name == "numpy":
+        return "BLAS products over tiles of queries and keys" + (", in float32" if is_narrow else "")
+    if name == "numba":
+        where = "CUDA cores" if compute_capability else "simulated"
+        return "not supported" if dtype == "bfloat16" else f"numba_kernels/forward.py ({where})"
     if is_narrow and compute_capability is not None and compute_capability >= TENSOR_CORES_FROM:
-        return "tensor cores (mma.sync), float32 sums"
-    return "CUDA cores"
+        return "raw_kernels/forward_mma.cu (tensor cores, float32 sums)"
+    return "raw_kernels/forward_simt.cu (CUDA cores" + (", float32 sums)" if is_narrow else ")")
 
 
 def advice(states: tuple[BackendState, ...], driver: tuple[int, int] | None) -> list[str]:
@@ -148,7 +149,7 @@ def collect() -> dict[str, Any]:
         "distrattn_np": version("distrattn_np"),
         "python": platform.python_version(),
         "driver": None if driver is None else f"{driver[0]}.{driver[1]}",
-        "default_backend_of_the_demo": best_backend().name,
+        "demo_runs_on": best_backend().name,
         "backends": entries,
         "advice": advice(states, driver),
     }
@@ -171,7 +172,7 @@ def run(*, as_json: bool) -> int:
             where = "" if capability == "any" else f" on {capability}"
             for what in dict.fromkeys(used.values()):
                 print(f"{'':7}{', '.join(dtype for dtype in used if used[dtype] == what)}{where}: {what}")
-    print(f"\n`distrattn demo` uses: {facts['default_backend_of_the_demo']}")
+    print(f"\n`distrattn demo` uses: {facts['demo_runs_on']}")
     for line in facts["advice"]:
         print(f"For more - {line}")
     return 0
