@@ -176,7 +176,7 @@ class NumbaBackend(Backend):
         return _to_cupy(result) if kind_of(like) == "cupy" else result
 
 
-def _accumulator(dtype: Any) -> type[np.floating[Any]]:
+def _accumulator(dtype: Any) -> Any:
     return np.float64 if dtype == np.float64 else np.float32
 
 

@@ -15,14 +15,11 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import numpy as np
 from numba import cuda
 
 
 @cache
-def make_channel_norms(
-    accumulator: type[np.floating[Any]], by_keys: bool, causal: bool, thread_rows: int, thread_columns: int
-) -> Any:
+def make_channel_norms(accumulator: Any, by_keys: bool, causal: bool, thread_rows: int, thread_columns: int) -> Any:
     """Return the kernel for one side of grouping.
 
     With blocks over keys, Y is Q: the query heads that share a key head are added up.

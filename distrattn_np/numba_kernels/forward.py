@@ -60,9 +60,7 @@ def odd(stride: int) -> int:
     return stride | 1
 
 
-def choose_tiles(
-    width: int, rank: int, value_width: int, accumulator: type[np.floating[Any]], simulated: bool
-) -> Tiles:
+def choose_tiles(width: int, rank: int, value_width: int, accumulator: Any, simulated: bool) -> Tiles:
     """Return the largest tiles that fit; in the simulator, where each thread costs an OS thread, small ones."""
     if simulated:
         return Tiles(block_q=16, block_kv=16, thread_rows=2, thread_columns=4)
@@ -76,7 +74,7 @@ def choose_tiles(
 
 @cache
 def make_forward(
-    accumulator: type[np.floating[Any]],
+    accumulator: Any,
     width: int,
     value_width: int,
     group_size: int,

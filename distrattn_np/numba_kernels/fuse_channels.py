@@ -12,14 +12,11 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import numpy as np
 from numba import cuda
 
 
 @cache
-def make_sample_channels(
-    accumulator: type[np.floating[Any]], rank: int, group_size: int, thread_rows: int, thread_columns: int
-) -> Any:
+def make_sample_channels(accumulator: Any, rank: int, group_size: int, thread_rows: int, thread_columns: int) -> Any:
     """Return the device function that loads the first channel of each group."""
     ZERO = accumulator(0)
 
@@ -47,7 +44,7 @@ def make_sample_channels(
 
 @cache
 def make_fuse_channels(
-    accumulator: type[np.floating[Any]],
+    accumulator: Any,
     rank: int,
     group_size: int,
     has_gains: bool,

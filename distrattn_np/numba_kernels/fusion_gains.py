@@ -21,9 +21,7 @@ from numba import cuda
 
 
 @cache
-def make_fusion_gains(
-    accumulator: type[np.floating[Any]], width: int, group_size: int, thread_rows: int, thread_columns: int
-) -> Any:
+def make_fusion_gains(accumulator: Any, width: int, group_size: int, thread_rows: int, thread_columns: int) -> Any:
     """Return the kernel for ``width`` channels in groups of ``group_size``."""
     PARTIAL_SHAPE = (thread_rows, width)
     ZERO = accumulator(0)

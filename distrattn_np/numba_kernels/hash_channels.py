@@ -24,8 +24,8 @@ ROWS_PER_TILE = 32
 
 
 @cache
-def make_hash_channels(accumulator: type[np.floating[Any]], channels: int, bit_threads: int) -> Any:
-    """Return the kernel that hashes ``channels`` channels a thread block, with sums of type ``accumulator``."""
+def make_hash_channels(accumulator: Any, channels: int, bit_threads: int) -> Any:
+    """Return the kernel that hashes ``channels`` channels a thread block; ``accumulator`` is the NumPy type of sums."""
     THREADS = channels * bit_threads
     BITS_PER_THREAD = HASH_BITS // bit_threads
     X_SHAPE = (ROWS_PER_TILE, channels)
