@@ -144,20 +144,21 @@ def load_file(path: Path) -> Inputs:
         missing = [name for name in "qkv" if name not in file]
         if missing:
             raise ValueError(f"--input: must hold arrays q, k and v, got {', '.join(file.files) or 'none'} in {path}")
-        arrays = []
-        for name in "qkv":
-            array = file[name]
-            if array.ndim not in (3, 4):
-                raise ValueError(f"--input: {name} must have 3 or 4 axes, got shape {array.shape}")
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
-                raise ValueError(f"--input: {name} must be finite, got NaN or infinity in {path}")
-            arrays.append(np.ascontiguousarray(array if array.ndim == 4 else array[np.newaxis]))
+        q, k, v = (_with_batch_axis(name, file[name]) for name in "qkv")
         settings: dict[str, Any] = {"scale": None, "causal": False}
         for name in settings.keys() & set(file.files):
             if file[name].ndim != 0:
                 raise ValueError(f"--input: {name} must be a single value, got shape {file[name].shape}")
             settings[name] = file[name].item()
-    return Inputs(*arrays, **settings, origin=str(path))
+    return Inputs(q, k, v, settings["scale"], settings["causal"], str(path))
+
+
+def _with_batch_axis(name: str, array: np.ndarray) -> np.ndarray:
+    if array.ndim not in (3, 4):
+        raise ValueError(f"--input: {name} must have 3 or 4 axes, got shape {array.shape}")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ValueError(f"--input: {name} must be finite, got NaN or infinity")
+    return np.ascontiguousarray(array if array.ndim == 4 else array[np.newaxis])
 
 
 def run(plan: Plan, *, as_json: bool) -> int:
@@ -297,7 +298,8 @@ def attention_rows(inputs: Inputs, problem: Problem, maps: Maps | None, b: int, 
     row_max = S.max(axis=1, keepdims=True)
     P: np.ndarray = np.exp(S - np.where(row_max == -np.inf, 0, row_max))
     row_sum = P.sum(axis=1, keepdims=True)
-    return np.divide(P, row_sum, out=P, where=row_sum > 0)
+    np.divide(P, row_sum, out=P, where=row_sum > 0)
+    return P
 
 
 def spread(size: int, most: int) -> np.ndarray:
@@ -330,7 +332,7 @@ def draw(plan: Plan, maps: Sequence[Maps | None], results: Sequence[Result], pat
     # below a hundredth of the uniform row, colours would only tell rounding from zero
     norm = LogNorm(vmin=0.01 / (len(edges) - 1), vmax=1, clip=True)
     figure = Figure(figsize=(13, 7.2), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[3, 2])
+    top, bottom = figure.subfigures(2, 1, height_ratios=[3, 2], squeeze=False)[:, 0]
     panels = top.subplots(1, len(images), sharey=True)
     lines = bottom.subplots()
     for i, (panel, result, P) in enumerate(zip(panels, results, images, strict=True)):

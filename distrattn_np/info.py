@@ -9,13 +9,12 @@ import platform
 import sys
 from dataclasses import asdict, dataclass
 from importlib import import_module
-from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
-from . import backends
+from . import __version__, backends
 
 TENSOR_CORES_FROM = (8, 0)
 """First compute capability whose tensor cores the CuPy backend uses (mma.sync on float16 and bfloat16)."""
@@ -137,16 +136,16 @@ def collect() -> dict[str, Any]:
         dtypes.insert(1, "bfloat16")
     entries = []
     for state in states:
-        capabilities = sorted({device.compute_capability for device in state.devices}) or [None]
-        used = {
-            "any" if capability is None else f"{capability[0]}.{capability[1]}": {
-                dtype: kernels(state.name, dtype, capability) for dtype in dtypes
-            }
-            for capability in capabilities
-        }
-        entries.append({**asdict(state), "usable": state.is_usable, "kernels": used if state.is_usable else {}})
+        used = {}
+        if state.is_usable:
+            # one entry for each kind of device; a backend without devices has a single one
+            capabilities: set[tuple[int, int] | None] = {device.compute_capability for device in state.devices}
+            for capability in capabilities or {None}:
+                where = "any" if capability is None else f"{capability[0]}.{capability[1]}"
+                used[where] = {dtype: kernels(state.name, dtype, capability) for dtype in dtypes}
+        entries.append({**asdict(state), "usable": state.is_usable, "kernels": used})
     return {
-        "distrattn_np": version("distrattn_np"),
+        "distrattn_np": __version__,
         "python": platform.python_version(),
         "driver": None if driver is None else f"{driver[0]}.{driver[1]}",
         "demo_runs_on": best_backend().name,

@@ -101,7 +101,7 @@ class TestDemo:
         [
             ({"v": None}, r"--input: must hold arrays q, k and v, got q, k in .*input\.npz"),
             ({"q": np.ones((4, 16), np.float32)}, r"--input: q must have 3 or 4 axes, got shape \(4, 16\)"),
-            ({"k": np.full((2, 50, 16), np.nan, np.float32)}, r"--input: k must be finite, got NaN or infinity in .*"),
+            ({"k": np.full((2, 50, 16), np.nan, np.float32)}, r"--input: k must be finite, got NaN or infinity"),
             ({"q": np.ones((4, 0, 16), np.float32)}, r"--input: nothing to compare, q is \(1, 4, 0, 16\) and k .*"),
             ({"q": np.ones((4, 40, 16), np.int32)}, r"q: the dtype must be one of .*int32"),
             ({"q": np.ones((4, 40, 8), np.float32)}, r"k: must have q's width 8, got .*"),
