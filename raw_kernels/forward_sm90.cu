@@ -1,0 +1,421 @@
+// forward_sm90.cu - attention for 16-bit elements on Hopper (sm_90a): wgmma, tensor-map copies, specialised warpgroups.
+//
+//   S = scale * (X W) (Y Z)^T,   O = softmax(S) V                              docs/math.md (eq. 2, 4 and 10)
+//
+// Reference : reference/distr_attention.py      Numba : distrattn_np/numba_kernels/forward.py
+// Launcher  : distrattn_np/backends/cupy_backend.py; sizes, boxes and encoding of the maps: backends/tensor_map.py
+//
+// What the maps show decides what is computed:
+//   exact attention        : Q and K as the caller holds them, R = D
+//   blocks over queries    : Q sampled, K fused for each query block (KEYS_PER_ITEM)
+//   blocks over keys       : Q as the caller holds it, K sampled, and a map Z for each key block (KEY_MAPS). Q Z is
+//                            computed here, once for each key block, and stays in registers.
+//
+// Grid      : (query tiles of a block * items); an item is a (batch, head, query block), see work_item.cuh
+// Block     : (1 + NUM_CONSUMERS) * 128 threads. Warpgroup 0 copies tiles, the others own 64 query rows each
+// Shared    : sizeof(SharedTiles) + SWIZZLE_ALIGNMENT, dynamic
+// Maps      : 16-bit elements, strides as they are, swizzle as wide as a row of the box, zeros outside
+//             axes from the inner one             box (Panels<width>::COLUMNS, rows, 1, 1)
+//             q_map (Q_WIDTH, N, H, B)            (Q_WIDTH, BLOCK_Q)
+//             k_map (R, M, H_kv, B)               (R, BLOCK_KV)          KEYS_PER_ITEM: (R, M, items of this launch, 1)
+//             v_map (E, M, H_kv, B)               (E, BLOCK_KV)
+//             z_map (D, key blocks * R, H_kv, B)  (D, R)                 KEY_MAPS: Z transposed
+// Assumes   : scale > 0, M > 0; pointers and strides of what the maps show are multiples of 16 bytes, those of O of 4;
+//             KEY_MAPS: key_block_size is a multiple of BLOCK_KV
+// A query that sees no key: O = 0, lse = -inf.
+// Alone     : nvcc -cubin -gencode arch=compute_90a,code=sm_90a raw_kernels/forward_sm90.cu
+
+// ---- parameters: the launcher sets these with -D; the defaults let the file compile alone ----
+#ifndef R
+#define R 128  // inner width of the score product
+#endif
+#ifndef E
+#define E 128  // width of a row of V
+#endif
+#ifndef D
+#define D R  // width of a row of Q before it is mapped; only with KEY_MAPS
+#endif
+#ifndef KEYS_PER_ITEM
+#define KEYS_PER_ITEM 0
+#endif
+#ifndef KEY_MAPS
+#define KEY_MAPS 0
+#endif
+#ifndef CAUSAL
+#define CAUSAL 0
+#endif
+#ifndef SKIP_RESCALE
+#define SKIP_RESCALE 1  // 0: follow the maximum exactly
+#endif
+#ifndef BLOCK_Q
+#define BLOCK_Q 128
+#endif
+#ifndef BLOCK_KV
+#define BLOCK_KV 128
+#endif
+#ifndef STAGES
+#define STAGES 2
+#endif
+#ifndef PING_PONG
+#define PING_PONG 1  // consumers take turns: one issues its products while the others are at their softmax
+#endif
+
+#include "hopper.cuh"
+#include "work_item.cuh"
+
+constexpr int WARPGROUP = 128;   // threads
+constexpr int CONSUMER_ROWS = 64;  // rows of one wgmma
+constexpr int NUM_CONSUMERS = BLOCK_Q / CONSUMER_ROWS;
+constexpr int NUM_THREADS = (1 + NUM_CONSUMERS) * WARPGROUP;
+constexpr int Q_WIDTH = KEY_MAPS ? D : R;  // width of the Q tile
+static_assert(ELEMENT == FLOAT16 || ELEMENT == BFLOAT16, "tensor cores take 16-bit elements");
+static_assert(BLOCK_Q % CONSUMER_ROWS == 0 && NUM_CONSUMERS >= 2 && NUM_CONSUMERS <= 4,
+              "two to four warpgroups own 64 query rows each");
+static_assert(BLOCK_KV % MMA_DEPTH == 0 && BLOCK_KV <= 128, "S [64, BLOCK_KV] is held in registers");
+static_assert(R % MMA_DEPTH == 0 && E % MMA_DEPTH == 0 && Q_WIDTH % MMA_DEPTH == 0, "widths are padded to wgmma's depth");
+
+// Registers of a thread. What the warpgroups hold together may not exceed what they are launched with, or the block
+// hangs: 65536 / NUM_THREADS each, rounded down to a multiple of eight.
+constexpr int PRODUCER_REGISTERS = NUM_CONSUMERS == 2 ? 24 : 32;
+constexpr int CONSUMER_REGISTERS = NUM_CONSUMERS == 2 ? 240 : NUM_CONSUMERS == 3 ? 160 : 112;
+static_assert(PRODUCER_REGISTERS + NUM_CONSUMERS * CONSUMER_REGISTERS <=
+                  (1 + NUM_CONSUMERS) * (65536 / NUM_THREADS / 8 * 8),
+              "the register file holds all warpgroups");
+
+// The maximum may lag behind by this much (log2 units) before sums are rescaled: P stays below 2^8, far from overflow.
+constexpr float RESCALE_THRESHOLD = 8.0f;
+constexpr float LN_2 = 0.6931471805599453f;
+constexpr float INFINITE = __builtin_bit_cast(float, 0x7f800000);
+
+struct SharedTiles {
+  element_t Q[BLOCK_Q * Q_WIDTH];
+  element_t K[STAGES][BLOCK_KV * R];
+  element_t V[STAGES][BLOCK_KV * E];
+#if KEY_MAPS
+  element_t Z[R * D];
+  Barrier Z_full, Z_empty;
+#endif
+  Barrier Q_full, K_full[STAGES], K_empty[STAGES], V_full[STAGES], V_empty[STAGES];
+};
+static_assert(sizeof(element_t[BLOCK_Q * Q_WIDTH]) % SWIZZLE_ALIGNMENT == 0 &&
+                  sizeof(element_t[BLOCK_KV * R]) % SWIZZLE_ALIGNMENT == 0 &&
+                  sizeof(element_t[BLOCK_KV * E]) % SWIZZLE_ALIGNMENT == 0,
+              "every tile is aligned to its swizzle");
+
+// Sets the scores of keys after the last that each of this lane's two rows sees to minus infinity.
+__device__ __forceinline__ void hide_scores(float (&S)[BLOCK_KV / 2], int first_key, const int (&last_key)[2]) {
+#pragma unroll
+  for (int i = 0; i < BLOCK_KV / 2; ++i)
+    if (i / 4 * 8 + i % 2 > last_key[i / 2 % 2] - first_key) S[i] = -INFINITE;
+}
+
+// The running softmax (eq. 10) of the two rows that a lane holds scores of. Four lanes share a row.
+struct RunningSoftmax {
+  float row_max[2] = {-INFINITE, -INFINITE};  // of the unscaled scores; the same in the four lanes; may lag
+  float row_sum[2] = {0.0f, 0.0f};            // of this lane's columns only
+  float rescale[2];                           // set where `step` returns true
+
+  // Turns S into P = exp(scale (S - row_max)). Returns whether this warp's O has to be multiplied by `rescale` before
+  // P V is added to it.
+  __device__ __forceinline__ bool step(float (&S)[BLOCK_KV / 2], float scale_log2) {
+    float tile_max[2] = {S[0], S[2]};
+#pragma unroll
+    for (int i = 0; i < BLOCK_KV / 2; i += 2)
+      tile_max[i / 2 % 2] = fmaxf(tile_max[i / 2 % 2], fmaxf(S[i], S[i + 1]));
+    const float growth = fmaxf(tile_max[0] - row_max[0], tile_max[1] - row_max[1]);
+    const bool has_grown = !SKIP_RESCALE || __any_sync(~0u, growth * scale_log2 > RESCALE_THRESHOLD);
+    if (has_grown) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float new_max = fmaxf(row_max[i], tile_max[i]);
+        new_max = fmaxf(new_max, __shfl_xor_sync(~0u, new_max, 1));
+        new_max = fmaxf(new_max, __shfl_xor_sync(~0u, new_max, 2));
+        rescale[i] = exp2_approximate((row_max[i] - finite_max(new_max)) * scale_log2);
+        row_sum[i] *= rescale[i];
+        row_max[i] = new_max;
+      }
+    }
+    const float offset[2] = {finite_max(row_max[0]) * scale_log2, finite_max(row_max[1]) * scale_log2};
+#pragma unroll
+    for (int i = 0; i < BLOCK_KV / 2; i += 2) {
+      S[i] = exp2_approximate(fmaf(S[i], scale_log2, -offset[i / 2 % 2]));
+      S[i + 1] = exp2_approximate(fmaf(S[i + 1], scale_log2, -offset[i / 2 % 2]));
+      row_sum[i / 2 % 2] += S[i] + S[i + 1];
+    }
+    return has_grown;
+  }
+
+  // A row that has seen no key yet: any finite maximum makes its P zero.
+  static __device__ __forceinline__ float finite_max(float max) { return max == -INFINITE ? 0.0f : max; }
+};
+
+// ---- producer: one thread copies tiles, from the last key tile down; V follows K by one, the order of their use ----
+__device__ __forceinline__ void copy_tiles(SharedTiles& shared, const TensorMap& q_map, const TensorMap& k_map,
+                                           const TensorMap& v_map,
+#if KEY_MAPS
+                                           const TensorMap& z_map, int tiles_per_key_block,
+#endif
+                                           const WorkItem& work, int kv_head, int tiles) {
+  const int k_head = KEYS_PER_ITEM ? work.launch_item : kv_head;
+  const int k_batch = KEYS_PER_ITEM ? 0 : work.b;
+  Ring<STAGES> K_ring, V_ring;
+#if KEY_MAPS
+  Ring<1> Z_ring;
+#endif
+  copy_tile<Q_WIDTH, BLOCK_Q>(shared.Q, q_map, shared.Q_full, work.query_begin, work.h, work.b);
+#pragma unroll 1
+  for (int tile = tiles - 1; tile >= -1; --tile) {
+    if (tile >= 0) {
+#if KEY_MAPS
+      if (tile == tiles - 1 || (tile + 1) % tiles_per_key_block == 0) {
+        barrier_wait(shared.Z_empty, Z_ring.parity ^ 1);
+        copy_tile<D, R>(shared.Z, z_map, shared.Z_full, tile / tiles_per_key_block * R, kv_head, work.b);
+        Z_ring.advance();
+      }
+#endif
+      barrier_wait(shared.K_empty[K_ring.stage], K_ring.parity ^ 1);
+      copy_tile<R, BLOCK_KV>(shared.K[K_ring.stage], k_map, shared.K_full[K_ring.stage], tile * BLOCK_KV, k_head,
+                             k_batch);
+      K_ring.advance();
+    }
+    if (tile < tiles - 1) {
+      barrier_wait(shared.V_empty[V_ring.stage], V_ring.parity ^ 1);
+      copy_tile<E, BLOCK_KV>(shared.V[V_ring.stage], v_map, shared.V_full[V_ring.stage], (tile + 1) * BLOCK_KV, kv_head,
+                             work.b);
+      V_ring.advance();
+    }
+  }
+}
+
+// ---- parts of the consumer's loop ----
+
+#if KEY_MAPS
+using QueryOperand = unsigned[R / MMA_DEPTH][4];  // Q Z [64, R], in registers
+#else
+using QueryOperand = Descriptor;  // Q [64, R], in shared memory
+#endif
+
+// The three products. Each pins and fences its registers and returns while it is still running.
+
+// S = Q K^T  [64, BLOCK_KV]
+__device__ __forceinline__ void start_scores(float (&S)[BLOCK_KV / 2], const QueryOperand& Q, Descriptor K) {
+  pin(S);
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < R / MMA_DEPTH; ++k) {
+#if KEY_MAPS
+    multiply<false>(S, Q[k], K + inner_step<R, BLOCK_KV>(k), k > 0);
+#else
+    multiply(S, Q + inner_step<R, BLOCK_Q>(k), K + inner_step<R, BLOCK_KV>(k), k > 0);
+#endif
+  }
+  wgmma_commit();
+}
+
+// O += P V  [64, E]
+__device__ __forceinline__ void start_values(float (&O)[E / 2], unsigned (&P)[BLOCK_KV / MMA_DEPTH][4],
+                                             Descriptor V) {
+  pin(O);
+  pin(P);
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < BLOCK_KV / MMA_DEPTH; ++k) multiply<true>(O, P[k], V + inner_row_step<E>(k), true);
+  wgmma_commit();
+}
+
+// Q Z  [64, R] of one key block, from Q [64, D] and Z transposed, [R, D]
+#if KEY_MAPS
+__device__ __forceinline__ void map_queries(QueryOperand& QZ, Descriptor Q, Descriptor Z) {
+  float C[R / 2];
+  pin(C);
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < D / MMA_DEPTH; ++k) multiply(C, Q + inner_step<D, BLOCK_Q>(k), Z + inner_step<D, R>(k), k > 0);
+  wgmma_commit();
+  wgmma_wait<0>();
+  pin(C);
+  pack_operands(QZ, C);
+}
+#endif
+
+extern "C" __global__ __launch_bounds__(NUM_THREADS, 1)
+void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
+                  const __grid_constant__ TensorMap v_map,
+#if KEY_MAPS
+                  const __grid_constant__ TensorMap z_map,
+#endif
+                  element_t* __restrict__ O,               // [B, H, N, E]
+                  float* __restrict__ lse,                 // [B, H, N]
+                  int H, int heads_per_kv_head, int N, int M,
+                  int query_blocks, int query_block_size,  // one block of N rows where queries are not cut
+                  int first_item, int causal_offset,
+                  float scale_log2,                        // scale * log2(e)
+                  long long stride_o_b, long long stride_o_h, long long stride_o_n  // elements
+#if KEY_MAPS
+                  ,
+                  int key_block_size
+#endif
+) {
+  extern __shared__ unsigned char shared_bytes[];
+  SharedTiles& shared = *reinterpret_cast<SharedTiles*>(
+      shared_bytes + (SWIZZLE_ALIGNMENT - shared_address(shared_bytes) % SWIZZLE_ALIGNMENT) % SWIZZLE_ALIGNMENT);
+
+  // ---- which query rows this block owns, which keys they see ----
+  const WorkItem work = find_work(BLOCK_Q, H, N, query_blocks, query_block_size, first_item, CAUSAL);
+  if (work.query_begin >= work.query_end) return;
+  const int kv_head = work.h / heads_per_kv_head;
+  const int key_end = CAUSAL ? visible_key_end(work.query_end, M, causal_offset) : M;
+  // Rows that see no key visit one tile all the same, hidden from them, so that every barrier has its use.
+  const int tiles = max(1, (key_end + BLOCK_KV - 1) / BLOCK_KV);
+#if KEY_MAPS
+  const int tiles_per_key_block = key_block_size / BLOCK_KV;
+#endif
+
+  // ---- barriers: a full one hears from the producer and the copy engine, an empty one from each consumer ----
+  if (threadIdx.x == 0) {
+    barrier_init(shared.Q_full, 1);
+#if KEY_MAPS
+    barrier_init(shared.Z_full, 1);
+    barrier_init(shared.Z_empty, NUM_CONSUMERS);
+#endif
+#pragma unroll
+    for (int stage = 0; stage < STAGES; ++stage) {
+      barrier_init(shared.K_full[stage], 1);
+      barrier_init(shared.V_full[stage], 1);
+      barrier_init(shared.K_empty[stage], NUM_CONSUMERS);
+      barrier_init(shared.V_empty[stage], NUM_CONSUMERS);
+    }
+    barrier_init_fence();
+  }
+  __syncthreads();  // no one arrives or waits before the barriers are initialised
+
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / WARPGROUP, 0);  // the compiler sees that a warp agrees on it
+  if (warpgroup == 0) {
+    give_up_registers<PRODUCER_REGISTERS>();
+    if (threadIdx.x == 0) {
+      copy_tiles(shared, q_map, k_map, v_map,
+#if KEY_MAPS
+                 z_map, tiles_per_key_block,
+#endif
+                 work, kv_head, tiles);
+    }
+  } else {
+    take_registers<CONSUMER_REGISTERS>();
+    const int consumer = warpgroup - 1;
+    const int warp = threadIdx.x % WARPGROUP / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
+    const bool is_speaker = threadIdx.x % WARPGROUP == 0;  // arrives at barriers for its warpgroup
+    const int first_row = work.query_begin + consumer * CONSUMER_ROWS;
+    const int row = first_row + warp * 16 + lane / 4;  // this lane's rows: row and row + 8
+    const int last_key[2] = {CAUSAL ? min(M - 1, row + causal_offset) : M - 1,
+                             CAUSAL ? min(M - 1, row + 8 + causal_offset) : M - 1};
+    const int lane_key = lane % 4 * 2;  // first column of a tile that this lane holds scores of
+
+    float O_rmem[E / 2] = {};
+    float S_rmem[BLOCK_KV / 2];
+    unsigned P_rmem[BLOCK_KV / MMA_DEPTH][4];
+    RunningSoftmax softmax;
+    Ring<STAGES> K_ring, V_ring;
+
+    const Descriptor Q_smem = describe_inner_columns<Q_WIDTH>(
+        shared.Q + consumer * CONSUMER_ROWS * Panels<Q_WIDTH>::COLUMNS);  // these rows of every panel
+    const Descriptor K_smem = describe_inner_columns<R>(shared.K);
+    const Descriptor V_smem = describe_inner_rows<E, BLOCK_KV>(shared.V);
+    constexpr unsigned K_STAGE = sizeof(shared.K[0]) >> 4, V_STAGE = sizeof(shared.V[0]) >> 4;  // to the next buffer
+    barrier_wait(shared.Q_full, 0);
+#if KEY_MAPS
+    QueryOperand Q;
+    Ring<1> Z_ring;
+    const Descriptor Z_smem = describe_inner_columns<D>(shared.Z);
+    barrier_wait(shared.Z_full, Z_ring.parity);
+    map_queries(Q, Q_smem, Z_smem);
+    if (is_speaker) barrier_arrive(shared.Z_empty);
+    Z_ring.advance();
+#else
+    const QueryOperand Q = Q_smem;
+#endif
+
+    // ---- the last key tile:  S = Q K^T,  P = exp(S - row_max) ----
+    if (PING_PONG && consumer == 0) named_barrier_arrive(1, 2 * WARPGROUP);  // the first turn
+    barrier_wait(shared.K_full[K_ring.stage], K_ring.parity);
+    start_scores(S_rmem, Q, K_smem + K_ring.stage * K_STAGE);
+    wgmma_wait<0>();
+    pin(S_rmem);
+    if (is_speaker) barrier_arrive(shared.K_empty[K_ring.stage]);
+    K_ring.advance();
+    hide_scores(S_rmem, (tiles - 1) * BLOCK_KV + lane_key, last_key);
+    softmax.step(S_rmem, scale_log2);
+    pack_operands(P_rmem, S_rmem);
+    if (tiles > 1) barrier_wait(shared.K_full[K_ring.stage], K_ring.parity);
+
+#pragma unroll 1
+    for (int tile = tiles - 2; tile >= 0; --tile) {
+#if KEY_MAPS
+      // ---- entering a key block from its end: its Q Z ----
+      if ((tile + 1) % tiles_per_key_block == 0) {
+        barrier_wait(shared.Z_full, Z_ring.parity);
+        map_queries(Q, Q_smem, Z_smem);
+        if (is_speaker) barrier_arrive(shared.Z_empty);
+        Z_ring.advance();
+      }
+      pin(Q);
+#endif
+      // ---- start S = Q K^T of this tile and, behind it, O += P V of the one before ----
+      if (PING_PONG) named_barrier_sync(1 + consumer, 2 * WARPGROUP);
+      start_scores(S_rmem, Q, K_smem + K_ring.stage * K_STAGE);
+      barrier_wait(shared.V_full[V_ring.stage], V_ring.parity);
+      start_values(O_rmem, P_rmem, V_smem + V_ring.stage * V_STAGE);
+      if (PING_PONG) named_barrier_arrive(1 + (consumer + 1) % NUM_CONSUMERS, 2 * WARPGROUP);
+
+      // ---- P = exp(S - row_max), while P V of the tile before is running ----
+      wgmma_wait<1>();
+      pin(S_rmem);
+      if (is_speaker) barrier_arrive(shared.K_empty[K_ring.stage]);
+      K_ring.advance();
+      if (CAUSAL && (tile + 1) * BLOCK_KV - 1 > first_row + causal_offset)
+        hide_scores(S_rmem, tile * BLOCK_KV + lane_key, last_key);
+      const bool has_grown = softmax.step(S_rmem, scale_log2);
+      pin(S_rmem);
+      if (tile > 0) barrier_wait(shared.K_full[K_ring.stage], K_ring.parity);
+
+      // ---- O is complete up to the tile before: rescale it to the new maximum ----
+      wgmma_wait<0>();
+      pin(O_rmem);
+      pin(P_rmem);
+      if (is_speaker) barrier_arrive(shared.V_empty[V_ring.stage]);
+      V_ring.advance();
+      if (has_grown) {
+#pragma unroll
+        for (int i = 0; i < E / 2; ++i) O_rmem[i] *= softmax.rescale[i / 2 % 2];
+      }
+      pack_operands(P_rmem, S_rmem);
+    }
+
+    // ---- O += P V of the first key tile ----
+    barrier_wait(shared.V_full[V_ring.stage], V_ring.parity);
+    start_values(O_rmem, P_rmem, V_smem + V_ring.stage * V_STAGE);
+    wgmma_wait<0>();
+    pin(O_rmem);
+    if (PING_PONG && consumer == 0) named_barrier_sync(1, 2 * WARPGROUP);  // takes the turn that nobody needs
+
+    // ---- O / row_sum and lse, rows n < query_end ----
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float sum = softmax.row_sum[i];
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      const int n = row + 8 * i;
+      if (n >= work.query_end) continue;
+      const float inverse = __fdividef(1.0f, sum);
+      element_t* const O_row = O + work.b * stride_o_b + work.h * stride_o_h + n * stride_o_n;
+#pragma unroll
+      for (int t = 0; t < E / 8; ++t) {
+        const float* const pair = O_rmem + 4 * t + 2 * i;
+        const unsigned packed = pack(pair[0] * inverse, pair[1] * inverse);
+        *reinterpret_cast<unsigned*>(O_row + 8 * t + lane % 4 * 2) = sum == 0.0f ? 0 : packed;
+      }
+      if (lane % 4 == 0)
+        lse[((long long)work.b * H + work.h) * N + n] =
+            LN_2 * (softmax.finite_max(softmax.row_max[i]) * scale_log2 + __log2f(sum));
+    }
+  }
+}
