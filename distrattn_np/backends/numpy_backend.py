@@ -30,6 +30,8 @@ QUERY_TILE = 512
 KEY_TILE = 512
 SCRATCH_BYTES = 56 << 20
 """What all workers together may hold: where their tiles need more, fewer workers run."""
+THREADED_WORK = 1 << 21
+"""Multiply-adds of a task below which handing the interpreter lock over costs more than a second thread gives."""
 
 
 class NumpyBackend(Backend):
@@ -60,7 +62,8 @@ class NumpyBackend(Backend):
             _weigh_members(problem, grouping, X[b, h], Y[b, first:stop], channels[b, h], gains[b, h])
 
         # a block in float64, its columns in the order of their groups, and a tile of the other side
-        _run_tasks(weigh_head, channels.shape[:2], 8 * problem.width * (2 * block_rows + KEY_TILE))
+        memory = 8 * problem.width * (2 * block_rows + KEY_TILE)
+        _run_tasks(weigh_head, channels.shape[:2], memory=memory, work=16 * X[0, 0].size)
         return GroupMaps(channels, gains)
 
     def hash_channels(self, x: np.ndarray, planes: np.ndarray, block_size: int) -> np.ndarray:
@@ -71,8 +74,10 @@ class NumpyBackend(Backend):
         def hash_block(b: int, h: int, c: int) -> None:
             words[b, h, c] = reference.hash_channels(x[b, h, c * block_size : (c + 1) * block_size], planes)
 
+        size = min(block_size, rows) * D
         # a block and its planes in float64
-        _run_tasks(hash_block, words.shape[:3], 8 * (D + reference.HASH_BITS) * min(block_size, rows))
+        memory = 8 * (size + min(block_size, rows) * reference.HASH_BITS)
+        _run_tasks(hash_block, words.shape[:3], memory=memory, work=size * reference.HASH_BITS)
         return words
 
     def group_channels(self, words: np.ndarray) -> np.ndarray:
@@ -108,7 +113,13 @@ class NumpyBackend(Backend):
                 head_maps = _HeadMaps(grouping, maps.channels[b, h_x], gains)
             _Head(problem, Q[b, h], K[b, h_kv], V[b, h_kv], O[b, h], lse[b, h], head_maps).attend(*tiles[t])
 
-        _run_tasks(attend_tile, (problem.batch, problem.heads, len(tiles)), _tile_bytes(problem))
+        rows = max(stop - start for start, stop in tiles)
+        _run_tasks(
+            attend_tile,
+            (problem.batch, problem.heads, len(tiles)),
+            memory=_tile_bytes(problem, rows),
+            work=rows * problem.keys * (problem.rank + problem.value_width),
+        )
 
     def bring_in(self, array: np.ndarray, layout: Layout) -> np.ndarray:
         """Return ``array`` as a (B, H, rows, width) view."""
@@ -227,7 +238,7 @@ class _RunningSoftmax:
         rescale = np.exp(row_max - shift)
         row_max[...] = new_max
         row_sum *= rescale
-        row_sum += S.sum(axis=1, keepdims=True)
+        row_sum += S @ np.ones((S.shape[1], 1), S.dtype)  # BLAS adds rows up faster than sum does
         if (rescale != 1).any():
             O *= rescale
         O += np.matmul(S, V, out=product)
@@ -296,14 +307,14 @@ def _tile(rows: np.ndarray, start: int, stop: int, dtype: np.dtype[Any]) -> np.n
     return tile if tile.dtype == dtype and in_place else tile.astype(dtype, order="C")
 
 
-def _tile_bytes(problem: Problem) -> int:
-    """Return an upper bound of what one worker holds in `_Head.attend`."""
+def _tile_bytes(problem: Problem, rows: int) -> int:
+    """Return an upper bound of what one worker holds for a tile of ``rows`` queries."""
     D, E, R = problem.width, problem.value_width, problem.rank
     itemsize = _compute_dtype(problem).itemsize
-    queries, keys = min(QUERY_TILE, problem.queries), min(KEY_TILE, problem.keys)
-    scores = queries * keys * (itemsize + 1)  # and the causal mask
-    # X, O, the product; K and V converted; a fused and a sampled side with what is being added to the fused one
-    return scores + itemsize * (queries * (D + 2 * E) + keys * (D + E) + max(queries, keys) * 3 * R)
+    keys = min(KEY_TILE, problem.keys)
+    scores = rows * keys * (itemsize + 1)  # and the causal mask
+    # X, O and the product; K and V converted; a sampled side, a fused side and what is being added to it
+    return scores + itemsize * (rows * (D + 2 * E) + keys * (D + E) + 3 * R * max(rows, keys))
 
 
 class _BlasThreads:
@@ -353,11 +364,14 @@ def _openblas_functions() -> tuple[Callable[[], int] | None, Callable[[int], Non
 _BLAS_THREADS = _BlasThreads()
 
 
-def _run_tasks(run: Callable[..., None], shape: tuple[int, ...], bytes_each: int) -> None:
-    """Call ``run`` with every index of ``shape``, on as many threads as there are for BLAS and as memory allows."""
+def _run_tasks(run: Callable[..., None], shape: tuple[int, ...], *, memory: int, work: int) -> None:
+    """Call ``run`` with every index of ``shape``, on several threads where a task is worth it.
+
+    ``memory`` is what one task holds, in bytes; ``work`` its multiply-adds.
+    """
     tasks = itertools.product(*map(range, shape))
     with _BLAS_THREADS.one_per_call() as threads:
-        workers = min(threads, math.prod(shape), max(1, SCRATCH_BYTES // max(1, bytes_each)))
+        workers = min(threads, math.prod(shape), SCRATCH_BYTES // max(1, memory)) if work >= THREADED_WORK else 1
         if workers <= 1:
             _drain(run, tasks)
             return
