@@ -26,6 +26,8 @@ class Device(ABC):
     kind: ClassVar[Kind]
     default_dtype: ClassVar[str]
     default_rounds: ClassVar[int]
+    product_size: int
+    """Rows and columns of the matrices whose product is the yardstick."""
 
     @abstractmethod
     def inputs(self, shape: Shape, seed: int) -> tuple[Any, Any, Any]:
@@ -66,6 +68,7 @@ class Cpu(Device):
     kind = "cpu"
     default_dtype = "float32"
     default_rounds = 7
+    product_size = 2048
 
     def __init__(self) -> None:
         names: dict[str, int] = getattr(os, "sysconf_names", {})
@@ -101,7 +104,7 @@ class Cpu(Device):
 
     def matrix_product(self, dtype: str) -> tuple[str, int, Call]:
         """Return NumPy's product; 16-bit types are multiplied in float32, as the backend does."""
-        size = 2048
+        size = self.product_size
         compute = np.float64 if dtype == "float64" else np.float32
         a, b = np.random.default_rng(0).standard_normal((2, size, size)).astype(compute)
         out = np.empty_like(a)
@@ -117,12 +120,13 @@ class Gpu(Device):
     kind = "gpu"
     default_dtype = "float16"
     default_rounds = 30
+    product_size = 8192
 
     def __init__(self) -> None:
         import cupy
 
         self._cupy = cupy
-        l2_bytes = cupy.cuda.Device().attributes["L2CacheSize"]
+        l2_bytes = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["l2CacheSize"]
         self._scrub_buffer = cupy.empty(4 * max(l2_bytes, 16 << 20), dtype=cupy.uint8)
 
     def inputs(self, shape: Shape, seed: int) -> tuple[Any, Any, Any]:
@@ -173,7 +177,7 @@ class Gpu(Device):
     def matrix_product(self, dtype: str) -> tuple[str, int, Call]:
         """Return cuBLAS's product through CuPy; bfloat16 runs at the rate of float16, which stands for it."""
         cupy = self._cupy
-        size = 8192
+        size = self.product_size
         compute = "float16" if dtype == "bfloat16" else dtype
         rng = cupy.random.default_rng(0)
         a, b = (rng.standard_normal((size, size), dtype=cupy.float32).astype(compute) for _ in range(2))

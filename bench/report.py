@@ -20,8 +20,10 @@ SCHEMA = 1
 def save(report: Report, path: Path) -> None:
     """Write a report; a half-written file never replaces an older one."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    rows = ",\n".join(json.dumps(row) for row in report["rows"])  # a line each: small, and differences can be read
+    head = json.dumps({key: value for key, value in report.items() if key != "rows"}, indent=1)
     partial = path.with_suffix(path.suffix + ".part")
-    partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(f'{head.removesuffix("}").rstrip()},\n "rows": [\n{rows}\n]}}\n', encoding="utf-8")
     partial.replace(path)
 
 

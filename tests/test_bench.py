@@ -1,0 +1,415 @@
+"""The bench: work counts, what it refuses to time, what its reports hold, whether the tables are current."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from distrattn_np.bench import cli, device, runner, table
+from distrattn_np.bench.axes import EXACT, PRESETS, Axes, Shape
+from distrattn_np.bench.oracle import Oracle, WrongResult
+from distrattn_np.bench.timing import time_cold
+
+from distrattn_np import backends, bench, reference
+from distrattn_np.problem import Grouping, GroupMaps, Problem
+from distrattn_np.work import visible_pairs, work_of
+
+ROOT = Path(__file__).parents[1]
+NUMPY = type(backends.load_by_name("numpy"))
+TINY = ["run", "-N", "70", "-H", "3", "-D", "16", "-L", "32", "--backend=numpy", "--peers=none", "--repeat=2"]
+SHARED_HEADS = "-H 4 --kv-heads 2 -M 90 -E 5 -G 2 --group-by queries,keys --fusion sum,lstsq --causal"
+
+
+@pytest.fixture(autouse=True)
+def _small_yardstick(monkeypatch):
+    monkeypatch.setattr(device.Cpu, "product_size", 64)
+
+
+def run(*extra: str, path: Path) -> tuple[int, dict]:
+    code = bench.main([*TINY, *extra, "--json", str(path)])
+    return code, json.loads(path.read_text(encoding="utf-8"))
+
+
+class TestWork:
+    @pytest.mark.parametrize("offset", [None, -9, -3, -1, 0, 1, 4, 40])
+    @pytest.mark.parametrize(("N", "M"), [(1, 1), (5, 3), (3, 5), (7, 7)])
+    def test_visible_pairs_are_those_of_the_definition(self, N, M, offset):
+        assert visible_pairs(N, M, offset) == np.count_nonzero(reference.visible_keys(N, M, offset))
+
+    @pytest.mark.parametrize("fusion", ["sum", "lstsq"])
+    @pytest.mark.parametrize("by", ["queries", "keys"])
+    @pytest.mark.parametrize("offset", [None, 2, -2])
+    def test_counts_are_those_of_the_loops(self, by, fusion, offset):
+        problem = Problem(
+            batch=2,
+            heads=4,
+            kv_heads=2,
+            queries=11,
+            keys=13,
+            width=8,
+            value_width=6,
+            dtype=np.dtype(np.float16),
+            scale=1.0,
+            causal_offset=offset,
+            layout="bhnd",
+            grouping=Grouping(group_size=4, block_size=5, by=by, fusion=fusion, seed=0),
+        )
+        D, E, R = 8, 6, 2
+        seen = reference.visible_keys(11, 13, offset)
+        meets = seen if by == "queries" else seen.T
+        exact = executed = 0
+        for _head in range(2 * 4):
+            exact += 2 * seen.sum() * (D + E)
+            executed += 2 * seen.sum() * (R + E)
+            for start in range(0, len(meets), 5):  # each group of four takes three additions, with gains times two
+                executed += meets[start : start + 5].any(axis=0).sum() * R * 3 * (2 if fusion == "lstsq" else 1)
+        x_rows, y_rows = (2 * 4 * 11, 2 * 2 * 13) if by == "queries" else (2 * 2 * 13, 2 * 4 * 11)
+        executed += x_rows * D * 16 * 2
+        if fusion == "lstsq":
+            executed += 2 * D * (x_rows + y_rows)  # lengths of the channels of both sides
+            executed += 2 * R * 3 * x_rows  # inner products with the sampled member of each group
+        work = work_of(problem)
+        assert work.exact_flop == exact
+        assert work.executed_flop == executed
+        assert work.minimum_bytes == 2 * (2 * 4 * 11 * (D + E) + 2 * 2 * 13 * (D + E))
+
+    def test_exact_attention_executes_what_it_counts(self):
+        work = work_of(Shape(B=1, H=2, kv_heads=2, N=8, M=8, D=4, E=4, dtype="float32", causal=True).problem(EXACT))
+        assert work.executed_flop == work.exact_flop == 2 * work.pairs * 8
+        assert work.pairs == 2 * 36
+
+
+class TestAxes:
+    def test_every_axis_is_multiplied_out_and_exact_comes_once(self):
+        axes = Axes(N=(8, 16), D=(4, 8), G=(2, 1, 4), L=(4, 8), fusion=("sum", "lstsq"), causal=(False, True))
+        shapes = list(axes.shapes("float32"))
+        assert len(shapes) == len(set(shapes)) == 2 * 2 * 2
+        assert all((s.M, s.E, s.kv_heads, s.dtype) == (s.N, s.D, s.H, "float32") for s in shapes)
+        options = axes.options()
+        assert options.count(EXACT) == 1
+        assert len(options) == 1 + 2 * 2 * 2
+
+    def test_presets_are_problems_that_the_call_accepts(self):
+        for axes, _ in PRESETS.values():
+            for shape, options in product(axes.shapes("float32"), axes.options()):
+                assert shape.problem(options).queries == shape.N
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["-G", "3"], "group_size: must divide"),
+            (["--kv-heads", "2"], "the number of heads must divide"),
+            (["--backend", "numpy,cupy"], "one run times one device"),
+        ],
+    )
+    def test_a_mistake_ends_the_run_before_it_begins(self, arguments, message, capsys):
+        assert bench.main([*TINY, *arguments]) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert "checking" not in captured.err
+
+    def test_a_size_is_positive_and_k_means_1024(self, capsys):
+        assert cli._list_of(cli._size)("8k, 3") == [8192, 3]
+        with pytest.raises(SystemExit):
+            bench.main([*TINY, "-N", "0"])
+        assert "must be a positive number, got '0'" in capsys.readouterr().err
+
+
+class TestRun:
+    def test_rows_have_every_field(self, tmp_path, capsys):
+        options = ["-G", "1,2", "--fusion", "sum,lstsq", "--causal", "--full", "--dtype", "float32,float16"]
+        code, measured = run(*options, path=tmp_path / "report.json")
+        assert code == 0
+        assert measured["kind"] == "cpu"
+        assert {"date", "argv", "git", "threads", "cpu", "numpy", "packages"} <= set(measured["environment"])
+        assert measured["peaks"]["float16"]["burst_tflops"] > 0
+        rows = measured["rows"]
+        assert len(rows) == 2 * 2 * 3
+        for row in rows:
+            is_exact = row["options"] == EXACT
+            assert row["status"] == "ok"
+            assert row["reason"] is None
+            cold = row["cold_us"]
+            assert 0 < cold["p20"] <= cold["median"] <= cold["p80"]
+            assert cold["runs"] == 2
+            assert row["check_error"] < 4e-3
+            seconds = cold["median"] / 1e6
+            assert row["exact_tflops"] == pytest.approx(row["work"]["exact_flop"] / seconds / 1e12)
+            assert row["executed_tflops"] == pytest.approx(row["work"]["executed_flop"] / seconds / 1e12)
+            peak = measured["peaks"][row["shape"]["dtype"]]["burst_tflops"]
+            assert row["peak_percent"] == pytest.approx(100 * row["executed_tflops"] / peak)
+            if is_exact:
+                assert row["error_random"] < 4e-3
+                assert row["error_sample"] == 0
+                assert row["grouping_us"] is None
+                assert row["speedup"] == {}
+            else:
+                assert row["error_random"] > 0.1  # normal data has nothing to group
+                assert row["error_sample"] > 0.01
+                assert row["grouping_us"]["median"] > 0
+                assert row["forward_us"]["median"] > 0
+                exact = next(r for r in rows if r["options"] == EXACT and r["shape"] == row["shape"])
+                assert row["speedup"] == {"numpy exact": exact["cold_us"]["median"] / cold["median"]}
+        assert "B=1 H=3 N=70 D=16 float16 causal" in capsys.readouterr().out
+
+    def test_grouped_query_heads_and_other_widths_pass_the_check(self, tmp_path):
+        code, measured = run(*SHARED_HEADS.split(), path=tmp_path / "report.json")
+        assert code == 0
+        assert [row["status"] for row in measured["rows"]] == ["ok"] * 4
+
+    def test_a_result_that_is_off_is_not_timed(self, tmp_path, monkeypatch, capsys):
+        attend = NUMPY.attend
+
+        def off(self, problem, Q, K, V, O, lse, maps):
+            attend(self, problem, Q, K, V, O, lse, maps)
+            if maps is not None:
+                O[..., -1, :] *= 1.001  # the last query of each head
+
+        monkeypatch.setattr(NUMPY, "attend", off)
+        code, measured = run("-G", "1,2", path=tmp_path / "report.json")
+        assert code == 1
+        exact, approximate = measured["rows"]
+        assert exact["status"] == "ok"
+        assert approximate["status"] == "wrong"
+        assert "a row is off by 1" in approximate["reason"]
+        assert [approximate[key] for key in runner.TIMES] == [None] * 5
+        assert approximate["exact_tflops"] is approximate["peak_percent"] is None
+        assert approximate["speedup"] == {}
+        assert "wrong: WrongResult" in capsys.readouterr().out
+
+    def test_rows_that_nobody_wrote_are_wrong(self, tmp_path, monkeypatch):
+        attend = NUMPY.attend
+
+        def forget_a_head(self, problem, Q, K, V, O, lse, maps):
+            kept = O[:, 1].copy()  # a head that the oracle does not look at
+            attend(self, problem, Q, K, V, O, lse, maps)
+            O[:, 1] = kept
+
+        monkeypatch.setattr(NUMPY, "attend", forget_a_head)
+        code, measured = run("-G", "1", path=tmp_path / "report.json")
+        assert code == 1
+        assert "not written" in measured["rows"][0]["reason"]
+
+    @pytest.mark.parametrize("fusion", ["sum", "lstsq"])
+    def test_groups_other_than_the_methods_are_wrong(self, fusion, tmp_path, monkeypatch):
+        group_maps = NUMPY.group_maps
+
+        def ungrouped(self, problem, Q, K):  # consistent, but not the method
+            maps = group_maps(self, problem, Q, K)
+            channels = np.broadcast_to(np.arange(problem.width, dtype=np.int32), maps.channels.shape)
+            return GroupMaps(channels.copy(), maps.gains)
+
+        monkeypatch.setattr(NUMPY, "group_maps", ungrouped)
+        code, measured = run("-G", "2", "--fusion", fusion, path=tmp_path / "report.json")
+        assert code == 1
+        assert "blocks differ from the reference" in measured["rows"][0]["reason"]
+
+    @pytest.mark.parametrize(
+        ("error", "status", "code"),
+        [
+            (NotImplementedError("no kernel"), "not supported", 0),
+            (MemoryError("too large"), "out of memory", 0),
+            (RuntimeError("launch failed"), "failed", 1),
+        ],
+    )
+    def test_a_failure_is_told_and_the_run_goes_on(self, error, status, code, tmp_path, monkeypatch):
+        attend = NUMPY.attend
+
+        def fail(self, problem, Q, K, V, O, lse, maps):
+            if maps is None:
+                raise error
+            attend(self, problem, Q, K, V, O, lse, maps)
+
+        monkeypatch.setattr(NUMPY, "attend", fail)
+        got, measured = run("-G", "1,2", "-N", "40,70", path=tmp_path / "report.json")
+        assert got == code
+        assert [row["status"] for row in measured["rows"]] == [status, "ok"] * 2
+        assert str(error) in measured["rows"][0]["reason"]
+        assert measured["rows"][1]["cold_us"]["median"] > 0
+
+    def test_profile_neither_checks_nor_times(self, tmp_path, monkeypatch, capsys):
+        calls = []
+        attend = NUMPY.attend
+        monkeypatch.setattr(NUMPY, "attend", lambda self, *args: calls.append(attend(self, *args)))
+        assert bench.main([*TINY, "-G", "1,2", "--profile", "--json", str(tmp_path / "report.json")]) == 0
+        assert len(calls) == 2
+        assert not (tmp_path / "report.json").exists()
+        assert capsys.readouterr().out == ""
+
+
+class TestPeers:
+    def test_a_missing_peer_is_told_with_its_reason(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setitem(sys.modules, "torch", None)  # importing it raises
+        _, measured = run("-G", "1", "--peers", "all", path=tmp_path / "report.json")
+        assert set(measured["missing_peers"]) == {"torch-cpu"}
+        assert "ModuleNotFoundError" in measured["missing_peers"]["torch-cpu"]
+        assert "peer torch-cpu is missing" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("factor", [1.0, 1.01])
+    def test_a_peer_is_checked_like_everybody(self, factor, tmp_path, monkeypatch):
+        def prepare(problem, q, k, v):
+            out, _ = reference.exact_attention(q, k, v, scale=problem.scale, causal_offset=problem.causal_offset)
+            return lambda: factor * out
+
+        monkeypatch.setattr(cli, "load_peers", lambda *_: ({"torch-cpu": prepare}, {}))
+        code, measured = run("-G", "1,2", "--causal", path=tmp_path / "report.json")
+        assert code == 0  # a peer's mistake is not ours
+        ours, approximate, peer = measured["rows"]
+        assert peer["status"] == ("ok" if factor == 1 else "wrong")
+        assert ("torch-cpu" in ours["speedup"]) == ("torch-cpu" in approximate["speedup"]) == (factor == 1)
+
+
+class TestTiming:
+    def test_contenders_take_turns_on_a_clean_cache(self):
+        log = []
+
+        class Recorder(device.Cpu):
+            def scrub(self):
+                log.append("scrub")
+
+        a, b = (lambda: log.append("a")), (lambda: log.append("b"))
+        times = time_cold(Recorder(), [a, b], rounds=3)
+        assert log == ["scrub", "a", "scrub", "b"] * 3
+        assert [t.runs for t in times] == [3, 3]
+
+    def test_threads_are_set_in_a_new_process(self, tmp_path):
+        path = tmp_path / "report.json"
+        command = [sys.executable, "-m", "distrattn_np.bench", *TINY, "-G", "1", "--threads", "1", "--json", str(path)]
+        environment = {name: value for name, value in os.environ.items() if name not in cli.THREAD_VARIABLES}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(path.read_text(encoding="utf-8"))["environment"]["threads"] == 1
+
+    def test_import_needs_no_device_library(self):
+        code = "import sys, distrattn_np.bench; print(sorted({'cupy', 'torch', 'numba'} & set(sys.modules)))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "[]"
+
+
+class TestOracle:
+    @pytest.fixture
+    def oracle(self):
+        shape = Shape(B=1, H=2, kv_heads=1, N=200, M=90, D=8, E=3, dtype="float32", causal=True)
+        return Oracle(shape.problem(EXACT), *device.Cpu().inputs(shape, seed=1))
+
+    def test_expected_rows_are_those_of_exact_attention(self):
+        shape = Shape(B=1, H=2, kv_heads=1, N=200, M=90, D=8, E=3, dtype="float32", causal=True)
+        q, k, v = device.Cpu().inputs(shape, seed=1)
+        problem = shape.problem(EXACT)
+        oracle = Oracle(problem, q, k, v)
+        exact, _ = reference.exact_attention(q, k, v, scale=problem.scale, causal_offset=problem.causal_offset)
+        assert {0, 199} <= set(oracle.rows)
+        assert np.abs(oracle.exact).max() > 0.1
+        np.testing.assert_allclose(oracle.rows_of(exact), oracle.exact, rtol=0, atol=1e-13)
+
+    def test_nan_and_values_in_empty_rows_are_wrong(self, oracle):
+        empty = np.flatnonzero(~oracle.exact[0].any(axis=-1))
+        assert len(empty) > 0  # N > M: the first queries see nothing
+        for value in (np.nan, 1e-3):
+            actual = oracle.exact.copy()
+            actual[0, empty[0], 0] = value
+            with pytest.raises(WrongResult):
+                oracle.check(actual, oracle.exact)
+        assert oracle.check(oracle.exact, oracle.exact) == 0
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Return a folder of results with a CPU report of two shapes, one of whose rows failed."""
+    folder = tmp_path / "results"
+    _, measured = run("-G", "1,2", "-N", "40,70", path=folder / "cpu.json")
+    measured["rows"][3] |= {"status": "out of memory", "reason": "MemoryError", "cold_us": None, "speedup": {}}
+    (folder / "cpu.json").write_text(json.dumps(measured), encoding="utf-8")
+    return folder
+
+
+DOCUMENT = """a
+<!-- bench:begin cpu -->
+old
+<!-- bench:end cpu -->
+b
+<!-- bench:begin gpu -->
+<!-- bench:end gpu -->
+c"""
+
+
+class TestTable:
+    def test_blocks_are_written_and_the_rest_is_kept(self, results):
+        text = table.fill(DOCUMENT, results)
+        assert text.startswith("a\n<!-- bench:begin cpu -->\n")
+        assert text.endswith(f"<!-- bench:begin gpu -->\n{table.MISSING}\n<!-- bench:end gpu -->\nc")
+        assert "old" not in text
+        lines = text.splitlines()
+        assert sum(line.startswith("| numpy ") for line in lines) == 2
+        (second,) = (line for line in lines if line.startswith("| B=1 H=3 N=70"))
+        assert "out of memory" in second
+        tables = [line.count("|") for line in lines if line.startswith("|")]
+        assert tables == [tables[0]] * 4 + [tables[-1]] * 3  # as many cells in each line as in its heading
+        assert table.fill(text, results) == text
+
+    def test_check_tells_a_table_that_is_not_current(self, results, tmp_path, capsys):
+        path = tmp_path / "doc.md"
+        path.write_text(DOCUMENT, encoding="utf-8")
+        arguments = ["table", str(path), "--results", str(results)]
+        assert bench.main([*arguments, "--check"]) == 1
+        assert path.read_text(encoding="utf-8") == DOCUMENT
+        assert bench.main(arguments) == 0
+        assert bench.main([*arguments, "--check"]) == 0
+        (results / "cpu.json").unlink()
+        assert bench.main([*arguments, "--check"]) == 1
+        assert "not current" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("text", ["<!-- bench:begin cpu -->\n", "<!-- bench:begin tpu -->\n<!-- bench:end tpu -->"])
+    def test_a_bad_mark_is_refused(self, text, tmp_path):
+        with pytest.raises(ValueError, match="bench marks must"):
+            table.fill(text, tmp_path)
+
+    def test_readme_is_current(self):
+        text = (ROOT / "README.md").read_text(encoding="utf-8")
+        blocks = {block["kind"]: block[0] for block in table.BLOCK.finditer(text)}
+        assert set(blocks) == set(table.RESULTS)
+        for kind, file in table.RESULTS.items():
+            is_measured = (ROOT / "bench" / "results" / file).exists()
+            assert (table.MISSING in blocks[kind]) == (not is_measured)
+        assert table.fill(text, ROOT / "bench" / "results") == text, "run distrattn bench table"
+
+
+class TestReports:
+    def test_compare_tells_the_ratio(self, results, tmp_path, capsys):
+        measured = json.loads((results / "cpu.json").read_text(encoding="utf-8"))
+        for row in measured["rows"][:3]:
+            row["cold_us"]["median"] *= 2
+        slower = tmp_path / "slower.json"
+        slower.write_text(json.dumps(measured), encoding="utf-8")
+        capsys.readouterr()
+        assert bench.main(["compare", str(results / "cpu.json"), str(slower)]) == 0
+        assert capsys.readouterr().out.count("0.500") == 3
+
+    def test_a_file_that_is_no_report_is_refused(self, tmp_path, capsys):
+        path = tmp_path / "other.json"
+        path.write_text("{}", encoding="utf-8")
+        assert bench.main(["compare", str(path), str(path)]) == 2
+        assert "not a bench report" in capsys.readouterr().err
+
+    def test_plot_draws_a_picture(self, results, tmp_path):
+        pytest.importorskip("matplotlib")
+        picture = tmp_path / "speedup.png"
+        assert bench.main(["plot", str(results / "cpu.json"), str(picture)]) == 0
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+    def test_tables_need_no_rich(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr("distrattn_np.bench.report.find_spec", lambda _: None)
+        run("-G", "1,2", path=tmp_path / "report.json")
+        lines = capsys.readouterr().out.splitlines()
+        start = next(i for i, line in enumerate(lines) if line.startswith("contender"))
+        assert len({len(line) for line in lines[start : start + 4]}) == 1
+
+    def test_list_names_every_preset(self, capsys):
+        assert bench.main(["list"]) == 0
+        assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == list(PRESETS)
