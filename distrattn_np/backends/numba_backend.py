@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -32,9 +32,20 @@ SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 
 SIMULATOR_SWITCH_SECONDS = 1e-4
 
-HASH_CHANNELS, HASH_BIT_THREADS = (8, 2) if SIMULATED else (32, 4)
-GROUP_THREADS = 8 if SIMULATED else 256
-REDUCTION_ROWS, REDUCTION_COLUMNS = (2, 8) if SIMULATED else (8, 32)
+
+class Threads(NamedTuple):
+    """Threads of the blocks of the grouping kernels; `choose_tiles` knows those of the forward kernel."""
+
+    hash_channels: int
+    hash_bits: int
+    group: int
+    reduction_rows: int
+    reduction_columns: int
+
+
+GPU_THREADS = Threads(hash_channels=32, hash_bits=4, group=256, reduction_rows=8, reduction_columns=32)
+SIMULATOR_THREADS = Threads(hash_channels=8, hash_bits=2, group=8, reduction_rows=2, reduction_columns=8)
+THREADS = SIMULATOR_THREADS if SIMULATED else GPU_THREADS
 
 
 class NumbaBackend(Backend):
@@ -69,16 +80,16 @@ class NumbaBackend(Backend):
         """Return one word per channel and block, (B, H, C, D) uint16 (eq. 5)."""
         batch, heads, rows, width = X.shape
         words = _empty((batch, heads, ceil_div(rows, block_size), width), np.uint16, X)
-        kernel = make_hash_channels(_accumulator(X.dtype), HASH_CHANNELS, HASH_BIT_THREADS)
-        grid = batch * heads * words.shape[2] * ceil_div(width, HASH_CHANNELS)
-        _launch(kernel, grid, (HASH_BIT_THREADS, HASH_CHANNELS), X, _copy_in(planes, X), words, block_size)
+        kernel = make_hash_channels(_accumulator(X.dtype), THREADS.hash_channels, THREADS.hash_bits)
+        grid = batch * heads * words.shape[2] * ceil_div(width, THREADS.hash_channels)
+        _launch(kernel, grid, (THREADS.hash_bits, THREADS.hash_channels), X, _copy_in(planes, X), words, block_size)
         return words
 
     def group_channels(self, words: Any) -> Any:
         """Return the channels of every block in the order of their Gray ranks, (B, H, C, D) int32 (eq. 6 and 7)."""
         batch, heads, blocks, width = words.shape
         channels = _empty(tuple(words.shape), np.int32, words)
-        _launch(make_group_channels(width), batch * heads * blocks, GROUP_THREADS, words, channels)
+        _launch(make_group_channels(width), batch * heads * blocks, THREADS.group, words, channels)
         return channels
 
     def channel_norms(self, problem: Problem, Q: Any, K: Any) -> Any:
@@ -89,10 +100,14 @@ class NumbaBackend(Backend):
         accumulator = _accumulator(problem.dtype)
         norms = _empty((problem.batch, problem.grouped_heads, problem.blocks, problem.width), accumulator, Y)
         causal = problem.causal_offset is not None
-        kernel = make_channel_norms(accumulator, grouping.by == "keys", causal, REDUCTION_ROWS, REDUCTION_COLUMNS)
-        grid = problem.batch * problem.grouped_heads * problem.blocks * ceil_div(problem.width, REDUCTION_COLUMNS)
+        kernel = make_channel_norms(
+            accumulator, grouping.by == "keys", causal, THREADS.reduction_rows, THREADS.reduction_columns
+        )
+        grid = (
+            problem.batch * problem.grouped_heads * problem.blocks * ceil_div(problem.width, THREADS.reduction_columns)
+        )
         numbers = (grouping.block_size, problem.grouped_rows, problem.causal_offset or 0)
-        _launch(kernel, grid, (REDUCTION_COLUMNS, REDUCTION_ROWS), Y, norms, *numbers)
+        _launch(kernel, grid, (THREADS.reduction_columns, THREADS.reduction_rows), Y, norms, *numbers)
         return norms
 
     def fusion_gains(self, X: Any, channels: Any, norms: Any, group_size: int, block_size: int) -> Any:
@@ -100,8 +115,8 @@ class NumbaBackend(Backend):
         batch, heads, blocks, width = channels.shape
         accumulator = _accumulator(X.dtype)
         gains = _empty((batch, heads, blocks, width), accumulator, X)
-        kernel = make_fusion_gains(accumulator, width, group_size, REDUCTION_ROWS, REDUCTION_COLUMNS)
-        threads = (REDUCTION_COLUMNS, REDUCTION_ROWS)
+        kernel = make_fusion_gains(accumulator, width, group_size, THREADS.reduction_rows, THREADS.reduction_columns)
+        threads = (THREADS.reduction_columns, THREADS.reduction_rows)
         _launch(kernel, batch * heads * blocks, threads, X, norms, channels, gains, block_size)
         return gains
 

@@ -1,0 +1,129 @@
+"""Whether every Numba kernel compiles for a real GPU, in the precision it should, within what any GPU offers.
+
+The kernels are compiled by a child process, this file run as a script: Numba's simulator, which the other tests use on
+a machine without a GPU, cannot be switched off again. Not checked here: what the kernels compute.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+MAX_SHARED_BYTES = 48 * 1024
+ELEMENTS = ("float16", "float32", "float64")
+# (D, E, G, blocks over, gains, causal): usual, widest, odd
+FORWARDS = {
+    "forward-queries-sum": (64, 64, 2, "queries", False, True),
+    "forward-queries-lstsq": (128, 128, 4, "queries", True, False),
+    "forward-keys-lstsq-odd": (255, 33, 3, "keys", True, True),
+    "forward-exact-widest": (256, 256, 1, None, False, False),
+}
+KERNELS = ("hash_channels", "group_channels", "channel_norms", "fusion_gains", *FORWARDS)
+
+
+@pytest.fixture(scope="module", params=[(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
+def compiled(request: pytest.FixtureRequest) -> tuple[str, dict[str, str]]:
+    """Return the architecture and the PTX of every kernel and element type."""
+    if importlib.util.find_spec("numba_cuda") is None:
+        pytest.skip("numba-cuda is not installed")
+    major, minor = request.param
+    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_ENABLE_CUDASIM"}
+    command = [sys.executable, __file__, str(major), str(minor)]
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+    answer = json.loads(child.stdout)
+    if "skip" in answer:
+        pytest.skip(answer["skip"])
+    return f"sm_{major}{minor}", answer
+
+
+@pytest.mark.parametrize("element", ELEMENTS)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernel_compiles_in_its_precision(compiled: tuple[str, dict[str, str]], kernel: str, element: str) -> None:
+    architecture, all_ptx = compiled
+    ptx = all_ptx[f"{kernel} {element}"]
+    assert f".target {architecture}" in ptx
+    assert ".local" not in ptx, "an array that should be in registers is in local memory"
+    assert not re.search(r"\b(shfl|vote|redux)\.", ptx), "a warp intrinsic, which the simulator does not have"
+    shared = [int(size) for size in re.findall(r"\.shared [^;]*\[(\d+)\]", ptx)]
+    assert 0 < sum(shared) <= MAX_SHARED_BYTES
+    if kernel == "group_channels":
+        return  # integers only
+    if element == "float64":
+        assert re.search(r"\bfma\.rn\.f64", ptx)
+        assert not re.search(r"\b(fma|mul|add|sub|div|ex2)\.[a-z.]*f32", ptx), "float64 is computed in float32"
+    else:
+        assert re.search(r"\bfma\.rn\.f32", ptx)
+        assert ".f64" not in ptx, "float32 is computed in float64"
+
+
+def test_tiles_fit_every_width() -> None:
+    pytest.importorskip("numba")
+    from distrattn_np.numba_kernels.forward import choose_tiles
+
+    for accumulator in (np.float32, np.float64):
+        for width in range(1, 257):
+            for rank in {width, width // 2 or 1, 1}:
+                for value_width in (1, 33, 128, 255, 256):
+                    tiles = choose_tiles(width, rank, value_width, accumulator, simulated=False)
+                    assert tiles.block_q % tiles.thread_rows == 0
+                    assert tiles.block_kv % tiles.thread_columns == 0
+                    size = tiles.shared_bytes(width, rank, value_width, np.dtype(accumulator).itemsize)
+                    assert size <= MAX_SHARED_BYTES, f"{width=} {rank=} {value_width=} {accumulator=}"
+
+
+def kernels(types: Any) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+    """Yield the id, the kernel and the signature of everything that is to be compiled."""
+    from distrattn_np.numba_kernels.channel_norms import make_channel_norms
+    from distrattn_np.numba_kernels.forward import choose_tiles, make_forward
+    from distrattn_np.numba_kernels.fusion_gains import make_fusion_gains
+    from distrattn_np.numba_kernels.group_channels import make_group_channels
+    from distrattn_np.numba_kernels.hash_channels import make_hash_channels
+
+    integer = types.int64
+    words, channels = (types.Array(dtype, 4, "C") for dtype in (types.uint16, types.int32))
+    planes, lse = (types.Array(types.float32, axes, "C") for axes in (2, 3))
+    for element in ELEMENTS:
+        accumulator = np.float64 if element == "float64" else np.float32
+        number = getattr(types, np.dtype(accumulator).name)
+        X = types.Array(getattr(types, element), 4, "A")  # "A": any strides
+        sums = types.Array(number, 4, "C")
+        yield f"hash_channels {element}", make_hash_channels(accumulator, 32, 4), (X, planes, words, integer)
+        yield f"group_channels {element}", make_group_channels(128), (words, channels)
+        signature: tuple[Any, ...] = (X, sums, integer, integer, integer)
+        yield f"channel_norms {element}", make_channel_norms(accumulator, True, True, 8, 32), signature
+        signature = (X, sums, channels, sums, integer)
+        yield f"fusion_gains {element}", make_fusion_gains(accumulator, 128, 4, 8, 32), signature
+        for name, (D, E, G, by, gains, causal) in FORWARDS.items():
+            tiles = choose_tiles(D, D // G, E, accumulator, simulated=False)
+            maps = (channels if by else types.none, sums if gains else types.none)
+            signature = (X, X, X, *maps, X, lse, integer, integer, integer, number)
+            yield f"{name} {element}", make_forward(accumulator, D, E, G, by, gains, causal, tiles), signature
+
+
+def compile_all(cc: tuple[int, int]) -> dict[str, str]:
+    """Compile every kernel for compute capability ``cc``, or say under "skip" why none can be compiled here."""
+    from numba import cuda
+    from numba.cuda import dispatcher, types
+
+    # Numba asks the current device what to compile device functions for; there may be none
+    dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=cc)
+    try:
+        cuda.compile_ptx(lambda: None, (), cc=cc)
+    except Exception as error:  # whatever is wrong, an empty kernel is not the cause
+        return {"skip": f"Numba cannot compile an empty kernel here: {error}"}
+    return {name: cuda.compile_ptx(kernel.py_func, signature, cc=cc)[0] for name, kernel, signature in kernels(types)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_all((int(sys.argv[1]), int(sys.argv[2])))))
