@@ -1,0 +1,138 @@
+"""Does each kernel compile alone, for every architecture, without spills or local memory? No GPU is needed to know."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kit.nvrtc import RAW_KERNELS, CompileError, compile_kernel, disassemble
+
+from distrattn_np import tiles
+
+STEMS = sorted(path.stem for path in RAW_KERNELS.glob("*.cu"))
+HEADERS = sorted(path.name for path in RAW_KERNELS.glob("*.cuh"))
+PORTABLE = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+
+
+def architectures(stem: str) -> tuple[str, ...]:
+    return ("sm_90a",) if stem == "forward_sm90" else PORTABLE
+
+
+def builds(stem: str) -> list[tuple[str, dict[str, Any]]]:
+    """Return (architecture, -D set) of every build that is tried.
+
+    The file's own defaults on every architecture; each set of the launcher on two, in turn, so that neighbouring sets
+    cover all six. The nightly profile builds every set for every architecture.
+    """
+    archs = architectures(stem)
+    chosen = [(arch, {}) for arch in archs]
+    for number, defines in enumerate(tiles.compile_cases(stem)):
+        in_turn = {archs[(number + step) % len(archs)] for step in (0, len(archs) // 2)}
+        every = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
+        chosen += [(arch, defines) for arch in archs if every or arch in in_turn]
+    return chosen
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_kernel_compiles_without_spills_or_local_memory(stem: str) -> None:
+    def fault(build: tuple[str, dict[str, Any]]) -> str | None:
+        arch, defines = build
+        try:
+            kernels = compile_kernel(stem, arch, defines).kernels
+        except CompileError as error:
+            return "\n".join(line for line in str(error).splitlines() if "error" in line.lower())
+        if set(kernels) != {stem}:
+            return f"{arch} {defines}: kernels {sorted(kernels)}, expected {stem} alone"
+        used = kernels[stem]
+        if used.stack or used.spill_stores or used.spill_loads:
+            return f"{arch} {defines}: {used}"
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        faults = [text for text in pool.map(fault, builds(stem)) if text is not None]
+    assert not faults, f"{len(faults)} of {len(builds(stem))} builds:\n" + "\n".join(faults)
+
+
+@pytest.mark.parametrize("stem", ["forward_mma", "forward_simt", "forward_sm90", "fuse_channels", "hash_channels"])
+def test_launcher_names_the_sets_that_it_builds(stem: str) -> None:
+    """Else the test above would try a kernel's defaults only."""
+    assert len(tiles.compile_cases(stem)) > 1
+
+
+@pytest.mark.parametrize("arch", PORTABLE)
+def test_forward_mma_runs_on_tensor_cores(arch: str, tmp_path: Path) -> None:
+    code = disassemble(compile_kernel("forward_mma", arch).cubin, tmp_path)
+    assert len(re.findall(r"\bHMMA\.16816\.F32\b", code)) >= 16
+
+
+def test_forward_sm90_runs_on_warpgroup_tensor_cores(tmp_path: Path) -> None:
+    code = disassemble(compile_kernel("forward_sm90", "sm_90a").cubin, tmp_path)
+    assert len(re.findall(r"\bHGMMA\b", code)) >= 8
+    assert "UTMALDG" in code, "no asynchronous tile loads"
+
+
+@pytest.mark.parametrize(
+    ("stem", "defines", "sentence"),
+    [
+        ("hash_channels", {"THREADS": 528}, "every thread stages the same number of plane values"),
+        ("channel_norms", {"THREADS": 64, "VECTOR": 1}, "the threads reach across the widest row"),
+        ("fusion_gains", {"THREADS": 128}, "one thread for every channel of the widest row"),
+        (
+            "fuse_channels",
+            {"R_PADDED": 24},
+            "a row of the result is a whole number of 16-element steps",
+        ),
+        ("forward_mma", {"BLOCK_Q": 40}, "each warp owns whole 16-row tiles of queries"),
+        ("forward_mma", {"BLOCK_KV": 24}, "a key tile is a multiple of the product's depth"),
+        ("forward_mma", {"ELEMENT": 3}, "tensor cores take 16-bit elements"),
+        ("forward_mma", {"LAUNCH_SHARED_BYTES": 1}, "tiles.py and this file disagree on the shared memory"),
+        ("forward_simt", {"BLOCK_Q": 40}, "every thread owns the same number of queries"),
+        ("forward_simt", {"D": 257}, "rows have 1 to 256 elements"),
+        ("forward_sm90", {"BLOCK_KV": 136}, "S [64, BLOCK_KV] is held in registers"),
+        ("channel_norms", {"ELEMENT": 5}, "ELEMENT is FLOAT16, BFLOAT16, FLOAT32 or FLOAT64"),
+    ],
+)
+def test_bad_tile_is_refused_with_a_sentence(stem: str, defines: dict[str, int], sentence: str) -> None:
+    with pytest.raises(CompileError, match=f'static assertion failed with "{re.escape(sentence)}'):
+        compile_kernel(stem, architectures(stem)[0], defines)
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_text_that_the_launcher_compiles_holds_its_headers(stem: str) -> None:
+    """CuPy's cache does not read headers: an edited one must change the text, or an old binary would run."""
+    cupy_backend = pytest.importorskip("distrattn_np.backends.cupy_backend", exc_type=ImportError)
+    text = cupy_backend.kernel_source(stem)
+    assert not re.findall(r'^\s*#\s*include\s*"', text, flags=re.MULTILINE)
+    for header in HEADERS:
+        body = (RAW_KERNELS / header).read_text(encoding="utf-8").replace("#pragma once\n", "")
+        last_line = body.rstrip().splitlines()[-3:]
+        assert text.count("\n".join(last_line)) <= 1, f"{header} is spliced in twice"
+    kernels = compile_kernel(stem, architectures(stem)[0], source=text).kernels
+    assert kernels == compile_kernel(stem, architectures(stem)[0]).kernels
+
+
+def test_an_edited_header_changes_the_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cupy_backend = pytest.importorskip("distrattn_np.backends.cupy_backend", exc_type=ImportError)
+    shutil.copytree(RAW_KERNELS, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(cupy_backend.resources, "files", lambda _: tmp_path)
+    before = cupy_backend.kernel_source("hash_channels")
+    header = tmp_path / "element.cuh"
+    header.write_text(header.read_text(encoding="utf-8") + "// edited\n", encoding="utf-8")
+    assert "// edited" not in before
+    assert "// edited" in cupy_backend.kernel_source("hash_channels")
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+@pytest.mark.parametrize("stem", STEMS)
+def test_nvcc_compiles_the_file_alone(stem: str, tmp_path: Path) -> None:
+    arch = architectures(stem)[0]
+    command = ["nvcc", "-cubin", f"-arch={arch}", "-std=c++17", "-Werror=all-warnings", "-o", tmp_path / "kernel.cubin"]
+    done = subprocess.run([*command, RAW_KERNELS / f"{stem}.cu"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "kernel.cubin").stat().st_size > 0
