@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
 
 from .problem import ceil_div
 
@@ -97,10 +98,90 @@ def mma_defines(
     }
 
 
+SIMT_THREADS = 256
+"""Threads of a block of forward_simt.cu."""
+
+
+def simt_block_q(element: int) -> int:
+    """Return the query rows of a block of forward_simt.cu: what fits 48 KB."""
+    return 32 if element == ELEMENTS["float64"] else 64
+
+
+GROUP_BY = {None: 0, "queries": 1, "keys": 2}
+"""Values of -DGROUP_BY of forward_simt.cu."""
+
+
+def simt_defines(
+    *,
+    element: int,
+    width: int,
+    value_width: int,
+    group_size: int,
+    group_by: str | None,
+    with_gains: bool,
+    causal: bool,
+) -> Defines:
+    """Return the -D options of forward_simt.cu."""
+    return {
+        "ELEMENT": element,
+        "D": width,
+        "E": value_width,
+        "GROUP_SIZE": group_size,
+        "GROUP_BY": GROUP_BY[group_by],
+        "WITH_GAINS": int(with_gains),
+        "CAUSAL": int(causal),
+        "BLOCK_Q": simt_block_q(element),
+    }
+
+
+def sm90_defines(*, element: int, rank: int, value_width: int, keys_per_item: bool, causal: bool) -> Defines:
+    """Return the -D options of forward_sm90.cu for inner width ``rank`` (padded)."""
+    return {
+        "ELEMENT": element,
+        "R": rank,
+        "E": value_width,
+        "KEYS_PER_ITEM": int(keys_per_item),
+        "CAUSAL": int(causal),
+        "BLOCK_Q": 128,
+        "BLOCK_KV": 128,
+        "STAGES": 2,
+    }
+
+
+def hash_defines(element: int, vector: int) -> Defines:
+    """Return the -D options of hash_channels.cu."""
+    return {"ELEMENT": element, "VECTOR": vector, "THREADS": 512}
+
+
+def norms_defines(element: int, vector: int) -> Defines:
+    """Return the -D options of channel_norms.cu."""
+    return {"ELEMENT": element, "VECTOR": vector, "THREADS": 256}
+
+
+def gains_defines(element: int, group_size: int) -> Defines:
+    """Return the -D options of fusion_gains.cu."""
+    return {"ELEMENT": element, "GROUP_SIZE": group_size, "THREADS": 512}
+
+
+def fuse_defines(*, element: int, group_size: int, rank: int, with_gains: bool, sample: bool, vector: int) -> Defines:
+    """Return the -D options of fuse_channels.cu: Y Z for whole work items, or X W of every block's own rows."""
+    return {
+        "ELEMENT": element,
+        "GROUP_SIZE": group_size,
+        "MEMBERS": 1 if sample else group_size,
+        "WITH_GAINS": int(with_gains),
+        "R_PADDED": pad(rank),
+        "ROWS_FROM_BLOCK": int(sample),
+        # neighbouring items mostly share rows of Y; a sampled block has rows of its own
+        "ITEMS_PER_BLOCK": 1 if sample else 8,
+        "VECTOR": vector,
+        "THREADS": 128,
+    }
+
+
 def compile_cases(stem: str) -> list[Defines]:
-    """Return -D sets that together reach every branch and tile of a kernel, for the tests that compile without a GPU."""
-    cases = {"forward_mma": _forward_mma_cases}
-    return list(cases[stem]()) if stem in cases else []
+    """Return -D sets that reach every branch and tile of a kernel, for the tests that compile without a GPU."""
+    return list(_CASES[stem]())
 
 
 def _forward_mma_cases() -> Iterator[Defines]:
@@ -137,3 +218,68 @@ def _forward_mma_cases() -> Iterator[Defines]:
                 causal=shared_limit == 99 << 10,
                 aligned=width % 8 == 0 and value_width % 8 == 0,
             )
+
+
+def _forward_simt_cases() -> Iterator[Defines]:
+    shapes = [
+        (64, 64, 1, None),
+        (256, 256, 2, "keys"),
+        (128, 128, 4, "queries"),
+        (33, 7, 3, "queries"),
+        (1, 1, 1, None),
+    ]
+    for number, (element, (width, value_width, group_size, group_by)) in enumerate(product(ELEMENTS.values(), shapes)):
+        yield simt_defines(
+            element=element,
+            width=width,
+            value_width=value_width,
+            group_size=group_size,
+            group_by=group_by,
+            with_gains=group_by is not None and number % 2 == 1,
+            causal=number % 3 == 0,
+        )
+
+
+def _fuse_cases() -> Iterator[Defines]:
+    for number, (element, (group_size, rank)) in enumerate(
+        product(ELEMENTS.values(), [(2, 64), (4, 32), (3, 11), (128, 2), (256, 1)])
+    ):
+        for sample in (False, True):
+            vector = _widest(element) if number % 2 and rank * group_size % 8 == 0 else 1
+            yield fuse_defines(
+                element=element,
+                group_size=group_size,
+                rank=rank,
+                with_gains=number % 2 == 0 and not sample,
+                sample=sample,
+                vector=vector,
+            )
+
+
+def _widest(element: int) -> int:
+    """Elements in 16 bytes."""
+    return {ELEMENTS["float32"]: 4, ELEMENTS["float64"]: 2}.get(element, 8)
+
+
+def _forward_sm90_cases() -> Iterator[Defines]:
+    for element, rank, value_width in product((1, 2), (16, 32, 64, 96, 128), (64, 128)):
+        for keys_per_item in (False, True):
+            yield sm90_defines(
+                element=element,
+                rank=rank,
+                value_width=value_width,
+                keys_per_item=keys_per_item,
+                causal=(rank // 32 + element) % 2 == keys_per_item,
+            )
+
+
+_CASES: dict[str, Callable[[], Iterable[Defines]]] = {
+    "hash_channels": lambda: [hash_defines(e, v) for e in ELEMENTS.values() for v in (1, _widest(e))],
+    "group_channels": lambda: [{}],
+    "channel_norms": lambda: [norms_defines(e, v) for e in ELEMENTS.values() for v in (1, _widest(e))],
+    "fusion_gains": lambda: [gains_defines(e, g) for e in ELEMENTS.values() for g in (2, 3, 4, 256)],
+    "fuse_channels": _fuse_cases,
+    "forward_simt": _forward_simt_cases,
+    "forward_mma": _forward_mma_cases,
+    "forward_sm90": _forward_sm90_cases,
+}

@@ -63,3 +63,6 @@ __device__ __forceinline__ element_t to_element(accumulate_t x) {
   return x;
 #endif
 }
+
+// As a function: NVRTC before 13.5 has no constant expression for it.
+__device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }

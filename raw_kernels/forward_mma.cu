@@ -84,6 +84,7 @@ constexpr int RAW_Q_ELEMENTS = QUERY_MAP == 0 ? 0 : BLOCK_Q * D_STRIDE;
 constexpr int Q_ELEMENTS = BLOCK_Q * R_STRIDE;
 constexpr int STAGE_ELEMENTS = BLOCK_KV * (R_STRIDE + E_STRIDE);
 constexpr int SHARED_BYTES = (RAW_Q_ELEMENTS + Q_ELEMENTS + 2 * STAGE_ELEMENTS) * 2;
+static_assert(SHARED_BYTES <= 227 * 1024, "more shared memory than any device gives a block");
 #ifdef LAUNCH_SHARED_BYTES
 static_assert(LAUNCH_SHARED_BYTES == SHARED_BYTES, "tiles.py and this file disagree on the shared memory");
 #endif
@@ -91,7 +92,6 @@ static_assert(LAUNCH_SHARED_BYTES == SHARED_BYTES, "tiles.py and this file disag
 // The maximum may lag behind by this much (log2 units) before sums are rescaled: P stays below 2^8, far from overflow.
 constexpr float RESCALE_THRESHOLD = 8.0f;
 constexpr float LN_2 = 0.6931471805599453f;
-constexpr float INFINITE = __builtin_huge_valf();
 constexpr float LOWEST = -3.402823466e38f;  // maximum of no scores: finite, so that its difference to -inf is -inf
 
 // threadIdx.x, hidden from the compiler so that it does not keep what follows from it in registers of the main loop.
@@ -281,7 +281,7 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
             const int key = tile.begin + j * MMA_N + lane % 4 * 2 + k % 2, query = work.query_begin + row_in_block + i * MMA_M + k / 2 * 8;
-            if (key >= tile.end || (CAUSAL && key > query + causal_offset)) S_rmem[i][j][k] = -INFINITE;
+            if (key >= tile.end || (CAUSAL && key > query + causal_offset)) S_rmem[i][j][k] = minus_infinity();
           }
     }
 
@@ -290,7 +290,7 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
     bool has_grown = false;
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
-      tile_max[i] = -INFINITE;
+      tile_max[i] = minus_infinity();
 #pragma unroll
       for (int j = 0; j < KV_TILES; ++j)
         tile_max[i] = fmaxf(tile_max[i], fmaxf(S_rmem[i / 2][j][i % 2 * 2], S_rmem[i / 2][j][i % 2 * 2 + 1]));
@@ -365,6 +365,6 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
     }
     if (member == 0)
       lse[((long long)done.b * H + done.h) * N + n] =
-          sum == 0.0f ? -INFINITE : LN_2 * (row_max_log2[i] + log2f(sum));
+          sum == 0.0f ? minus_infinity() : LN_2 * (row_max_log2[i] + log2f(sum));
   }
 }

@@ -13,7 +13,8 @@
 //
 // Grid      : (query tiles of a block * items); an item is a (batch, head, query block), see work_item.cuh
 // Block     : (1 + NUM_CONSUMERS) * 128 threads. Warpgroup 0 copies tiles, the others own 64 query rows each
-// Shared    : sizeof(SharedTiles) + SWIZZLE_ALIGNMENT, dynamic
+// Shared    : sizeof(SharedTiles) + SWIZZLE_ALIGNMENT bytes, dynamic: 2 (BLOCK_Q Q_WIDTH + STAGES BLOCK_KV (R + E))
+//             + 8 (1 + 4 STAGES) + 1024; KEY_MAPS: and 2 R D + 16
 // Maps      : 16-bit elements, strides as they are, swizzle as wide as a row of the box, zeros outside
 //             axes from the inner one             box (Panels<width>::COLUMNS, rows, 1, 1)
 //             q_map (Q_WIDTH, N, H, B)            (Q_WIDTH, BLOCK_Q)
@@ -21,7 +22,7 @@
 //             v_map (E, M, H_kv, B)               (E, BLOCK_KV)
 //             z_map (D, key blocks * R, H_kv, B)  (D, R)                 KEY_MAPS: Z transposed
 // Assumes   : scale > 0, M > 0; pointers and strides of what the maps show are multiples of 16 bytes, those of O of 4;
-//             KEY_MAPS: key_block_size is a multiple of BLOCK_KV
+//             KEY_MAPS: key_block_size is a multiple of BLOCK_KV, and Q Z is in the range of the element type
 // A query that sees no key: O = 0, lse = -inf.
 // Alone     : nvcc -cubin -gencode arch=compute_90a,code=sm_90a raw_kernels/forward_sm90.cu
 
@@ -63,7 +64,7 @@
 #include "hopper.cuh"
 #include "work_item.cuh"
 
-constexpr int WARPGROUP = 128;   // threads
+constexpr int WARPGROUP = 128;     // threads
 constexpr int CONSUMER_ROWS = 64;  // rows of one wgmma
 constexpr int NUM_CONSUMERS = BLOCK_Q / CONSUMER_ROWS;
 constexpr int NUM_THREADS = (1 + NUM_CONSUMERS) * WARPGROUP;
@@ -195,7 +196,7 @@ using QueryOperand = unsigned[R / MMA_DEPTH][4];  // Q Z [64, R], in registers
 using QueryOperand = Descriptor;  // Q [64, R], in shared memory
 #endif
 
-// The three products. Each pins and fences its registers and returns while it is still running.
+// The products pin and fence their registers, and return while they are still running.
 
 // S = Q K^T  [64, BLOCK_KV]
 __device__ __forceinline__ void start_scores(float (&S)[BLOCK_KV / 2], const QueryOperand& Q, Descriptor K) {
@@ -223,7 +224,7 @@ __device__ __forceinline__ void start_values(float (&O)[E / 2], unsigned (&P)[BL
   wgmma_commit();
 }
 
-// Q Z  [64, R] of one key block, from Q [64, D] and Z transposed, [R, D]
+// Q Z  [64, R] of one key block, from Q [64, D] and Z transposed, [R, D]. This one waits for its end.
 #if KEY_MAPS
 __device__ __forceinline__ void map_queries(QueryOperand& QZ, Descriptor Q, Descriptor Z) {
   float C[R / 2];
@@ -325,6 +326,7 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
 #if KEY_MAPS
     QueryOperand Q;
     Ring<1> Z_ring;
+    int tiles_left = (tiles - 1) % tiles_per_key_block;  // of this key block, after the tile at hand
     const Descriptor Z_smem = describe_inner_columns<D>(shared.Z);
     barrier_wait(shared.Z_full, Z_ring.parity);
     map_queries(Q, Q_smem, Z_smem);
@@ -351,11 +353,12 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
     for (int tile = tiles - 2; tile >= 0; --tile) {
 #if KEY_MAPS
       // ---- entering a key block from its end: its Q Z ----
-      if ((tile + 1) % tiles_per_key_block == 0) {
+      if (tiles_left-- == 0) {
         barrier_wait(shared.Z_full, Z_ring.parity);
         map_queries(Q, Q_smem, Z_smem);
         if (is_speaker) barrier_arrive(shared.Z_empty);
         Z_ring.advance();
+        tiles_left = tiles_per_key_block - 1;
       }
       pin(Q);
 #endif
@@ -375,6 +378,8 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
         hide_scores(S_rmem, tile * BLOCK_KV + lane_key, last_key);
       const bool has_grown = softmax.step(S_rmem, scale_log2);
       pin(S_rmem);
+      // This wait is for the next tile. It stands here because its branch keeps ptxas from moving the wait for P V, which
+      // the exponentials are to run beside, in front of them.
       if (tile > 0) barrier_wait(shared.K_full[K_ring.stage], K_ring.parity);
 
       // ---- O is complete up to the tile before: rescale it to the new maximum ----

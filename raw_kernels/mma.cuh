@@ -64,6 +64,8 @@ __device__ inline unsigned pack(float low, float high) {
   return packed;
 }
 
+
+
 // 2^x
 __device__ inline float exp2_approximate(float x) {
   float result;

@@ -1,0 +1,285 @@
+// forward_simt.cu - attention on CUDA cores, exact or with grouped channels: float32, float64, and 16-bit types on
+// devices whose tensor cores forward_mma.cu does not use.
+//
+//   S = scale * A C^T,   O = softmax(S) V,   lse_n = log( sum_m exp(S_nm) )       docs/math.md (eq. 2 to 4, 8 to 10)
+//
+//   GROUP_BY = 0 (exact)    A = Q,            C = K
+//   GROUP_BY = 1 (queries)  A = Q W sampled,  C = K Z fused     maps of the tile's query block
+//   GROUP_BY = 2 (keys)     A = Q Z fused,    C = K W sampled   maps of the tile's key block
+//
+// The maps are applied while rows travel to shared memory; no N x M array exists.
+//
+// Reference : reference/exact_attention.py, reference/distr_attention.py
+// Launcher  : distrattn_np/backends/cupy_backend.py
+//
+// Grid      : items * ceil_div(query_block_size, BLOCK_Q), see work_item.cuh     one thread block per query tile
+// Block     : 16 x 16 = 256 threads as (row, column) of the score tile, in one dimension
+// Shared    : under 48 KB, static
+// Assumes   : GROUP_SIZE divides D; heads_per_kv_head divides H. Sums and softmax run in float32 (float64 for float64).
+//             causal_offset is read only where CAUSAL; a query that sees no key gives O = 0 and lse = -inf.
+// Alone     : nvcc -cubin -arch=sm_80 raw_kernels/forward_simt.cu
+
+#include "element.cuh"
+#include "work_item.cuh"
+
+// ---- the launcher sets these with -D; the defaults let the file compile alone ----
+#ifndef D
+#define D 64
+#endif
+#ifndef E
+#define E 64
+#endif
+#ifndef GROUP_SIZE
+#define GROUP_SIZE 1
+#endif
+#ifndef GROUP_BY
+#define GROUP_BY 0
+#endif
+#ifndef WITH_GAINS
+#define WITH_GAINS 0
+#endif
+#ifndef CAUSAL
+#define CAUSAL 0
+#endif
+#ifndef BLOCK_Q
+#define BLOCK_Q (ELEMENT == FLOAT64 ? 32 : 64)
+#endif
+constexpr int EXACT = 0, QUERIES = 1, KEYS = 2;  // values of GROUP_BY
+constexpr int R = D / GROUP_SIZE;
+static_assert(D >= 1 && D <= 256 && E >= 1 && E <= 256, "rows have 1 to 256 elements");
+static_assert(D % GROUP_SIZE == 0, "every channel belongs to a group of GROUP_SIZE");
+static_assert((GROUP_BY == EXACT) == (GROUP_SIZE == 1), "groups of one channel are exact attention");
+
+// ---- tiles: thread (ty, tx) owns ROWS queries, COLUMNS keys of a score tile and VALUES columns of every value strip ----
+constexpr int SIDE = 16;
+constexpr int THREADS = SIDE * SIDE;
+constexpr int BLOCK_KV = 64;
+constexpr int ROWS = BLOCK_Q / SIDE;
+constexpr int COLUMNS = BLOCK_KV / SIDE;
+constexpr int WIDEST_READ = 16 / sizeof(accumulate_t);
+constexpr int VALUES = (E + SIDE - 1) / SIDE < WIDEST_READ ? (E + SIDE - 1) / SIDE : WIDEST_READ;
+constexpr int VALUE_STRIPS = (E + SIDE * VALUES - 1) / (SIDE * VALUES);
+constexpr int E_PADDED = VALUE_STRIPS * SIDE * VALUES;
+constexpr int MIN_BLOCKS = E <= 128 && sizeof(accumulate_t) == 4 ? 2 : 1;  // two leave 128 registers per thread
+static_assert(BLOCK_Q % SIDE == 0, "every thread owns the same number of queries");
+
+// ---- shared memory: A and C pass through in chunks of channels, then V, in the same place, in chunks of rows ----
+constexpr int PADDING = 4;  // shifts one channel's row by four banks, and keeps 16-byte reads aligned
+constexpr int A_PITCH = BLOCK_Q + PADDING;
+constexpr int C_PITCH = BLOCK_KV + PADDING;
+constexpr int P_PITCH = BLOCK_Q + PADDING;
+constexpr int CHUNK_BYTES = 16384;
+constexpr int NEIGHBOURS = 8;  // threads that read along a row; the four rows of a warp reach all 32 banks
+constexpr int MOST_CHANNELS = CHUNK_BYTES / (BLOCK_Q + BLOCK_KV) / sizeof(accumulate_t) / NEIGHBOURS * NEIGHBOURS;
+constexpr int CHANNELS = R < MOST_CHANNELS ? R : MOST_CHANNELS;
+constexpr int MOST_VALUE_ROWS = CHUNK_BYTES / E_PADDED / sizeof(accumulate_t);
+constexpr int VALUE_ROWS = BLOCK_KV < MOST_VALUE_ROWS ? BLOCK_KV : MOST_VALUE_ROWS;
+constexpr int SCORE_OPERANDS = CHANNELS * (A_PITCH + C_PITCH);
+constexpr int VALUE_OPERANDS = VALUE_ROWS * E_PADDED;
+constexpr int OPERANDS = SCORE_OPERANDS > VALUE_OPERANDS ? SCORE_OPERANDS : VALUE_OPERANDS;
+
+
+
+struct Maps {
+  const int* channels_smem;
+  const float* gains_smem;
+};
+
+// Element r of a row of X W (sampled) or Y Z (fused); of the row itself in an exact call.
+__device__ __forceinline__ accumulate_t reduced_element(const element_t* row, int r, bool is_fused, Maps maps) {
+  if (GROUP_BY == EXACT) return to_accumulate(row[r]);
+  const int first = r * GROUP_SIZE;
+  if (!is_fused) return to_accumulate(row[maps.channels_smem[first]]);
+  accumulate_t sum = 0;
+  for (int g = 0; g < GROUP_SIZE; g++) {
+    const accumulate_t value = to_accumulate(row[maps.channels_smem[first + g]]);
+    sum += WITH_GAINS ? maps.gains_smem[first + g] * value : value;
+  }
+  return sum;
+}
+
+// Loads channels first_r ... of the rows [block, CHANNELS], transposed; rows past the end are zero.
+__device__ __forceinline__ void load_reduced(accumulate_t* tile_smem, int pitch, int block, const element_t* source,
+                                             long long stride, int rows, int first_r, bool is_fused, Maps maps) {
+#pragma unroll 1
+  for (int row = threadIdx.x / NEIGHBOURS; row < block; row += THREADS / NEIGHBOURS) {
+    const element_t* source_row = source + row * stride;
+#pragma unroll
+    for (int i = 0; i < CHANNELS; i += NEIGHBOURS) {
+      const int r = i + threadIdx.x % NEIGHBOURS;
+      if (r >= CHANNELS || first_r + r >= R) break;
+      tile_smem[r * pitch + row] = row < rows ? reduced_element(source_row, first_r + r, is_fused, maps) : 0;
+    }
+  }
+}
+
+extern "C" __global__ __launch_bounds__(THREADS, MIN_BLOCKS)
+void forward_simt(const element_t* __restrict__ Q,   // [B, H, N, D]
+                  const element_t* __restrict__ K,   // [B, H_kv, M, D]
+                  const element_t* __restrict__ V,   // [B, H_kv, M, E]
+                  const int* __restrict__ channels,  // [B, H, C, D] or, by keys, [B, H_kv, C, D]; not read where exact
+                  const float* __restrict__ gains,   // as channels; read only where WITH_GAINS
+                  element_t* __restrict__ O,         // [B, H, N, E]
+                  float* __restrict__ lse,           // [B, H, N], contiguous, natural logarithm
+                  int H, int heads_per_kv_head, int N, int M, int query_blocks, int query_block_size,
+                  int key_block_size, int first_item, int causal_offset, accumulate_t scale,
+                  long long stride_q_b, long long stride_q_h, long long stride_q_n,
+                  long long stride_k_b, long long stride_k_h, long long stride_k_m,
+                  long long stride_v_b, long long stride_v_h, long long stride_v_m,
+                  long long stride_o_b, long long stride_o_h, long long stride_o_n) {
+  __shared__ alignas(16) accumulate_t operands_smem[OPERANDS];
+  __shared__ alignas(16) accumulate_t P_smem[BLOCK_KV][P_PITCH];  // transposed, so that a thread's queries are neighbours
+  __shared__ int channels_smem[GROUP_BY == EXACT ? 1 : D];
+  __shared__ float gains_smem[WITH_GAINS ? D : 1];
+  accumulate_t* A_smem = operands_smem;                       // [CHANNELS, A_PITCH]
+  accumulate_t* C_smem = operands_smem + CHANNELS * A_PITCH;  // [CHANNELS, C_PITCH]
+  accumulate_t* V_smem = operands_smem;                       // [VALUE_ROWS, E_PADDED]
+  const Maps maps = {channels_smem, gains_smem};
+  const int ty = threadIdx.x / SIDE, tx = threadIdx.x % SIDE;
+
+  // ---- which rows this block owns ----
+  const WorkItem work = find_work(BLOCK_Q, H, N, query_blocks, query_block_size, first_item, CAUSAL);
+  if (work.query_begin >= work.query_end) return;
+  const int queries = work.query_end - work.query_begin;
+  const int key_end = CAUSAL ? visible_key_end(work.query_end, M, causal_offset) : M;
+  const int h_kv = work.h / heads_per_kv_head, H_kv = H / heads_per_kv_head;
+  Q += work.b * stride_q_b + work.h * stride_q_h + work.query_begin * stride_q_n;
+  K += work.b * stride_k_b + h_kv * stride_k_h;
+  V += work.b * stride_v_b + h_kv * stride_v_h;
+  O += work.b * stride_o_b + work.h * stride_o_h + work.query_begin * stride_o_n;
+  lse += (static_cast<long long>(work.b) * H + work.h) * N + work.query_begin;
+
+  auto load_maps = [&](long long map) {
+    for (int i = threadIdx.x; i < D; i += THREADS) {
+      channels_smem[i] = channels[map * D + i];
+      if (WITH_GAINS) gains_smem[i] = gains[map * D + i];
+    }
+  };
+  if (GROUP_BY == QUERIES) load_maps((static_cast<long long>(work.b) * H + work.h) * query_blocks + work.c);
+
+  accumulate_t row_max[ROWS], row_sum[ROWS];  // row_sum: over this thread's keys only, until the end
+  accumulate_t O_rmem[ROWS][VALUE_STRIPS][VALUES] = {};
+#pragma unroll
+  for (int i = 0; i < ROWS; i++) {
+    row_max[i] = minus_infinity();
+    row_sum[i] = 0;
+  }
+
+  for (int key = 0, keys = 0; key < key_end; key += keys) {
+    // ---- the next tile: `keys` keys from `key` on; blocks over keys: none of them in another block ----
+    keys = min(BLOCK_KV, key_end - key);
+    if (GROUP_BY == KEYS) {
+      const int block_key = key % key_block_size;
+      keys = min(keys, key_block_size - block_key);
+      if (block_key == 0) {
+        // the maps of the block before were last read ahead of the barriers around the values
+        const int C = (M - 1) / key_block_size + 1;
+        load_maps((static_cast<long long>(work.b) * H_kv + h_kv) * C + key / key_block_size);
+      }
+    }
+
+    // ---- S = A C^T [BLOCK_Q, BLOCK_KV] ----
+    accumulate_t S[ROWS][COLUMNS] = {};
+    for (int first_r = 0; first_r < R; first_r += CHANNELS) {
+      __syncthreads();  // maps are written before they are read; operands are read before they are overwritten
+      load_reduced(A_smem, A_PITCH, BLOCK_Q, Q, stride_q_n, queries, first_r, GROUP_BY == KEYS, maps);
+      load_reduced(C_smem, C_PITCH, BLOCK_KV, K + key * stride_k_m, stride_k_m, keys, first_r, GROUP_BY == QUERIES,
+                   maps);
+      __syncthreads();  // operands are written before they are read
+      const int chunk = min(CHANNELS, R - first_r);
+#pragma unroll 4
+      for (int r = 0; r < chunk; r++) {
+        accumulate_t A_rmem[ROWS], C_rmem[COLUMNS];
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) A_rmem[i] = A_smem[r * A_PITCH + ty * ROWS + i];
+#pragma unroll
+        for (int j = 0; j < COLUMNS; j++) C_rmem[j] = C_smem[r * C_PITCH + tx * COLUMNS + j];
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) {
+#pragma unroll
+          for (int j = 0; j < COLUMNS; j++) S[i][j] += A_rmem[i] * C_rmem[j];
+        }
+      }
+    }
+
+    // ---- running softmax: P = exp(S - row_max), rescale what came before ----
+#pragma unroll
+    for (int i = 0; i < ROWS; i++) {
+      const int visible = CAUSAL ? min(keys, work.query_begin + ty * ROWS + i + causal_offset + 1 - key) : keys;
+      accumulate_t new_max = row_max[i];
+#pragma unroll
+      for (int j = 0; j < COLUMNS; j++) {
+        S[i][j] = tx * COLUMNS + j < visible ? scale * S[i][j] : minus_infinity();
+        new_max = max(new_max, S[i][j]);
+      }
+#pragma unroll
+      for (int lanes = SIDE / 2; lanes > 0; lanes /= 2) {
+        new_max = max(new_max, __shfl_xor_sync(0xffffffffu, new_max, lanes));
+      }
+      const accumulate_t reference = new_max == minus_infinity() ? 0 : new_max;  // nothing seen yet: avoid inf - inf
+      const accumulate_t rescale = exp(row_max[i] - reference);
+      row_max[i] = new_max;
+      row_sum[i] *= rescale;
+#pragma unroll
+      for (int j = 0; j < COLUMNS; j++) {
+        const accumulate_t P = exp(S[i][j] - reference);
+        row_sum[i] += P;
+        P_smem[tx * COLUMNS + j][ty * ROWS + i] = P;
+      }
+#pragma unroll
+      for (int strip = 0; strip < VALUE_STRIPS; strip++) {
+#pragma unroll
+        for (int v = 0; v < VALUES; v++) O_rmem[i][strip][v] *= rescale;
+      }
+    }
+
+    // ---- O += P V [BLOCK_Q, E] ----
+    for (int first = 0; first < keys; first += VALUE_ROWS) {
+      const int value_rows = min(VALUE_ROWS, keys - first);
+      __syncthreads();  // P is written before it is read; operands are read before they are overwritten
+#pragma unroll 1
+      for (int m = ty; m < value_rows; m += SIDE) {
+        const element_t* value_row = V + (key + first + m) * stride_v_m;
+#pragma unroll
+        for (int e = tx; e < E_PADDED; e += SIDE) V_smem[m * E_PADDED + e] = e < E ? to_accumulate(value_row[e]) : 0;
+      }
+      __syncthreads();  // operands are written before they are read
+#pragma unroll 2
+      for (int m = 0; m < value_rows; m++) {
+        accumulate_t P_rmem[ROWS];
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) P_rmem[i] = P_smem[first + m][ty * ROWS + i];
+#pragma unroll
+        for (int strip = 0; strip < VALUE_STRIPS; strip++) {
+          accumulate_t V_rmem[VALUES];
+#pragma unroll
+          for (int v = 0; v < VALUES; v++) V_rmem[v] = V_smem[m * E_PADDED + (strip * SIDE + tx) * VALUES + v];
+#pragma unroll
+          for (int i = 0; i < ROWS; i++) {
+#pragma unroll
+            for (int v = 0; v < VALUES; v++) O_rmem[i][strip][v] += P_rmem[i] * V_rmem[v];
+          }
+        }
+      }
+    }
+  }
+
+  // ---- O / row_sum and lse, rows below query_end ----
+#pragma unroll
+  for (int i = 0; i < ROWS; i++) {
+    const int row = ty * ROWS + i;
+#pragma unroll
+    for (int lanes = SIDE / 2; lanes > 0; lanes /= 2) row_sum[i] += __shfl_xor_sync(0xffffffffu, row_sum[i], lanes);
+    if (row >= queries) continue;
+    const accumulate_t inverse = row_sum[i] == 0 ? 0 : 1 / row_sum[i];
+#pragma unroll
+    for (int strip = 0; strip < VALUE_STRIPS; strip++) {
+#pragma unroll
+      for (int v = 0; v < VALUES; v++) {
+        const int e = (strip * SIDE + tx) * VALUES + v;
+        if (e < E) O[row * stride_o_n + e] = to_element(O_rmem[i][strip][v] * inverse);
+      }
+    }
+    if (tx == 0) lse[row] = row_max[i] + log(row_sum[i]);
+  }
+}
