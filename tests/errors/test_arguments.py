@@ -1,0 +1,381 @@
+"""Is every misuse named? One broken argument a test, the whole message, and nothing written."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from kit.compare import assert_same_bits
+
+import distrattn_np
+from distrattn_np import backends
+
+DTYPES = "float16, bfloat16, float32, float64"
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape: int, dtype: Any = np.float32) -> np.ndarray:
+    return RNG.standard_normal(shape).astype(dtype)
+
+
+def arguments(**changed: Any) -> dict[str, Any]:
+    """Return a good call with some arguments replaced."""
+    good = {
+        "q": normal(2, 4, 5, 6),
+        "k": normal(2, 2, 7, 6),
+        "v": normal(2, 2, 7, 3),
+        "out": np.full((2, 4, 5, 3), 7, "f4"),
+    }
+    return good | changed
+
+
+def misaligned(*shape: int) -> np.ndarray:
+    """Return an array whose address is one byte off."""
+    raw = np.zeros(int(np.prod(shape)) * 4 + 1, np.uint8)
+    return np.ndarray(shape, np.float32, buffer=raw, offset=1)
+
+
+def field(*shape: int) -> np.ndarray:
+    """Return a view whose rows are not a whole number of elements apart."""
+    return np.zeros(shape[:3], np.dtype([("row", np.float32, shape[3]), ("tail", np.uint8)]))["row"]
+
+
+NUMPY = "numpy array of shape"
+Q, K, V, OUT = (f"{NUMPY} {shape} and dtype" for shape in ((2, 4, 5, 6), (2, 2, 7, 6), (2, 2, 7, 3), (2, 4, 5, 3)))
+
+WRONG_ARRAYS = {
+    "q-list": ({"q": [[1.0]]}, TypeError, "q: must be a NumPy, CuPy or Numba device array, got list"),
+    "k-none": ({"k": None}, TypeError, "k: must be a NumPy, CuPy or Numba device array, got NoneType"),
+    "v-list": ({"v": [[1.0]]}, TypeError, "v: must be a NumPy, CuPy or Numba device array, got list"),
+    "out-list": ({"out": [[1.0]]}, TypeError, "out: must be a NumPy, CuPy or Numba device array, got list"),
+    "q-scalar": ({"q": np.float32(1)}, TypeError, "q: must be a NumPy, CuPy or Numba device array, got float32"),
+    "k-masked": (
+        {"k": np.ma.masked_less(normal(2, 2, 7, 6), 0)},
+        TypeError,
+        "k: must be a NumPy, CuPy or Numba device array, got MaskedArray",
+    ),
+    "q-0d": ({"q": np.array(1, "f4")}, ValueError, f"q: must have 4 axes, got {NUMPY} () and dtype float32"),
+    "k-3d": ({"k": normal(2, 7, 6)}, ValueError, f"k: must have 4 axes, got {NUMPY} (2, 7, 6) and dtype float32"),
+    "v-5d": (
+        {"v": normal(1, 2, 2, 7, 3)},
+        ValueError,
+        f"v: must have 4 axes, got {NUMPY} (1, 2, 2, 7, 3) and dtype float32",
+    ),
+    "out-3d": ({"out": normal(4, 5, 3)}, ValueError, f"out: must have 4 axes, got {NUMPY} (4, 5, 3) and dtype float32"),
+    "q-int": ({"q": np.ones((2, 4, 5, 6), int)}, TypeError, f"q: the dtype must be one of {DTYPES}, got {Q} int64"),
+    "k-bool": ({"k": np.ones((2, 2, 7, 6), bool)}, TypeError, f"k: the dtype must be one of {DTYPES}, got {K} bool"),
+    "v-complex": (
+        {"v": np.ones((2, 2, 7, 3), np.complex64)},
+        TypeError,
+        f"v: the dtype must be one of {DTYPES}, got {V} complex64",
+    ),
+    "q-object": (
+        {"q": np.ones((2, 4, 5, 6), object)},
+        TypeError,
+        f"q: the dtype must be one of {DTYPES}, got {Q} object",
+    ),
+    "q-big-endian": (
+        {"q": normal(2, 4, 5, 6, dtype=">f4")},
+        TypeError,
+        f"q: the dtype must be one of {DTYPES}, got {Q} >f4",
+    ),
+    "q-float8": (
+        {"q": normal(2, 4, 5, 6, dtype=ml_dtypes.float8_e4m3fn)},
+        TypeError,
+        f"q: the dtype must be one of {DTYPES}, got {Q} float8_e4m3fn",
+    ),
+    "k-other-dtype": (
+        {"k": normal(2, 2, 7, 6, dtype="f8")},
+        TypeError,
+        f"k: must have q's dtype float32, got {K} float64",
+    ),
+    "v-other-dtype": (
+        {"v": normal(2, 2, 7, 3, dtype="f2")},
+        TypeError,
+        f"v: must have q's dtype float32, got {V} float16",
+    ),
+    "v-bfloat16": (
+        {"v": normal(2, 2, 7, 3, dtype=ml_dtypes.bfloat16)},
+        TypeError,
+        f"v: must have q's dtype float32, got {V} bfloat16",
+    ),
+    "out-other-dtype": (
+        {"out": np.zeros((2, 4, 5, 3), "f8")},
+        TypeError,
+        f"out: must have q's dtype float32, got {OUT} float64",
+    ),
+    "q-transposed": (
+        {"q": normal(2, 4, 6, 5).swapaxes(2, 3)},
+        ValueError,
+        f"q: the last axis must be contiguous, got {Q} float32 with strides (480, 120, 4, 20) bytes",
+    ),
+    "k-reversed": (
+        {"k": normal(2, 2, 7, 6)[..., ::-1]},
+        ValueError,
+        f"k: the last axis must be contiguous, got {K} float32 with strides (336, 168, 24, -4) bytes",
+    ),
+    "v-every-second": (
+        {"v": normal(2, 2, 7, 6)[..., ::2]},
+        ValueError,
+        f"v: the last axis must be contiguous, got {V} float32 with strides (336, 168, 24, 8) bytes",
+    ),
+    "out-broadcast-width": (
+        {"out": np.lib.stride_tricks.as_strided(np.zeros((2, 4, 5, 1), "f4"), (2, 4, 5, 3), (80, 20, 4, 0))},
+        ValueError,
+        f"out: the last axis must be contiguous, got {OUT} float32 with strides (80, 20, 4, 0) bytes",
+    ),
+    "k-odd-strides": (
+        {"k": field(2, 2, 7, 6)},
+        ValueError,
+        f"k: strides must be multiples of the element size, got {K} float32 with strides (350, 175, 25, 4) bytes",
+    ),
+    "q-no-width": (
+        {"q": normal(2, 4, 5, 0)},
+        ValueError,
+        f"q: the last axis must have 1 to 256 elements, got {NUMPY} (2, 4, 5, 0) and dtype float32",
+    ),
+    "q-too-wide": (
+        {"q": normal(2, 4, 5, 258)},
+        ValueError,
+        f"q: the last axis must have 1 to 256 elements, got {NUMPY} (2, 4, 5, 258) and dtype float32",
+    ),
+    "v-no-width": (
+        {"v": normal(2, 2, 7, 0)},
+        ValueError,
+        f"v: the last axis must have 1 to 256 elements, got {NUMPY} (2, 2, 7, 0) and dtype float32",
+    ),
+    "v-too-wide": (
+        {"v": normal(2, 2, 7, 257)},
+        ValueError,
+        f"v: the last axis must have 1 to 256 elements, got {NUMPY} (2, 2, 7, 257) and dtype float32",
+    ),
+    "k-batch": (
+        {"k": normal(1, 2, 7, 6)},
+        ValueError,
+        f"k: must have q's batch size 2, got {NUMPY} (1, 2, 7, 6) and dtype float32",
+    ),
+    "v-batch": (
+        {"v": normal(3, 2, 7, 3)},
+        ValueError,
+        f"v: must have q's batch size 2, got {NUMPY} (3, 2, 7, 3) and dtype float32",
+    ),
+    "k-width": (
+        {"k": normal(2, 2, 7, 8)},
+        ValueError,
+        f"k: must have q's width 6, got {NUMPY} (2, 2, 7, 8) and dtype float32",
+    ),
+    "k-heads": (
+        {"k": normal(2, 3, 7, 6)},
+        ValueError,
+        f"k: the number of heads must divide q's 4, got {NUMPY} (2, 3, 7, 6) and dtype float32",
+    ),
+    "k-more-heads": (
+        {"k": normal(2, 8, 7, 6)},
+        ValueError,
+        f"k: the number of heads must divide q's 4, got {NUMPY} (2, 8, 7, 6) and dtype float32",
+    ),
+    "k-no-heads": (
+        {"k": normal(2, 0, 7, 6)},
+        ValueError,
+        f"k: the number of heads must divide q's 4, got {NUMPY} (2, 0, 7, 6) and dtype float32",
+    ),
+    "v-heads": (
+        {"v": normal(2, 4, 7, 3)},
+        ValueError,
+        f"v: must have k's 2 heads, got {NUMPY} (2, 4, 7, 3) and dtype float32",
+    ),
+    "v-rows": (
+        {"v": normal(2, 2, 8, 3)},
+        ValueError,
+        f"v: must have k's 7 rows, got {NUMPY} (2, 2, 8, 3) and dtype float32",
+    ),
+    "out-shape": (
+        {"out": np.zeros((2, 4, 5, 6), "f4")},
+        ValueError,
+        f"out: must have shape (2, 4, 5, 3), got {NUMPY} (2, 4, 5, 6) and dtype float32",
+    ),
+    "out-other-layout": (
+        {"out": np.zeros((2, 5, 4, 3), "f4")},
+        ValueError,
+        f"out: must have shape (2, 4, 5, 3), got {NUMPY} (2, 5, 4, 3) and dtype float32",
+    ),
+    "out-broadcast": (
+        {"out": np.lib.stride_tricks.as_strided(np.zeros((2, 1, 5, 3), "f4"), (2, 4, 5, 3), (60, 0, 12, 4))},
+        ValueError,
+        f"out: elements must not share memory, got {OUT} float32 with strides (60, 0, 12, 4) bytes",
+    ),
+    "out-sliding": (
+        {"out": np.lib.stride_tricks.as_strided(np.zeros(200, "f4"), (2, 4, 5, 3), (240, 60, 4, 4))},
+        ValueError,
+        f"out: elements must not share memory, got {OUT} float32 with strides (240, 60, 4, 4) bytes",
+    ),
+}
+
+SCALE = "scale: must be a finite number in the range of float32, got"
+SCALES = [float("nan"), float("inf"), -float("inf"), 1e39, 10**400, True, "0.5", 1j]
+CAUSAL = "causal: must be True, False, 'bottom-right' or 'top-left', got"
+
+WRONG_OPTIONS = {
+    **{f"scale-{str(x)[:5]}": ({"scale": x}, f"{SCALE} {x!r}") for x in SCALES},
+    "scale-array": (
+        {"scale": np.ones(2)},
+        f"{SCALE} numpy array of shape (2,) and dtype float64",
+    ),
+    "causal-none": ({"causal": None}, f"{CAUSAL} None"),
+    "causal-one": ({"causal": 1}, f"{CAUSAL} 1"),
+    "causal-name": ({"causal": "lower"}, f"{CAUSAL} 'lower'"),
+    "causal-array": ({"causal": np.ones(2, bool)}, f"{CAUSAL} numpy array of shape (2,) and dtype bool"),
+    "layout-name": ({"layout": "nbhd"}, "layout: must be 'bhnd' or 'bnhd', got 'nbhd'"),
+    "layout-none": ({"layout": None}, "layout: must be 'bhnd' or 'bnhd', got None"),
+    "backend-name": ({"backend": "torch"}, "backend: must be 'numpy', 'cupy' or 'numba', got 'torch'"),
+    "backend-module": ({"backend": 3}, "backend: must be 'numpy', 'cupy' or 'numba', got 3"),
+}
+
+WRONG_GROUPING = {
+    "method": ({"method": "subspace!"}, "method: must be 'lsh', got 'subspace!'"),
+    "fusion": ({"fusion": "mean"}, "fusion: must be 'sum' or 'lstsq', got 'mean'"),
+    "fusion-none": ({"fusion": None}, "fusion: must be 'sum' or 'lstsq', got None"),
+    "group_by": ({"group_by": "values"}, "group_by: must be 'queries' or 'keys', got 'values'"),
+    "group_size-not-a-divisor": ({"group_size": 4}, "group_size: must divide the width 6, got 4"),
+    "group_size-too-large": ({"group_size": 12}, "group_size: must divide the width 6, got 12"),
+    **{
+        f"{name}-{value}": ({name: value}, f"{name}: must be an integer of at least {least}, got {value!r}")
+        for name, least in (("group_size", 1), ("block_size", 1), ("seed", 0))
+        for value in (least - 1, True, 2.0, "2", np.True_)
+    },
+    "group_size-none": ({"group_size": None}, "group_size: must be an integer of at least 1, got None"),
+    "seed-none": ({"seed": None}, "seed: must be an integer of at least 0, got None"),
+}
+
+
+def assert_refused(function: Any, changed: dict[str, Any], error: type[Exception], message: str) -> None:
+    """Assert that the call fails with exactly this message and leaves every array as it was."""
+    call = arguments(**changed)
+    arrays = {name: x for name, x in call.items() if isinstance(x, np.ndarray) and x.dtype != object}
+    before = {name: x.copy() for name, x in arrays.items()}
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        function(**call)
+    for name, array in arrays.items():
+        assert_same_bits(array, before[name], context=name)
+
+
+@pytest.mark.parametrize("function", [distrattn_np.distr_attention, distrattn_np.exact_attention])
+@pytest.mark.parametrize(("changed", "error", "message"), WRONG_ARRAYS.values(), ids=WRONG_ARRAYS)
+def test_wrong_array_is_named(function: Any, changed: dict[str, Any], error: type[Exception], message: str) -> None:
+    assert_refused(function, changed, error, message)
+
+
+@pytest.mark.parametrize("function", [distrattn_np.distr_attention, distrattn_np.exact_attention])
+@pytest.mark.parametrize(("changed", "message"), WRONG_OPTIONS.values(), ids=WRONG_OPTIONS)
+def test_wrong_option_is_named(function: Any, changed: dict[str, Any], message: str) -> None:
+    assert_refused(function, changed, ValueError, message)
+
+
+@pytest.mark.parametrize(("changed", "message"), WRONG_GROUPING.values(), ids=WRONG_GROUPING)
+def test_wrong_grouping_is_named(changed: dict[str, Any], message: str) -> None:
+    assert_refused(distrattn_np.distr_attention, changed, ValueError, message)
+
+
+def test_misaligned_array_is_named() -> None:
+    q = misaligned(2, 4, 5, 6)
+    address = q.__array_interface__["data"][0]
+    message = f"q: the address must be a multiple of the element size, got {Q} float32 at address {address:#x}"
+    assert_refused(distrattn_np.exact_attention, {"q": q}, ValueError, message)
+
+
+def test_read_only_out_is_named() -> None:
+    out = np.zeros((2, 4, 5, 3), np.float32)
+    out.flags.writeable = False
+    message = f"out: must be writeable, got read-only {OUT} float32"
+    assert_refused(distrattn_np.exact_attention, {"out": out}, ValueError, message)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_out_over_an_input_is_named(name: str) -> None:
+    call = {"q": normal(2, 2, 5, 6), "k": normal(2, 2, 5, 6), "v": normal(2, 2, 5, 6)}
+    message = f"out: must not share memory with {name}, got {NUMPY} (2, 2, 5, 6) and dtype float32"
+    assert_refused(distrattn_np.exact_attention, call | {"out": call[name]}, ValueError, message)
+
+
+def test_out_over_the_end_of_an_input_is_named() -> None:
+    buffer = normal(3, 2, 5, 6)
+    message = f"out: must not share memory with v, got {NUMPY} (2, 2, 5, 6) and dtype float32"
+    call = {"q": normal(2, 2, 5, 6), "k": normal(2, 2, 5, 6), "v": buffer[:2], "out": buffer[1:]}
+    assert_refused(distrattn_np.exact_attention, call, ValueError, message)
+
+
+def test_out_between_the_inputs_of_one_buffer_is_accepted() -> None:
+    """Interleaved views of one buffer have overlapping address ranges but no element in common."""
+    buffer = normal(2, 5, 4, 3, 8)
+    q, k, v, out = (buffer[:, :, i] for i in range(4))
+    expected = distrattn_np.distr_attention(q.copy(), k.copy(), v.copy(), layout="bnhd")
+    assert distrattn_np.distr_attention(q, k, v, layout="bnhd", out=out) is out
+    assert_same_bits(np.ascontiguousarray(out), expected)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_numpy_bool_is_a_bool(causal: bool) -> None:
+    q, k, v = (normal(1, 1, 4, 4) for _ in range(3))
+    got = distrattn_np.distr_attention(q, k, v, causal=np.bool_(causal))
+    assert_same_bits(got, distrattn_np.distr_attention(q, k, v, causal=causal))
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    q, k, v = (normal(1, 1, 4, 4) for _ in range(3))
+    options = {"group_size": 2, "block_size": 3, "seed": 5}
+    got = distrattn_np.distr_attention(
+        q, k, v, scale=np.float32(0.5), **{name: np.uint8(value) for name, value in options.items()}
+    )
+    assert_same_bits(got, distrattn_np.distr_attention(q, k, v, scale=0.5, **options))
+
+
+def test_read_only_inputs_are_accepted() -> None:
+    arrays = [normal(1, 2, 5, 4) for _ in range(3)]
+    expected = distrattn_np.distr_attention(*arrays)
+    for array in arrays:
+        array.flags.writeable = False
+    assert_same_bits(distrattn_np.distr_attention(*arrays), expected)
+
+
+def test_broadcast_inputs_are_accepted() -> None:
+    q, k, v = normal(2, 2, 5, 4), normal(1, 1, 7, 4), normal(1, 1, 7, 4)
+    wide = [np.broadcast_to(x, (2, 2, 7, 4)) for x in (k, v)]
+    expected = distrattn_np.distr_attention(q, *(x.copy() for x in wide))
+    assert_same_bits(distrattn_np.distr_attention(q, *wide), expected)
+
+
+@pytest.mark.parametrize("name", ["k", "v", "out"])
+def test_mixed_kinds_are_named(name: str) -> None:
+    cuda = pytest.importorskip("numba.cuda")
+    call = arguments()
+    call[name] = cuda.to_device(call[name])
+    shape = {"k": K, "v": V, "out": OUT}[name].replace("numpy", "numba")
+    with pytest.raises(
+        TypeError, match=f"^{re.escape(f'{name}: must be a numpy array, as q is, got {shape} float32')}$"
+    ):
+        distrattn_np.exact_attention(**call)
+
+
+def test_backend_that_does_not_take_the_kind_is_named() -> None:
+    cuda = pytest.importorskip("numba.cuda")
+    q, k, v = (cuda.to_device(normal(1, 1, 4, 4)) for _ in range(3))
+    message = "q: the numpy backend takes numpy arrays, got numba array of shape (1, 1, 4, 4) and dtype float32"
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        distrattn_np.distr_attention(q, k, v, backend="numpy")
+
+
+@pytest.mark.parametrize("name", ["cupy", "numba"])
+def test_missing_package_says_what_to_install(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, name, None)  # importing it fails now
+    monkeypatch.delitem(sys.modules, f"distrattn_np.backends.{name}_backend", raising=False)
+    for module in [module for module in sys.modules if module.startswith("distrattn_np.numba_kernels")]:
+        monkeypatch.delitem(sys.modules, module)
+    load = importlib.import_module("distrattn_np.backends").load_by_name.__wrapped__  # past the cache
+    message = f"backend: {name!r} needs a package that is not installed: {backends.INSTALL[name]}"
+    with pytest.raises(ImportError, match=f"^{re.escape(message)}$"):
+        load(name)
