@@ -91,6 +91,7 @@ __device__ __forceinline__ accumulate_t reduced_element(const element_t* row, in
   const int first = r * GROUP_SIZE;
   if (!is_fused) return to_accumulate(row[maps.channels_smem[first]]);
   accumulate_t sum = 0;
+#pragma unroll 4
   for (int g = 0; g < GROUP_SIZE; g++) {
     const accumulate_t value = to_accumulate(row[maps.channels_smem[first + g]]);
     sum += WITH_GAINS ? maps.gains_smem[first + g] * value : value;
