@@ -1,0 +1,133 @@
+"""The equations of docs/math.md as loops over single numbers, in float64: slow, and written without reference/."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+BITS = 16
+
+
+def hyperplanes(seed: int, L: int) -> np.ndarray:
+    return np.random.Generator(np.random.PCG64(seed)).standard_normal((L, BITS), dtype=np.float32)
+
+
+def hash_words(X: np.ndarray, planes: np.ndarray) -> list[int]:
+    """Eq. 5."""
+    words = []
+    for j in range(X.shape[1]):
+        word = 0
+        for p in range(BITS):
+            dot = sum(float(X[row, j]) * float(planes[row, p]) for row in range(len(X)))
+            word |= (dot > 0) << p
+        words.append(word)
+    return words
+
+
+def gray_code(bits: int) -> list[int]:
+    """List all words in Gray code order: to add a bit, append the code backwards with that bit set."""
+    code = [0]
+    for bit in range(bits):
+        code += [word | 1 << bit for word in reversed(code)]
+    return code
+
+
+RANK_OF_WORD = {word: rank for rank, word in enumerate(gray_code(BITS))}
+
+
+def groups_of(words: list[int], G: int) -> list[list[int]]:
+    """Eq. 6 and 7."""
+    order = sorted(range(len(words)), key=lambda j: (RANK_OF_WORD[words[j]], j))
+    return [order[i : i + G] for i in range(0, len(order), G)]
+
+
+def dot(x: np.ndarray, y: np.ndarray) -> float:
+    return sum(float(a) * float(b) for a, b in zip(x, y, strict=True))
+
+
+def sees(n: int, m: int, offset: int | None) -> bool:
+    """Eq. 3."""
+    return offset is None or m <= n + offset
+
+
+def weighted_groups(
+    X: np.ndarray, others: list[np.ndarray], groups: list[list[int]], fusion: str
+) -> list[tuple[int, dict[int, float]]]:
+    """Eq. 8 and 9: the sampled channel of every group, and the gain of each of its members."""
+    result = []
+    for group in groups:
+        if fusion == "sum":
+            result.append((group[0], dict.fromkeys(group, 1.0)))
+            continue
+        weights = [dot(X[:, j], X[:, j]) * sum(float(y[j]) ** 2 for y in others) for j in group]
+        first = group[weights.index(max(weights))]
+        length = dot(X[:, first], X[:, first])
+        gains = {j: dot(X[:, first], X[:, j]) / length if length > 0 else 0.0 for j in group}
+        result.append((first, gains | {first: 1.0}))
+    return result
+
+
+def scores(
+    q: np.ndarray,
+    k: np.ndarray,
+    *,
+    scale: float,
+    offset: int | None,
+    G: int,
+    L: int,
+    by: str,
+    fusion: str,
+    seed: int,
+) -> np.ndarray:
+    """Eq. 4 for every pair: (B, H, N, M)."""
+    B, H, N, _ = q.shape
+    H_kv, M = k.shape[1:3]
+    planes = hyperplanes(seed, L)
+    S = np.zeros((B, H, N, M))
+    for b, h in np.ndindex(B, H):
+        h_kv = h * H_kv // H
+        sharing = [other for other in range(H) if other * H_kv // H == h_kv]
+        X_all, Y_all = (q[b, h], k[b, h_kv]) if by == "queries" else (k[b, h_kv], q[b, h])
+        for start in range(0, len(X_all), L):
+            block = range(start, min(start + L, len(X_all)))
+            X = X_all[block.start : block.stop]
+            # the rows on the other side that meet any row of this block
+            if by == "queries":
+                others = [k[b, h_kv, m] for m in range(M) if any(sees(n, m, offset) for n in block)]
+            else:
+                others = [q[b, s, n] for s in sharing for n in range(N) if any(sees(n, m, offset) for m in block)]
+            maps = weighted_groups(X, others, groups_of(hash_words(X, planes), G), fusion)
+            for x, y in np.ndindex(len(X), len(Y_all)):
+                score = sum(
+                    float(X[x, first]) * sum(gain * float(Y_all[y, j]) for j, gain in gains.items())
+                    for first, gains in maps
+                )
+                n, m = (start + x, y) if by == "queries" else (y, start + x)
+                S[b, h, n, m] = scale * score
+    return S
+
+
+def exact_scores(q: np.ndarray, k: np.ndarray, *, scale: float) -> np.ndarray:
+    """Eq. 1 for every pair: (B, H, N, M)."""
+    B, H, N, _ = q.shape
+    H_kv, M = k.shape[1:3]
+    S = np.zeros((B, H, N, M))
+    for b, h, n, m in np.ndindex(B, H, N, M):
+        S[b, h, n, m] = scale * dot(q[b, h, n], k[b, h * H_kv // H, m])
+    return S
+
+
+def attend(S: np.ndarray, v: np.ndarray, *, offset: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Eq. 2 and 3, one query at a time, without subtracting a maximum: for scores of ordinary size."""
+    B, H, N, M = S.shape
+    H_kv, E = v.shape[1], v.shape[3]
+    out, lse = np.zeros((B, H, N, E)), np.full((B, H, N), -math.inf)
+    for b, h, n in np.ndindex(B, H, N):
+        weights = {m: math.exp(S[b, h, n, m]) for m in range(M) if sees(n, m, offset)}
+        total = sum(weights.values())
+        if weights:
+            lse[b, h, n] = math.log(total)
+        for m, weight in weights.items():
+            out[b, h, n] += weight / total * v[b, h * H_kv // H, m]
+    return out, lse
