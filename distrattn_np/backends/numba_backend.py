@@ -67,6 +67,7 @@ class NumbaBackend(Backend):
         grouping = problem.grouping
         if grouping is None:
             return None
+        K = K.bind(Q.stream)  # arrays may be bound to different streams; every launch of a call goes to that of Q
         X = K if grouping.by == "keys" else Q
         # a draw of fewer rows is the start of a draw of more
         planes = hyperplanes(grouping.seed, min(grouping.block_size, problem.grouped_rows))
@@ -265,8 +266,8 @@ def _from_cupy(array: Any) -> Any:
     """Return a native view that keeps ``array`` alive and runs on CuPy's current stream."""
     import cupy
 
-    stream = cuda.external_stream(cupy.cuda.get_current_stream().ptr)
-    return cuda.as_cuda_array(array, sync=False).bind(stream)
+    pointer = cupy.cuda.get_current_stream().ptr
+    return cuda.as_cuda_array(array, sync=False).bind(cuda.external_stream(pointer) if pointer else 0)
 
 
 def _to_cupy(array: Any) -> Any:
