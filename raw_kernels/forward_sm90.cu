@@ -73,7 +73,7 @@ static_assert(ELEMENT == FLOAT16 || ELEMENT == BFLOAT16, "tensor cores take 16-b
 static_assert(BLOCK_Q % CONSUMER_ROWS == 0 && NUM_CONSUMERS >= 2 && NUM_CONSUMERS <= 4,
               "two to four warpgroups own 64 query rows each");
 static_assert(BLOCK_KV % MMA_DEPTH == 0 && BLOCK_KV <= 128, "S [64, BLOCK_KV] is held in registers");
-static_assert(R % MMA_DEPTH == 0 && E % MMA_DEPTH == 0 && Q_WIDTH % MMA_DEPTH == 0, "widths are padded to wgmma's depth");
+static_assert(R % MMA_DEPTH == 0 && E % MMA_DEPTH == 0 && Q_WIDTH % MMA_DEPTH == 0, "a product is 16 columns deep");
 
 // Registers of a thread. What the warpgroups hold together may not exceed what they are launched with, or the block
 // hangs: 65536 / NUM_THREADS each, rounded down to a multiple of eight.
@@ -378,8 +378,8 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
         hide_scores(S_rmem, tile * BLOCK_KV + lane_key, last_key);
       const bool has_grown = softmax.step(S_rmem, scale_log2);
       pin(S_rmem);
-      // This wait is for the next tile. It stands here because its branch keeps ptxas from moving the wait for P V, which
-      // the exponentials are to run beside, in front of them.
+      // This wait is for the next tile. It stands here because its branch keeps ptxas from moving the wait for P V in
+      // front of the exponentials, which are to run beside P V.
       if (tile > 0) barrier_wait(shared.K_full[K_ring.stage], K_ring.parity);
 
       // ---- O is complete up to the tile before: rescale it to the new maximum ----

@@ -171,8 +171,8 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// The compiler does not know that a product reads and writes its registers after the instruction has been issued. Pinned
-// before the issue and after the wait, they are neither moved nor computed across.
+// The compiler does not know that a product uses its registers after the instruction has been issued. Pinned before the
+// issue and after the wait, they are neither moved nor computed across.
 template <int COUNT>
 __device__ __forceinline__ void pin(float (&registers)[COUNT]) {
 #pragma unroll
