@@ -7,4 +7,5 @@ import numpy as np
 
 def channel_norms(Y: np.ndarray) -> np.ndarray:
     """Return the squared Euclidean length of every column of Y (rows, D), shape (D,)."""
-    return np.einsum("nd,nd->d", Y, Y)
+    norms: np.ndarray = np.einsum("nd,nd->d", Y, Y)
+    return norms

@@ -36,4 +36,5 @@ def hash_channels(X: np.ndarray, planes: np.ndarray) -> np.ndarray[Any, np.dtype
     """
     signs = X.T.astype(np.float64) @ planes[: len(X)].astype(np.float64) > 0
     bits = np.uint16(1) << np.arange(HASH_BITS, dtype=np.uint16)
-    return np.where(signs, bits, np.uint16(0)).sum(axis=1, dtype=np.uint16)
+    words: np.ndarray[Any, np.dtype[np.uint16]] = np.where(signs, bits, np.uint16(0)).sum(axis=1, dtype=np.uint16)
+    return words

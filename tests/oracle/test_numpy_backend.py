@@ -11,12 +11,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from kit.cases import Case, in_memory, make_inputs, plain, reference_maps, truth
+from kit.cases import Case, in_memory, make_inputs, plain, problem_of, reference_maps, truth
 from kit.compare import assert_agrees, assert_no_worse_than_plain, assert_same_bits, relative_error
 
 from distrattn_np import distr_attention, exact_attention, reference
 from distrattn_np.backends import numpy_backend
 from distrattn_np.backends.numpy_backend import BACKEND, KEY_TILE, QUERY_TILE
+from distrattn_np.problem import Problem
 
 GROUPINGS = [{"by": by, "fusion": fusion} for by in ("queries", "keys") for fusion in ("sum", "lstsq")]
 LONG = {"H": 1, "H_kv": 1, "D": 6, "E": 5}
@@ -40,6 +41,10 @@ CASES = [
 ]
 
 
+def native_problem(case: Case, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> Problem:
+    return problem_of(q, k, v, **(case.options | {"layout": "bhnd"}))
+
+
 def run(case: Case, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     out, lse = distr_attention(*(in_memory(x, case) for x in (q, k, v)), return_lse=True, **case.options)
     return (out.transpose(0, 2, 1, 3) if case.layout == "bnhd" else out), lse
@@ -48,7 +53,7 @@ def run(case: Case, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.nda
 @pytest.mark.parametrize("case", [replace(case, dtype="float64") for case in CASES], ids=str)
 def test_float64_is_the_reference(case: Case) -> None:
     q, k, v = make_inputs(case)
-    problem = case.problem(*(in_memory(x, case) for x in (q, k, v)))
+    problem = native_problem(case, q, k, v)
     if problem.grouping is None:
         expected, expected_lse = reference.exact_attention(
             q, k, v, scale=problem.scale, causal_offset=problem.causal_offset
@@ -77,7 +82,7 @@ def test_float64_is_the_reference(case: Case) -> None:
 def test_no_worse_than_plain_numpy(case: Case, dtype: str) -> None:
     case = replace(case, dtype=dtype)
     q, k, v = make_inputs(case)
-    problem = case.problem(*(in_memory(x, case) for x in (q, k, v)))
+    problem = native_problem(case, q, k, v)
     maps = reference_maps(problem, q, k)
     expected, expected_lse = truth(problem, q, k, v, maps)
     usual, usual_lse = plain(problem, q, k, v, maps)
@@ -94,7 +99,7 @@ def test_no_worse_than_plain_numpy(case: Case, dtype: str) -> None:
 def test_maps_are_those_of_the_reference(by: str) -> None:
     case = Case(B=2, H=4, H_kv=2, N=70, M=1300, D=12, L=32, by=by, fusion="lstsq", causal=True, dtype="float32")
     q, k, v = make_inputs(case)
-    problem = case.problem(q, k, v)
+    problem = native_problem(case, q, k, v)
     expected = reference_maps(problem, q, k)
     maps = BACKEND.group_maps(problem, q, k)
     assert_same_bits(maps.channels, expected.channels)
