@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from kit.backends import to_kind
-from kit.cases import BFLOAT16, Case, in_memory, make_inputs
+from kit.cases import BFLOAT16, Case, Inputs, in_memory, make_inputs
 from kit.compare import assert_agrees, assert_same_bits, to_host
 
 from distrattn_np import distr_attention, exact_attention, reference
@@ -74,7 +74,7 @@ CASES = [
 def test_call_agrees_with_reference(case: Case) -> None:
     inputs = make_inputs(case)
     given = [to_kind(in_memory(x, case), "numba") for x in inputs]
-    assert_call_agrees(case, distr_attention(*given, return_lse=True, **case.options), expected(case, *inputs))
+    assert_call_agrees(case, distr_attention(*given, return_lse=True, **case.options), expected(case, inputs))
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -82,7 +82,7 @@ def test_exact_call_agrees_with_reference(causal: bool) -> None:
     case = small(causal=causal, **EXACT)
     inputs = make_inputs(case)
     result = exact_attention(*inputs, backend="numba", return_lse=True, **case.attention_options)
-    assert_call_agrees(case, result, expected(case, *inputs))
+    assert_call_agrees(case, result, expected(case, inputs))
 
 
 @pytest.mark.parametrize("how", [EXACT, *GROUPINGS], ids=str)
@@ -100,18 +100,18 @@ def test_tiles_of_a_gpu_agree(monkeypatch: pytest.MonkeyPatch, how: dict[str, An
     case = small(H=1, H_kv=1, N=33, M=35, L=33, causal=True, dtype="float64", **how)
     inputs = make_inputs(case)
     result = distr_attention(*inputs, backend="numba", return_lse=True, **case.options)
-    assert_call_agrees(case, result, expected(case, *inputs))
+    assert_call_agrees(case, result, expected(case, inputs))
     assert used[0].thread_rows * used[0].thread_columns == 256
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.G > 1], ids=str)
 def test_groups_equal_the_reference(case: Case) -> None:
     """The permutation bit for bit, the gains to rounding: sums of at most 64 products, so 64 eps of each length."""
-    q, k, v = make_inputs(case)
-    problem = case_problem(case, q, k, v)
-    maps = BACKEND.group_maps(problem, *(to_kind(x, "numba") for x in (q, k)))
+    inputs = make_inputs(case)
+    problem = case.problem(inputs)
+    maps = BACKEND.group_maps(problem, *(to_kind(x, "numba") for x in (inputs.q, inputs.k)))
     assert maps is not None
-    channels, gains = reference_maps(problem, q, k)
+    channels, gains = reference_maps(problem, inputs)
     assert_same_bits(to_host(maps.channels), channels)
     if gains is None:
         assert maps.gains is None
@@ -153,7 +153,7 @@ def test_out_is_written_and_returned(kind: Any, layout: str) -> None:
     out = type(given[0])(out) if kind == "numba" else out
     result, lse = distr_attention(*given, backend="numba", return_lse=True, out=out, **case.options)
     assert result is out
-    assert_call_agrees(case, (result, lse), expected(case, *inputs))
+    assert_call_agrees(case, (result, lse), expected(case, inputs))
     assert np.count_nonzero(buffer != -1) == result.size
 
 
@@ -193,18 +193,13 @@ def test_bfloat16_is_refused() -> None:
         exact_attention(q, q, q, backend="numba")
 
 
-def case_problem(case: Case, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> Problem:
-    """Return the checked problem for inputs in (B, H, rows, width), as backends hold them."""
-    return Case(**(vars(case) | {"layout": "bhnd"})).problem(q, k, v)
-
-
-def reference_maps(problem: Problem, q: np.ndarray, k: np.ndarray) -> Any:
+def reference_maps(problem: Problem, inputs: Inputs) -> Any:
     """Return the reference's channels and float64 gains."""
     g = problem.grouping
     assert g is not None
     return reference.group_maps(
-        q,
-        k,
+        inputs.q,
+        inputs.k,
         group_size=g.group_size,
         block_size=g.block_size,
         group_by=g.by,
@@ -214,16 +209,16 @@ def reference_maps(problem: Problem, q: np.ndarray, k: np.ndarray) -> Any:
     )
 
 
-def expected(case: Case, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def expected(case: Case, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
     """Return the reference's result, in the layout of the case, and lse."""
-    problem = case_problem(case, q, k, v)
+    problem = case.problem(inputs)
     g = problem.grouping
     options: dict[str, Any] = {"scale": problem.scale, "causal_offset": problem.causal_offset}
     if g is None:
-        result, lse = reference.exact_attention(q, k, v, **options)
+        result, lse = reference.exact_attention(*inputs, **options)
     else:
         options |= {"group_size": g.group_size, "block_size": g.block_size, "group_by": g.by}
-        result, lse = reference.distr_attention(q, k, v, fusion=g.fusion, seed=g.seed, **options)
+        result, lse = reference.distr_attention(*inputs, fusion=g.fusion, seed=g.seed, **options)
     return (result.transpose(0, 2, 1, 3) if case.layout == "bnhd" else result), lse
 
 
