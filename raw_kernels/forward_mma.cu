@@ -203,8 +203,9 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
   asm volatile("" : "+l"(K_head), "+l"(V_head));  // hold two pointers through the main loop, not what they are sums of
   const int tiles_per_block = (key_block_size + BLOCK_KV - 1) / BLOCK_KV;
   auto load_keys_and_values = [&](int t) {
-    const KeyTile tile = key_tile(t, tiles_per_block, key_block_size, key_limit);
+    KeyTile tile = key_tile(t, tiles_per_block, key_block_size, key_limit);
     if (tile.begin >= key_limit) return;
+    asm volatile("" : "+r"(tile.begin));  // or the compiler keeps pointers that walk with the loop
     element_t* const K_smem = stages_smem + t % 2 * STAGE_ELEMENTS;
     load_rows<BLOCK_KV, R_PADDED, K_COLUMNS, R_STRIDE>(K_smem, K_head + tile.begin * stride_k, stride_k,
                                                        tile.end - tile.begin);
@@ -222,7 +223,6 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
   copy_async_commit();
 
   const int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
-  const int row_in_block = warp * WARP_Q + lane / 4;  // this lane's rows: row_in_block + 8 i
   float O_rmem[M_TILES][E_TILES][4] = {};
   float row_max_log2[ROWS], row_sum[ROWS];  // the maximum is of scale_log2 * score and may lag
 #pragma unroll
@@ -272,15 +272,17 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
     }
 
     // ---- minus infinity where a key is past the tile's end or hidden by the causal limit ----
-    if (tile.begin + BLOCK_KV > tile.end ||
-        (CAUSAL && tile.begin + BLOCK_KV - 1 > work.query_begin + warp * WARP_Q + causal_offset)) {
+    const int first_query = work.query_begin + warp * WARP_Q;
+    if (tile.begin + BLOCK_KV > tile.end || (CAUSAL && tile.begin + BLOCK_KV - 1 > first_query + causal_offset)) {
+      const int anew = thread_index_anew() % WARP_SIZE;
 #pragma unroll
       for (int i = 0; i < M_TILES; ++i)
 #pragma unroll
         for (int j = 0; j < KV_TILES; ++j)
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
-            const int key = tile.begin + j * MMA_N + lane % 4 * 2 + k % 2, query = work.query_begin + row_in_block + i * MMA_M + k / 2 * 8;
+            const int key = tile.begin + j * MMA_N + anew % 4 * 2 + k % 2;
+            const int query = first_query + anew / 4 + i * MMA_M + k / 2 * 8;
             if (key >= tile.end || (CAUSAL && key > query + causal_offset)) S_rmem[i][j][k] = minus_infinity();
           }
     }

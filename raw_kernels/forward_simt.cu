@@ -50,7 +50,7 @@ static_assert(D >= 1 && D <= 256 && E >= 1 && E <= 256, "rows have 1 to 256 elem
 static_assert(D % GROUP_SIZE == 0, "every channel belongs to a group of GROUP_SIZE");
 static_assert((GROUP_BY == EXACT) == (GROUP_SIZE == 1), "groups of one channel are exact attention");
 
-// ---- tiles: thread (ty, tx) owns ROWS queries, COLUMNS keys of a score tile and VALUES columns of every value strip ----
+// ---- tiles: thread (ty, tx) owns ROWS queries, COLUMNS keys of a tile and VALUES columns of every value strip ----
 constexpr int SIDE = 16;
 constexpr int THREADS = SIDE * SIDE;
 constexpr int BLOCK_KV = 64;
@@ -129,7 +129,7 @@ void forward_simt(const element_t* __restrict__ Q,   // [B, H, N, D]
                   long long stride_v_b, long long stride_v_h, long long stride_v_m,
                   long long stride_o_b, long long stride_o_h, long long stride_o_n) {
   __shared__ alignas(16) accumulate_t operands_smem[OPERANDS];
-  __shared__ alignas(16) accumulate_t P_smem[BLOCK_KV][P_PITCH];  // transposed, so that a thread's queries are neighbours
+  __shared__ alignas(16) accumulate_t P_smem[BLOCK_KV][P_PITCH];  // transposed: a thread's queries are neighbours
   __shared__ int channels_smem[GROUP_BY == EXACT ? 1 : D];
   __shared__ float gains_smem[WITH_GAINS ? D : 1];
   accumulate_t* A_smem = operands_smem;                       // [CHANNELS, A_PITCH]

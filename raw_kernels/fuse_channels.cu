@@ -13,12 +13,13 @@
 // Reference : reference/fuse_channels.py      Numba : distrattn_np/numba_kernels/fuse_channels.py
 // Launcher  : distrattn_np/backends/cupy_backend.py
 //
-// Grid      : (ceil_div(ROWS_FROM_BLOCK ? block_rows : rows, ROW_TILE), ceil_div(items, ITEMS_PER_BLOCK))
+// Grid      : row_tiles * ceil_div(items, ITEMS_PER_BLOCK), row tiles fastest, where
+//             row_tiles = ceil_div(ROWS_FROM_BLOCK ? block_rows : rows, ROW_TILE), ROW_TILE = 128 / sizeof(element_t)
 // Block     : THREADS
 // Shared    : under 48 KB, static: ROW_TILE rows of Y, and the maps of one item
 // Assumes   : GROUP_SIZE divides D <= 256; R = D / GROUP_SIZE <= R_PADDED; columns R ... R_PADDED - 1 are written zero.
-//             VECTOR divides D, and Y and its strides are aligned to VECTOR elements; out is contiguous and aligned to 16
-//             bytes. Sums run in float32 (float64 for float64) and are rounded once.
+//             VECTOR divides D, and Y and its strides are aligned to VECTOR elements; out is contiguous and aligned to
+//             16 bytes. Sums run in float32 (float64 for float64) and are rounded once.
 // Alone     : nvcc -cubin -arch=sm_80 raw_kernels/fuse_channels.cu
 
 #include "element.cuh"
@@ -91,21 +92,21 @@ void fuse_channels(const element_t* __restrict__ Y,   // [B, H_y, rows, D]
 
   const int strip = threadIdx.x % STRIPS;
   const int first_word = threadIdx.x / STRIPS;
-  const int tile_row = blockIdx.x * ROW_TILE;
+  const int row_tiles = ((ROWS_FROM_BLOCK ? block_rows : rows) + ROW_TILE - 1) / ROW_TILE;
+  const int tile_row = blockIdx.x % row_tiles * ROW_TILE;
   const element_t* loaded = nullptr;  // where the rows in tile_smem come from
   for (int i = threadIdx.x; i < WORDS; i += THREADS) tile_smem[i][ZERO] = {};
 
-  const int items_end = min((static_cast<int>(blockIdx.y) + 1) * ITEMS_PER_BLOCK, items);
-  for (int launch_item = blockIdx.y * ITEMS_PER_BLOCK; launch_item < items_end; launch_item++) {
+  const int first_launch_item = blockIdx.x / row_tiles * ITEMS_PER_BLOCK;
+  const int items_end = min(first_launch_item + ITEMS_PER_BLOCK, items);
+  for (int launch_item = first_launch_item; launch_item < items_end; launch_item++) {
     // ---- which rows: `begin` is the tile's first, no row from `end` on is needed ----
     const int item = first_item + launch_item;
     const int c = item % C, h = item / C % H_x, b = item / C / H_x;
     const int block_begin = c * block_rows;
+    const int block_end = block_begin + min(block_rows, (ROWS_FROM_BLOCK ? rows : x_rows) - block_begin);
     const int begin = ROWS_FROM_BLOCK ? block_begin + tile_row : tile_row;
-    const int end = ROWS_FROM_BLOCK
-                        ? block_begin + min(block_rows, rows - block_begin)
-                        : min(static_cast<long long>(rows),
-                              block_begin + min(block_rows, x_rows - block_begin) + static_cast<long long>(causal_offset));
+    const int end = ROWS_FROM_BLOCK ? block_end : min(static_cast<long long>(rows), block_end + 0LL + causal_offset);
     if (begin >= end) continue;
     const int h_y = h * H_y / H_x;
     const element_t* source = Y + b * stride_y_b + h_y * stride_y_h + begin * stride_y_n;

@@ -1,7 +1,8 @@
 // fusion_gains.cu - least-squares fusion: which member stands for its group, and how much of it each member is.
 //
 //   first of group r = the member j with the largest |x_j| |y_j|, the earliest of equals
-//   gain_j = <x_first, x_j> / <x_first, x_first>,   gain_first = 1,   0 where x_first is all zero   docs/math.md (eq. 9)
+//   gain_j = <x_first, x_j> / <x_first, x_first>,   gain_first = 1,               docs/math.md (eq. 9)
+//            0 where x_first is all zero
 //
 // The chosen member moves to the front of its group; the rest keep their order.
 //
@@ -64,7 +65,7 @@ void fusion_gains(const element_t* __restrict__ X,        // [B, H_x, rows, D]
     if (slice == 0) {
       for (int i = 0; i < slices; i++) sum += partial_smem[i * D + own];
     }
-    __syncthreads();  // and added up before they are overwritten
+    // the barriers between the two calls part this reading from the next writing
     return sum;
   };
 

@@ -4,9 +4,9 @@
 //
 //   item = (b * H + h) * query_blocks + c,     rows c * query_block_size ... of that head
 //
-// Blocks over queries (eq. 4 of docs/math.md) have query_block_size = L. Exact attention and blocks over keys have one
-// item per head: query_blocks = 1, query_block_size = N. A launch covers the items from first_item on, so that a bounded
-// workspace can serve one launch after the other:
+// Blocks over queries (eq. 4 of docs/math.md) have query_block_size = L. Exact attention and blocks over keys have
+// one item per head: query_blocks = 1, query_block_size = N. A launch covers the items from first_item on, so that a
+// bounded workspace can serve one launch after the other:
 //
 //   gridDim.x = (items of this launch) * query_tiles,     query_tiles = ceil_div(query_block_size, BLOCK_Q)
 
