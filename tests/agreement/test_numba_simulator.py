@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from kit.backends import to_kind
-from kit.cases import BFLOAT16, Case, Inputs, in_memory, make_inputs
+from kit.cases import BFLOAT16, Case, Inputs, in_memory, make_inputs, problem_of
 from kit.compare import assert_agrees, assert_same_bits, to_host
 
 from distrattn_np import distr_attention, exact_attention, reference
@@ -108,7 +108,7 @@ def test_tiles_of_a_gpu_agree(monkeypatch: pytest.MonkeyPatch, how: dict[str, An
 def test_groups_equal_the_reference(case: Case) -> None:
     """The permutation bit for bit, the gains to rounding: sums of at most 64 products, so 64 eps of each length."""
     inputs = make_inputs(case)
-    problem = case.problem(inputs)
+    problem = problem_of(*inputs, **(case.options | {"layout": "bhnd"}))
     maps = BACKEND.group_maps(problem, *(to_kind(x, "numba") for x in (inputs.q, inputs.k)))
     assert maps is not None
     channels, gains = reference_maps(problem, inputs)
@@ -211,7 +211,7 @@ def reference_maps(problem: Problem, inputs: Inputs) -> Any:
 
 def expected(case: Case, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
     """Return the reference's result, in the layout of the case, and lse."""
-    problem = case.problem(inputs)
+    problem = problem_of(*inputs, **(case.options | {"layout": "bhnd"}))
     g = problem.grouping
     options: dict[str, Any] = {"scale": problem.scale, "causal_offset": problem.causal_offset}
     if g is None:
