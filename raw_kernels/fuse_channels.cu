@@ -53,6 +53,7 @@ constexpr int WIDEST = GROUP_SIZE * R_PADDED < 256 ? GROUP_SIZE * R_PADDED : 256
 constexpr int ROW_TILE = 128 / sizeof(element_t);
 constexpr int OUTPUTS = 16 / sizeof(element_t);  // columns per thread, stored at once
 constexpr int STRIPS = R_PADDED / OUTPUTS;
+constexpr int MIN_BLOCKS = 3;  // per multiprocessor: 168 registers; without a number ptxas spills some for occupancy
 static_assert(R_PADDED % 16 == 0, "a row of the result is a whole number of 16-element steps of the tensor core");
 static_assert(MEMBERS == 1 || MEMBERS == GROUP_SIZE, "a group is sampled or fused");
 static_assert(THREADS >= STRIPS, "the threads reach across a row of the result");
@@ -79,7 +80,7 @@ struct alignas(OUTPUTS * sizeof(float)) StripGains {
   float at[OUTPUTS];
 };
 
-extern "C" __global__ __launch_bounds__(THREADS)
+extern "C" __global__ __launch_bounds__(THREADS, MIN_BLOCKS)
 void fuse_channels(const element_t* __restrict__ Y,   // [B, H_y, rows, D]
                    const int* __restrict__ channels,  // [B, H_x, C, D]
                    const float* __restrict__ gains,   // [B, H_x, C, D]; read only where WITH_GAINS
