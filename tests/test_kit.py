@@ -71,7 +71,7 @@ def test_error_over_twice_the_plain_one_is_refused() -> None:
 def test_plain_computation_is_the_reference_but_for_rounding(by: str, fusion: str, causal: bool | str) -> None:
     case = Case(H=4, N=37, M=29, D=12, E=5, dtype="float32", L=16, by=by, fusion=fusion, causal=causal)
     inputs = make_inputs(case)
-    problem = case.problem(*inputs)
+    problem = case.native_problem(inputs)
     maps = reference_maps(problem, inputs.q, inputs.k)
     for got, want in zip(plain(problem, *inputs, maps), truth(problem, *inputs, maps), strict=True):
         assert_agrees(got, want, rtol=0, atol=1e-5, check_dtype=False)
@@ -80,7 +80,7 @@ def test_plain_computation_is_the_reference_but_for_rounding(by: str, fusion: st
 def test_plain_computation_in_16_bits_is_visibly_rounded() -> None:
     case = Case(dtype="bfloat16")
     inputs = make_inputs(case)
-    problem = case.problem(*inputs)
+    problem = case.native_problem(inputs)
     maps = reference_maps(problem, inputs.q, inputs.k)
     error = relative_error(plain(problem, *inputs, maps)[0], truth(problem, *inputs, maps)[0])
     assert 1e-3 < error < 2e-2

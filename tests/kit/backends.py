@@ -47,13 +47,11 @@ def to_kind(array: np.ndarray, kind: Kind) -> Any:
     buffer = array
     while isinstance(buffer.base, np.ndarray):
         buffer = buffer.base
+    if array.size == 0 or not buffer.flags.c_contiguous:  # nothing to be a view of; its strides do not matter
+        array = buffer = np.ascontiguousarray(array)
     copy = buffer.copy()
     offset = array.__array_interface__["data"][0] - buffer.__array_interface__["data"][0]
-    if array.size == 0 or not buffer.flags.c_contiguous:
-        view = copy = array.copy()
-        offset = 0
-    else:
-        view = np.ndarray(array.shape, array.dtype, buffer=copy, offset=offset, strides=array.strides)
+    view = np.ndarray(array.shape, array.dtype, buffer=copy, offset=offset, strides=array.strides)
     if kind == "numpy":
         view.flags.writeable = False
         return view
@@ -63,13 +61,14 @@ def to_kind(array: np.ndarray, kind: Kind) -> Any:
         return type(cuda.to_device(copy))(view)
     import cupy
 
-    moved = cupy.asarray(copy)
-    on_device = cupy.ndarray(view.shape, view.dtype, memptr=moved.data + offset, strides=view.strides)
+    on_device = cupy.asarray(copy)
+    if array.size:
+        on_device = cupy.ndarray(view.shape, view.dtype, memptr=on_device.data + offset, strides=view.strides)
     if kind == "cupy":
         return on_device
     from numba import cuda
 
-    return cuda.as_cuda_array(on_device)
+    return cuda.as_cuda_array(on_device) if array.size else cuda.device_array(view.shape, view.dtype)
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,10 @@ class Case:
         """Return the checked problem for arrays in this case's layout."""
         return problem_of(q, k, v, **self.options)
 
+    def native_problem(self, inputs: Inputs) -> Problem:
+        """Return the checked problem for `make_inputs`, as backends see it."""
+        return problem_of(*inputs, **(self.options | {"layout": "bhnd"}))
+
 
 def problem_of(q: Any, k: Any, v: Any, **options: Any) -> Problem:
     """Return what `distr_attention` would hand to its backend."""
@@ -114,7 +118,7 @@ def make_inputs(case: Case) -> Inputs:
     q = draw(case.B, case.H, case.N, case.D)
     k = draw(case.B, case.H_kv, case.M, case.D)
     v = draw(case.B, case.H_kv, case.M, case.E)
-    problem = problem_of(q, k, v, **(case.options | {"layout": "bhnd"}))
+    problem = case.native_problem(Inputs(q, k, v))
     for _ in range(100):
         unsafe = [] if problem.grouping is None else unsafe_channels(problem, q, k)
         if not unsafe:
@@ -241,7 +245,7 @@ def plain(
                 block_edges(problem.grouped_rows, g.block_size), maps.channels[b, h_x], gains, strict=True
             ):
                 X, Y = (q[b, h], k[b, h_kv]) if g.by == "queries" else (k[b, h_kv], q[b, h])
-                fused = rounded((Y[:, order] * gain).reshape(len(Y), -1, g.group_size).sum(axis=2))
+                fused = rounded((Y[:, order] * gain).reshape(len(Y), problem.rank, g.group_size).sum(axis=2))
                 block = X[start:stop, order[:: g.group_size]] @ fused.T
                 S[(slice(start, stop), slice(None)) if g.by == "queries" else (slice(None), slice(start, stop))] = (
                     block if g.by == "queries" else block.T

@@ -14,7 +14,7 @@ from kit.strategies import Draw, assert_same_result, calls, law, rounding
 @law
 def test_call_agrees_with_the_definition(backend: Runner, draw: Draw) -> None:
     case, inputs = draw(calls(backend.limits))
-    problem = case.problem(*inputs)
+    problem = case.native_problem(inputs)
     assume(problem.grouping is None or not unsafe_channels(problem, inputs.q, inputs.k))
     actual = backend.distr(*inputs, **case.options)
     maps = reference_maps(problem, inputs.q, inputs.k)

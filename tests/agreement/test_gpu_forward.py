@@ -1,0 +1,113 @@
+"""Do the CUDA kernels compute what the reference computes? Run on a GPU with CuPy.
+
+16 bits: no worse than twice the error of plain NumPy in the same precision, against float64. float32: 1e-5 relative.
+Not checked here: that the approximation is near exact attention, and speed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from kit.backends import to_kind
+from kit.cases import Case, Inputs, in_memory, make_inputs, plain, reference_maps, truth
+from kit.compare import assert_agrees, assert_no_worse_than_plain, assert_same_bits, relative_error, to_host
+from kit.lists import ALL, FEATURES, FEW
+from kit.strategies import SPACING
+
+from distrattn_np import backends, distr_attention
+from distrattn_np.problem import GroupMaps
+
+pytestmark = pytest.mark.gpu
+
+RELATIVE = {"float32": 1e-5, "float64": 1e-12}
+FLOAT32_GAINS = 1e-6
+"""A public call makes its own gains, in float32 for every dtype: another rounding than the reference's."""
+
+
+def assert_computes(
+    case: Case, inputs: Inputs, maps: GroupMaps | None, out: np.ndarray, lse: np.ndarray, *, own_gains: bool = False
+) -> None:
+    """Assert that (out, lse), in bhnd, are the truth for these inputs and maps as nearly as the dtype allows."""
+    problem = case.native_problem(inputs)
+    expected, expected_lse = truth(problem, *inputs, maps)
+    constant_ok = case.M <= 1 or case.D == 1 or out.size <= 1
+    largest_lse = float(np.abs(expected_lse, where=np.isfinite(expected_lse), out=np.zeros_like(expected_lse)).max())
+    if case.dtype in SPACING and SPACING[case.dtype] > SPACING["float32"]:
+        usual, usual_lse = plain(problem, *inputs, maps)
+        # half a unit in the last place of the largest element: the rounding of the result itself
+        atol = SPACING[case.dtype] / 2 * float(np.abs(expected).max())
+        assert_no_worse_than_plain(out, usual, expected, atol=atol, context=str(case), constant_ok=constant_ok)
+        atol = 1e-5 * (1 + largest_lse)
+        assert_no_worse_than_plain(
+            lse, usual_lse, expected_lse, atol=atol, context=f"lse of {case}", constant_ok=constant_ok
+        )
+        return
+    rtol = max(RELATIVE[case.dtype], FLOAT32_GAINS if own_gains else 0)
+    if expected.any():
+        assert relative_error(out, expected) <= rtol
+    scale = float(np.abs(expected).max())
+    common: dict[str, Any] = {"context": str(case), "check_dtype": False, "constant_ok": constant_ok}
+    assert_agrees(out, expected, rtol=0, atol=10 * rtol * scale, **common)
+    assert_agrees(lse, expected_lse, rtol=0, atol=1e-5 * (1 + largest_lse), **common)
+
+
+def poison(case: Case) -> np.ndarray:
+    """Return an output array in the memory of the case, full of NaN."""
+    return in_memory(np.full((case.B, case.H, case.N, case.E), np.nan, case.numpy_dtype), case)
+
+
+def to_bhnd(case: Case, array: np.ndarray) -> np.ndarray:
+    return array.transpose(0, 2, 1, 3) if case.layout == "bnhd" else array
+
+
+def assert_call_computes(case: Case, kind: Any, backend: str) -> None:
+    inputs = make_inputs(case)
+    given = [to_kind(in_memory(x, case), kind) for x in inputs]
+    results = []
+    for _ in range(2):
+        out = to_kind(poison(case), kind)
+        result, lse = distr_attention(*given, **case.options, backend=backend, out=out, return_lse=True)
+        assert result is out
+        results.append((to_host(out), to_host(lse)))
+    for first, second in zip(*results, strict=True):
+        assert_same_bits(second, first, context=f"second call of {case}")
+    for after, before in zip(given, inputs, strict=True):
+        assert_same_bits(np.ascontiguousarray(to_bhnd(case, to_host(after))), before, context=f"inputs of {case}")
+    out, lse = results[0]
+    maps = reference_maps(case.native_problem(inputs), inputs.q, inputs.k)
+    assert_computes(case, inputs, maps, to_bhnd(case, out), lse, own_gains=maps is not None and maps.gains is not None)
+
+
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_cupy_call_computes_the_reference(case: Case) -> None:
+    assert_call_computes(case, "cupy", "cupy")
+
+
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_numba_call_computes_the_reference(case: Case) -> None:
+    assert_call_computes(case, "numba", "numba")
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [*(("cupy", case) for case in FEATURES), *(("numba", case) for case in FEW if case.M)],
+    ids=lambda value: str(value),
+)
+def test_same_maps_give_the_same_attention(name: str, case: Case) -> None:
+    """The arithmetic alone: the reference's maps go into every backend, and into the truth."""
+    inputs = make_inputs(case)
+    problem = case.native_problem(inputs)
+    backend = backends.load_by_name(name)
+    Q, K, V = (to_kind(x, name) for x in inputs)
+    maps = reference_maps(problem, inputs.q, inputs.k)
+    given = None
+    if maps is not None:
+        own = backend.group_maps(problem, Q, K)
+        gains = None if maps.gains is None else to_kind(maps.gains.astype(own.gains.dtype), name)
+        given = GroupMaps(to_kind(maps.channels, name), gains)
+    O = to_kind(np.full((case.B, case.H, case.N, case.E), np.nan, case.numpy_dtype), name)
+    lse = to_kind(np.full((case.B, case.H, case.N), np.nan, np.float32), name)
+    backend.attend(problem, Q, K, V, O, lse, given)
+    assert_computes(case, inputs, maps, to_host(O), to_host(lse))

@@ -1,0 +1,121 @@
+"""The calls that the implementations are compared on, by what each list is there to break."""
+
+from __future__ import annotations
+
+from .cases import Case
+
+
+def grouping(width: int) -> int:
+    """Return a group size that divides the width, 1 only for width 1."""
+    return next((g for g in (2, 3, 5, 7) if width % g == 0), width)
+
+
+# what models call: equal lengths, whole tiles, real widths
+REGULAR = [
+    Case(B=2, H=4, H_kv=4, N=256, M=256, D=128, E=128, dtype=dtype, causal=causal, by=by)
+    for dtype in ("float16", "bfloat16")
+    for causal in (False, True)
+    for by in ("queries", "keys")
+]
+
+# rows around the edges of 64- and 128-row tiles; M < N leaves queries without a key; each pair with and without a limit
+TAILS = [
+    Case(N=N, M=M, causal=causal, by="keys" if (i + j + bool(causal)) % 2 else "queries")
+    for i, N in enumerate((1, 63, 64, 65, 127, 128, 129, 1000))
+    for j, M in enumerate((0, 1, 63, 64, 65, 127, 128, 129, 1000))
+    for causal in (False, "bottom-right" if (i + j) % 3 else "top-left")
+]
+
+# widths that are whole 16-element steps, that are not, that are odd, and E apart from D
+WIDTHS = [
+    *(
+        Case(N=130, M=150, D=width, E=width, G=grouping(width), by="keys" if i % 2 else "queries")
+        for i, width in enumerate((16, 32, 40, 64, 72, 80, 96, 128, 160, 192, 256, 33, 7, 1))
+    ),
+    *(
+        Case(N=70, M=150, D=D, E=E, G=grouping(D), causal=True)
+        for D, E in ((64, 128), (128, 64), (192, 128), (40, 33), (256, 1), (8, 256))
+    ),
+    # float32 and float64 take other kernels
+    *(Case(N=70, M=90, D=D, E=E, G=grouping(D), dtype="float32") for D, E in ((33, 33), (128, 40), (7, 1), (256, 256))),
+    Case(N=70, M=90, D=192, E=256, G=2, dtype="float64", fusion="lstsq"),
+]
+
+# every dtype with every way of grouping
+FEATURES = [
+    Case(N=200, M=333, dtype=dtype, by=by, fusion=fusion, causal=causal, L=64)
+    for dtype in ("float16", "bfloat16", "float32", "float64")
+    for by in ("queries", "keys")
+    for fusion in ("sum", "lstsq")
+    for causal in (False, True)
+]
+
+BLOCKS = [
+    # one row a block; blocks that cut tiles; whole tiles; one block longer than everything
+    *(
+        Case(N=200, M=230, H=2, H_kv=2, L=L, by=by, causal=causal)
+        for L in (1, 100, 128, 1024)
+        for by in ("queries", "keys")
+        for causal in (False, True)
+    ),
+    # many groups of one block, and one group of all channels
+    *(Case(N=200, M=230, G=G, by=by, fusion="lstsq") for G in (1, 4, 8, 64) for by in ("queries", "keys")),
+]
+
+# query heads that share key heads, and with them maps and norms
+HEADS = [
+    Case(B=2, H=6, H_kv=H_kv, N=100, M=140, by=by, fusion=fusion, causal=True)
+    for H_kv in (1, 2, 3, 6)
+    for by in ("queries", "keys")
+    for fusion in ("sum", "lstsq")
+]
+
+# strides and addresses that 16-byte loads cannot take, and that they can; the value width alone unaligned
+MEMORY = [
+    *(
+        Case(N=100, M=140, layout=layout, memory=memory, by=by)
+        for layout in ("bhnd", "bnhd")
+        for memory in ("contiguous", "strided", "unaligned")
+        for by in ("queries", "keys")
+        if (layout, memory) != ("bhnd", "contiguous")
+    ),
+    Case(N=100, M=140, layout="bnhd", memory="unaligned", G=1),
+    Case(N=100, M=140, layout="bnhd", memory="strided", dtype="float32"),
+    Case(N=100, M=140, memory="unaligned", dtype="float32"),
+    Case(N=100, M=140, E=36),
+]
+
+# scales for which the largest score is not the largest product; seeds
+NUMBERS = [
+    *(
+        Case(N=100, M=140, scale=scale, causal=True, dtype=dtype)
+        for scale in (0.0, -0.2, 1.0)
+        for dtype in ("float16", "float32")
+    ),
+    *(Case(N=100, M=140, seed=seed) for seed in (1, 2, 2**40)),
+]
+
+ALL = [*REGULAR, *TAILS, *WIDTHS, *FEATURES, *BLOCKS, *HEADS, *MEMORY, *NUMBERS]
+
+# for a backend that takes seconds to compile a kernel: few widths, each feature once
+FEW: list[Case] = [
+    *(
+        Case(N=70, M=90, D=32, E=32, H=2, H_kv=1, L=64, dtype=dtype, by=by, fusion=fusion, causal=causal)
+        for dtype, by, fusion, causal in (
+            ("float16", "queries", "sum", False),
+            ("float16", "keys", "lstsq", True),
+            ("float32", "queries", "lstsq", True),
+            ("float32", "keys", "sum", False),
+            ("float64", "queries", "lstsq", False),
+            ("float64", "keys", "lstsq", True),
+        )
+    ),
+    *(
+        Case(N=N, M=M, D=32, E=32, H=2, H_kv=1, L=64, dtype="float32", by="keys")
+        for N, M in ((1, 129), (129, 1), (33, 0))
+    ),
+    Case(N=70, M=90, D=33, E=7, G=3, dtype="float32"),
+    Case(N=70, M=90, D=128, E=128, G=4, dtype="float16"),
+    Case(N=70, M=90, D=32, E=32, H=2, H_kv=1, G=1, dtype="float32", causal=True),
+    Case(N=70, M=90, D=32, E=32, H=2, H_kv=1, L=64, dtype="float32", layout="bnhd", memory="strided"),
+]
