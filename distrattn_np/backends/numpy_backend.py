@@ -245,9 +245,8 @@ class _RunningSoftmax:
 
     def write(self, O: np.ndarray, lse: np.ndarray) -> None:
         """Divide by the row sums; a row without weight gives zero and an lse of minus infinity."""
-        empty = self.row_sum == 0
-        np.divide(self.O, self.row_sum, out=self.O, where=~empty)
-        np.copyto(self.O, 0, where=empty)
+        self.O /= self.row_sum
+        np.copyto(self.O, 0, where=self.row_sum == 0)
         O[...] = self.O
         lse[...] = (np.log(self.row_sum) + _finite_shift(self.row_max))[:, 0]
 
