@@ -200,22 +200,46 @@ def _launch(kernel: Any, blocks: int, threads: int | tuple[int, int], first: Any
     """Run ``kernel(first, *others)`` on the stream of ``first``."""
     if blocks == 0:
         return
-    with warnings.catch_warnings(), _quick_simulation():
+    with warnings.catch_warnings(), _simulator_repaired():
         # Numba warns of small grids, which are the caller's to choose; the simulator, being NumPy, of the infinities
         # and NaNs that a GPU computes with in silence
         warnings.simplefilter("ignore")
         kernel[blocks, threads, first.stream](first, *others)
 
 
+class _SharedArrays:
+    """Shared memory of one simulated launch, in the place of the simulator's own.
+
+    That one looks an array up and then stores it, so two threads that arrive together can get one each. Here the two
+    are one step. An array is known by the line that asks for it, as there.
+    """
+
+    def __init__(self, _dynamic_bytes: int) -> None:
+        self._arrays: dict[tuple[Any, int], np.ndarray] = {}
+
+    def array(self, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
+        caller = sys._getframe(1)
+        return self._arrays.setdefault((caller.f_code, caller.f_lineno), np.empty(shape, dtype))
+
+
 @contextmanager
-def _quick_simulation() -> Iterator[None]:
-    """Let Python change threads sooner: the simulator waits in a busy loop, which slows its threads sixfold."""
-    interval = sys.getswitchinterval()
-    if SIMULATED:
-        sys.setswitchinterval(SIMULATOR_SWITCH_SECONDS)
+def _simulator_repaired() -> Iterator[None]:
+    """Give the simulator safe shared memory, and let Python change threads sooner.
+
+    It waits for its threads in a busy loop, which makes them six times slower at the interval that Python starts with.
+    """
+    if not SIMULATED:
+        yield
+        return
+    from numba.cuda.simulator import kernelapi
+
+    shared, interval = kernelapi.FakeCUDAShared, sys.getswitchinterval()
+    kernelapi.FakeCUDAShared = _SharedArrays
+    sys.setswitchinterval(SIMULATOR_SWITCH_SECONDS)
     try:
         yield
     finally:
+        kernelapi.FakeCUDAShared = shared
         sys.setswitchinterval(interval)
 
 
