@@ -146,6 +146,7 @@ void fuse_channels(const element_t* __restrict__ Y,   // [B, H_y, rows, D]
     // ---- add up the members ----
     accumulate_t sums[WORDS_PER_THREAD][ROWS_PER_WORD][OUTPUTS] = {};
     if (strip < MAP_STRIPS) {
+#pragma unroll 4
       for (int g = 0; g < MEMBERS; g++) {
         const StripMembers members = member_smem[g][strip];
         StripGains member_gains;

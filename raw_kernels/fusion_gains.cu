@@ -27,9 +27,10 @@
 #define THREADS 512
 #endif
 constexpr int MAX_D = 256;
+constexpr int MIN_BLOCKS = 2;  // per multiprocessor: 64 registers; without a number ptxas spills some for occupancy
 static_assert(THREADS >= MAX_D, "one thread for every channel of the widest row");
 
-extern "C" __global__ __launch_bounds__(THREADS)
+extern "C" __global__ __launch_bounds__(THREADS, MIN_BLOCKS)
 void fusion_gains(const element_t* __restrict__ X,        // [B, H_x, rows, D]
                   const accumulate_t* __restrict__ norms, // [B, H_y, S, D], from channel_norms
                   int* __restrict__ channels,             // [B, H_x, C, D], reordered in place
