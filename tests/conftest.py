@@ -41,6 +41,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say how many GPU tests did not run: a green run without a GPU says nothing about them."""
-    skipped = sum("gpu" in report.keywords for report in terminalreporter.stats.get("skipped", []))
+    skipped = sum("gpu" in getattr(report, "keywords", ()) for report in terminalreporter.stats.get("skipped", []))
     if skipped:
         terminalreporter.write_line(f"{skipped} GPU tests skipped: {NO_GPU or 'see above'}", yellow=True)
