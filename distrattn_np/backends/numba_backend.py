@@ -30,14 +30,14 @@ from . import Backend, host_copy_back
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 """Whether kernels run in Numba's simulator, where a CUDA thread is an operating-system thread: few threads then."""
 
+SIMULATOR_SWITCH_SECONDS = 1e-4
+
 if not SIMULATED and not hasattr(np, "row_stack"):
     # numba-cuda up to 0.30 asks for this name of vstack when it is first used; NumPy 2.5 no longer has it
-    np.row_stack = np.vstack
+    np.row_stack = np.vstack  # type: ignore[attr-defined]
     from numba.cuda import cudaimpl  # noqa: F401
 
-    del np.row_stack
-
-SIMULATOR_SWITCH_SECONDS = 1e-4
+    del np.row_stack  # type: ignore[attr-defined]
 
 
 class Threads(NamedTuple):
@@ -242,14 +242,7 @@ def _simulator_repaired() -> Iterator[None]:
 
     shared, interval = kernelapi.FakeCUDAShared, sys.getswitchinterval()
     kernelapi.FakeCUDAShared = _SharedArrays
-    sys.setswitchinterval(if not SIMULATED and not hasattr(np, "row_stack"):
-    # numba-cuda up to 0.30 asks for this name of vstack when it is first used; NumPy 2.5 no longer has it
-    np.row_stack = np.vstack
-    from numba.cuda import cudaimpl  # noqa: F401
-
-    del np.row_stack
-
-SIMULATOR_SWITCH_SECONDS)
+    sys.setswitchinterval(SIMULATOR_SWITCH_SECONDS)
     try:
         yield
     finally:
