@@ -71,8 +71,8 @@ class GroupMaps:
     """The sampling and fusion maps of every (batch, head, block), in the array kind of the backend that made them.
 
     ``channels``: (B, H_x, C, D) int32, a permutation of the channels; members of group r are entries r*G to r*G+G-1 and
-    the first of them is the sampled one. ``gains``: (B, H_x, C, D), their factors in the fusion, float32 (also float64 where
-    the arrays are); None where all are one (``fusion="sum"``).
+    the first of them is the sampled one. ``gains``: (B, H_x, C, D), their factors in the fusion, float32 (or float64
+    where the arrays are); None where all are one (``fusion="sum"``).
     """
 
     channels: Any

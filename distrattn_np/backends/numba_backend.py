@@ -34,10 +34,10 @@ SIMULATOR_SWITCH_SECONDS = 1e-4
 
 if not SIMULATED and not hasattr(np, "row_stack"):
     # numba-cuda up to 0.30 asks for this name of vstack when it is first used; NumPy 2.5 no longer has it
-    np.row_stack = np.vstack  # type: ignore[attr-defined]
+    vars(np)["row_stack"] = np.vstack
     from numba.cuda import cudaimpl  # noqa: F401
 
-    del np.row_stack  # type: ignore[attr-defined]
+    del vars(np)["row_stack"]
 
 
 class Threads(NamedTuple):
