@@ -147,13 +147,17 @@ class Sm90Tiles:
     stages: int
 
 
-def sm90_tiles(rank: int, value_width: int) -> Sm90Tiles:
-    """Return what measured fastest on an H100 (docs/performance.md) for inner width ``rank`` (padded)."""
-    if value_width <= 64:
+def sm90_tiles(rank: int, value_width: int, query_block_size: int) -> Sm90Tiles:
+    """Return what measured fastest on an H100 (docs/performance.md) for inner width ``rank`` (padded).
+
+    Tiles of 192 queries are faster, unless they leave too many rows of the last tile of a query block empty.
+    """
+    fills_wide_tiles = query_block_size >= 0.95 * 192 * ceil_div(query_block_size, 192)
+    if fills_wide_tiles and value_width <= 64:
         return Sm90Tiles(192, 128, 3)
-    if rank <= 32:
-        return Sm90Tiles(128, 128, 2)
-    return Sm90Tiles(192, 64, 4 if rank <= 64 else 2)
+    if fills_wide_tiles and rank > 32:
+        return Sm90Tiles(192, 64, 4 if rank <= 64 else 2)
+    return Sm90Tiles(128, 128, 2)
 
 
 def sm90_defines(
@@ -290,7 +294,7 @@ def _forward_sm90_cases() -> Iterator[Defines]:
     for element, rank, value_width in product((1, 2), SM90_WIDTHS, SM90_WIDTHS):
         for keys_per_item in (False, True):
             yield sm90_defines(
-                sm90_tiles(rank, value_width),
+                sm90_tiles(rank, value_width, 1024 if keys_per_item else 1920),
                 element=element,
                 rank=rank,
                 value_width=value_width,

@@ -308,7 +308,8 @@ class _Forward:
         """Launch forward_sm90.cu; K is (B, H_kv, M, R), or (1, items of this launch, M, R) where fused for items."""
         problem = self.problem
         rank, dtype = K.shape[3], problem.dtype.name
-        tiles = sm90_tiles(rank, problem.value_width)
+        sizes = self.sizes(first_item)
+        tiles = sm90_tiles(rank, problem.value_width, sizes[5])
         defines = sm90_defines(
             tiles,
             element=_element(self.Q),
@@ -320,7 +321,7 @@ class _Forward:
         launch = forward_sm90_launch(
             rank, problem.value_width, block_q=tiles.block_q, block_kv=tiles.block_kv, stages=tiles.stages
         )
-        heads, heads_per_kv_head, N, M, query_blocks, query_block_size, _, first, offset = self.sizes(first_item)
+        heads, heads_per_kv_head, N, M, query_blocks, query_block_size, _, first, offset = sizes
         maps = [
             encode_tensor_map(x.data.ptr, x.shape, x.strides, dtype, box)
             for x, box in ((Q, launch.q_box), (K, launch.k_box), (self.V, launch.v_box))
@@ -370,8 +371,8 @@ class _Forward:
 
     def _launch_mma(self, K: Any, query_map: int, first_item: int, items: int) -> None:
         problem = self.problem
-        shared_limit = cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
-        tiles = mma_tiles(problem.width, self.rank, problem.value_width, query_map, shared_limit)
+        limit = _shared_memory_limit(cupy.cuda.Device().id)
+        tiles = mma_tiles(problem.width, self.rank, problem.value_width, query_map, limit)
         user_arrays = (self.Q, self.V, self.O) if self.by else (self.Q, self.K, self.V, self.O)
         defines = mma_defines(
             tiles,
@@ -410,6 +411,13 @@ class _Forward:
 
 
 _NULL = np.uint64(0)
+
+
+@cache
+def _shared_memory_limit(device: int) -> int:
+    """Return the most bytes of shared memory that a block of the device can ask for."""
+    limit: int = cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"]
+    return limit
 
 
 def _device_of(array: Any) -> AbstractContextManager[Any]:
@@ -467,22 +475,21 @@ def kernel_source(stem: str) -> str:
 
 
 _build_lock = threading.Lock()
+_kernels: dict[Any, Any] = {}
 
 
 def _kernel(stem: str, defines: Defines, shared: int) -> Any:
     """Return one kernel that may use ``shared`` bytes, built for the current device on first use."""
-    with _build_lock:  # two threads that build one RawKernel race
-        return _build(stem, tuple(sorted(defines.items())), shared, cupy.cuda.Device().id)
+    key = (stem, *defines.items(), shared, cupy.cuda.Device().id)
+    kernel = _kernels.get(key)
+    if kernel is None:
+        with _build_lock:  # two threads that build one RawKernel race
+            kernel = _kernels.get(key) or _kernels.setdefault(key, _build(stem, defines, shared))
+    return kernel
 
 
-@cache
-def _build(
-    stem: str,
-    defines: tuple[tuple[str, int], ...],
-    shared: int,
-    device: int,  # noqa: ARG001  one entry a device
-) -> Any:
-    options = ["--std=c++17", *(f"-D{name}={value}" for name, value in defines)]
+def _build(stem: str, defines: Defines, shared: int) -> Any:
+    options = ["--std=c++17", *(f"-D{name}={value}" for name, value in defines.items())]
     if stem.endswith("_sm90"):
         options.append("-arch=sm_90a")  # CuPy adds -arch=sm_90; NVRTC takes the more specific of the two
     kernel = cupy.RawModule(code=kernel_source(stem), options=tuple(options)).get_function(stem)

@@ -55,15 +55,13 @@ class NumpyBackend(Backend):
         gains = np.empty(channels.shape, dtype=_compute_dtype(problem))
 
         def weigh_head(b: int, h: int) -> None:
-            if grouping.by == "queries":
-                first, stop = h // problem.heads_per_kv_head, h // problem.heads_per_kv_head + 1
-            else:
-                first, stop = h * problem.heads_per_kv_head, (h + 1) * problem.heads_per_kv_head
-            _weigh_members(problem, grouping, X[b, h], Y[b, first:stop], channels[b, h], gains[b, h])
+            shared = problem.heads_per_kv_head
+            partners = Y[b, h // shared][None] if grouping.by == "queries" else Y[b, h * shared : (h + 1) * shared]
+            _weigh_members(problem, grouping, X[b, h], partners, channels[b, h], gains[b, h])
 
         # a block in float64, its columns in the order of their groups, and a tile of the other side
         memory = 8 * problem.width * (2 * block_rows + KEY_TILE)
-        _run_tasks(weigh_head, channels.shape[:2], memory=memory, work=16 * X[0, 0].size)
+        _run_tasks(weigh_head, channels.shape[:2], memory=memory, work=16 * problem.width * problem.grouped_rows)
         return GroupMaps(channels, gains)
 
     def hash_channels(self, x: np.ndarray, planes: np.ndarray, block_size: int) -> np.ndarray:
