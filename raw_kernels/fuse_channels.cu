@@ -109,7 +109,7 @@ void fuse_channels(const element_t* __restrict__ Y,   // [B, H_y, rows, D]
     const int begin = ROWS_FROM_BLOCK ? block_begin + tile_row : tile_row;
     const int end = ROWS_FROM_BLOCK ? block_end : min(static_cast<long long>(rows), block_end + 0LL + causal_offset);
     if (begin >= end) continue;
-    const int h_y = h * H_y / H_x;
+    const int h_y = static_cast<long long>(h) * H_y / H_x;  // the product may pass 2^31
     const element_t* source = Y + b * stride_y_b + h_y * stride_y_h + begin * stride_y_n;
     __syncthreads();  // the item before is done with the tile and its maps
 

@@ -75,7 +75,7 @@ void fusion_gains(const element_t* __restrict__ X,        // [B, H_x, rows, D]
   const accumulate_t x_norm = inner_product(own, own);
   if (slice == 0) {
     const int shared_heads = max(1, H_y / H_x);
-    const int first_head = h * H_y / H_x;
+    const int first_head = static_cast<long long>(h) * H_y / H_x;  // the product may pass 2^31
     const int first_segment = norm_direction < 0 ? c : 0;
     const int last_segment = norm_direction > 0 ? c : S - 1;
     accumulate_t y_norm = 0;

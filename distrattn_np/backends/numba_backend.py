@@ -156,8 +156,9 @@ class NumbaBackend(Backend):
             Q,
             K,
             V,
-            None if maps is None else maps.channels,
-            None if maps is None else maps.gains,
+            # Numba passes no None to a GPU: any array does where the kernel reads none
+            lse if maps is None else maps.channels,
+            lse if maps is None or maps.gains is None else maps.gains,
             O,
             lse,
             query_block,
@@ -279,7 +280,7 @@ def _empty(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
     if _owned_by_cupy(like):
         import cupy
 
-        with cupy.cuda.ExternalStream(int(like.stream)):
+        with _cupy_stream(like):
             return _from_cupy(cupy.empty(shape, dtype))
     return cuda.device_array(shape, dtype).bind(like.stream)
 
@@ -288,9 +289,24 @@ def _copy_in(host: np.ndarray, like: Any) -> Any:
     if _owned_by_cupy(like):
         import cupy
 
-        with cupy.cuda.ExternalStream(int(like.stream)):
+        with _cupy_stream(like):
             return _from_cupy(cupy.asarray(host))
     return cuda.to_device(host, stream=like.stream)
+
+
+class _StreamHandle(NamedTuple):
+    """A stream as CuPy takes one from another library."""
+
+    handle: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.handle
+
+
+def _cupy_stream(array: Any) -> Any:
+    import cupy
+
+    return cupy.cuda.Stream.from_external(_StreamHandle(int(array.stream)))
 
 
 def _from_cupy(array: Any) -> Any:

@@ -110,8 +110,8 @@ def make_forward(
         Q: Any,  # [B, H, N, D]
         K: Any,  # [B, H_kv, M, D]
         V: Any,  # [B, H_kv, M, E]
-        channels: Any,  # [B, H_x, C, D] or None
-        gains: Any,  # [B, H_x, C, D] or None
+        channels: Any,  # [B, H_x, C, D]; not read where exact
+        gains: Any,  # [B, H_x, C, D]; not read without gains
         O: Any,  # [B, H, N, E]
         lse: Any,  # [B, H, N]
         query_block: int,  # rows per grouping block, or N
