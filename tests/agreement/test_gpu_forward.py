@@ -13,7 +13,7 @@ import pytest
 from kit.backends import to_kind
 from kit.cases import Case, Inputs, in_memory, make_inputs, plain, reference_maps, truth
 from kit.compare import assert_agrees, assert_no_worse_than_plain, assert_same_bits, relative_error, to_host
-from kit.lists import ALL, FEATURES, FEW
+from kit.lists import ALL, FEATURES, FEW, SMALL
 from kit.strategies import SPACING
 
 from distrattn_np import backends, distr_attention
@@ -82,6 +82,22 @@ def assert_call_computes(case: Case, kind: Any, backend: str) -> None:
 
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_cupy_call_computes_the_reference(case: Case) -> None:
+    assert_call_computes(case, "cupy", "cupy")
+
+
+@pytest.mark.parametrize("case", [case for case in ALL if case.dtype in ("float16", "bfloat16")], ids=str)
+def test_portable_forward_computes_the_reference(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Hopper too: the forward that all other tensor cores run."""
+    monkeypatch.setattr("distrattn_np.backends.cupy_backend.hopper_is_usable", lambda: False)
+    assert_call_computes(case, "cupy", "cupy")
+
+
+@pytest.mark.parametrize("on_hopper", [True, False])
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_small_case(case: Case, on_hopper: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the compute-sanitizer is run over (CONTRIBUTING.md)."""
+    if not on_hopper:
+        monkeypatch.setattr("distrattn_np.backends.cupy_backend.hopper_is_usable", lambda: False)
     assert_call_computes(case, "cupy", "cupy")
 
 

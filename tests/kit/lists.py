@@ -97,6 +97,22 @@ NUMBERS = [
 
 ALL = [*REGULAR, *TAILS, *WIDTHS, *FEATURES, *BLOCKS, *HEADS, *MEMORY, *NUMBERS]
 
+# each kernel once, ragged, for the compute-sanitizer, under which a case takes seconds
+SMALL: list[Case] = [
+    *(
+        Case(N=70, M=150, D=64, E=64, L=32, dtype=dtype, by=by, fusion=fusion, causal=causal)
+        for dtype, by, fusion, causal in (
+            ("float16", "queries", "sum", True),
+            ("float16", "keys", "lstsq", False),
+            ("bfloat16", "queries", "lstsq", False),
+            ("float32", "queries", "sum", True),
+            ("float64", "keys", "lstsq", False),
+        )
+    ),
+    Case(N=130, M=150, D=128, E=128, G=1, causal=True),
+    Case(N=70, M=90, D=33, E=7, G=3),
+]
+
 # for a backend that takes seconds to compile a kernel: few widths, each feature once
 FEW: list[Case] = [
     *(
