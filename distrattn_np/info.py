@@ -106,7 +106,10 @@ def kernels(name: str, dtype: str, compute_capability: tuple[int, int] | None) -
         where = "CUDA cores" if compute_capability else "simulated"
         return "not supported" if dtype == "bfloat16" else f"numba_kernels/forward.py ({where})"
     if is_narrow and compute_capability is not None and compute_capability >= TENSOR_CORES_FROM:
-        return "raw_kernels/forward_mma.cu (tensor cores, float32 sums)"
+        portable = "raw_kernels/forward_mma.cu (tensor cores, float32 sums)"
+        if compute_capability != (9, 0):
+            return portable
+        return f"raw_kernels/forward_sm90.cu (wgmma) where sizes and strides suit it, else {portable}"
     return "raw_kernels/forward_simt.cu (CUDA cores" + (", float32 sums)" if is_narrow else ")")
 
 
