@@ -27,9 +27,10 @@
 #define VECTOR 8
 #endif
 constexpr int MAX_D = 256;
+constexpr int MIN_BLOCKS = 4;  // per multiprocessor: 64 registers; without a number ptxas spills some for occupancy
 static_assert(THREADS * VECTOR >= MAX_D, "the threads reach across the widest row");
 
-extern "C" __global__ __launch_bounds__(THREADS)
+extern "C" __global__ __launch_bounds__(THREADS, MIN_BLOCKS)
 void channel_norms(const element_t* __restrict__ Y,   // [B, H, rows, D]
                    accumulate_t* __restrict__ norms,  // [B, H, S, D]
                    int H, int S, int rows, int D, int segment_rows, int shift, int lower, int upper, long long stride_y_b,
