@@ -155,8 +155,8 @@ def sm90_tiles(rank: int, value_width: int, query_block_size: int) -> Sm90Tiles:
     fills_wide_tiles = query_block_size >= 0.95 * 192 * ceil_div(query_block_size, 192)
     if fills_wide_tiles and value_width <= 64:
         return Sm90Tiles(192, 128, 3)
-    if fills_wide_tiles and rank > 32:
-        return Sm90Tiles(192, 64, 4 if rank <= 64 else 2)
+    if fills_wide_tiles and rank > 64:
+        return Sm90Tiles(192, 64, 2)
     return Sm90Tiles(128, 128, 2)
 
 
@@ -173,7 +173,6 @@ def sm90_defines(
         "BLOCK_Q": tiles.block_q,
         "BLOCK_KV": tiles.block_kv,
         "STAGES": tiles.stages,
-        "PING_PONG": 0,
     }
 
 
