@@ -52,7 +52,7 @@
 #define BLOCK_Q 128
 #endif
 #ifndef BLOCK_KV
-#define BLOCK_KV 64
+#define BLOCK_KV 48
 #endif
 #ifndef NUM_WARPS
 #define NUM_WARPS 4
@@ -93,6 +93,7 @@ static_assert(LAUNCH_SHARED_BYTES == SHARED_BYTES, "tiles.py and this file disag
 constexpr float RESCALE_THRESHOLD = 8.0f;
 constexpr float LN_2 = 0.6931471805599453f;
 constexpr float LOWEST = -3.402823466e38f;  // maximum of no scores: finite, so that its difference to -inf is -inf
+constexpr float LARGEST_OFFSET = 1 << 20;  // of larger ones the product with scale_log2 is too far from exact for exp
 
 // threadIdx.x, hidden from the compiler so that it does not keep what follows from it in registers of the main loop.
 __device__ inline int thread_index_anew() {
@@ -224,9 +225,10 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
 
   const int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
   float O_rmem[M_TILES][E_TILES][4] = {};
-  float row_max_log2[ROWS], row_sum[ROWS];  // the maximum is of scale_log2 * score and may lag
+  float row_max[ROWS], row_sum[ROWS];  // the maximum is of unscaled scores and may lag
 #pragma unroll
-  for (int i = 0; i < ROWS; ++i) row_max_log2[i] = LOWEST, row_sum[i] = 0.0f;
+  for (int i = 0; i < ROWS; ++i) row_max[i] = LOWEST, row_sum[i] = 0.0f;
+  bool has_large_offset = true;  // some row's maximum, scaled; the same in the whole warp
 
   // Addresses of the ldmatrix rows: A and transposed B walk 16 rows x two 8-column halves, B 8 rows x two halves x 2.
   const unsigned Q_address = shared_address(Q_smem + (warp * WARP_Q + lane % 16) * R_STRIDE + lane / 16 * 8);
@@ -296,17 +298,18 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
 #pragma unroll
       for (int j = 0; j < KV_TILES; ++j)
         tile_max[i] = fmaxf(tile_max[i], fmaxf(S_rmem[i / 2][j][i % 2 * 2], S_rmem[i / 2][j][i % 2 * 2 + 1]));
-      tile_max[i] *= scale_log2;
-      has_grown = has_grown || tile_max[i] > row_max_log2[i] + RESCALE_THRESHOLD;
+      has_grown = has_grown || (tile_max[i] - row_max[i]) * scale_log2 > RESCALE_THRESHOLD;
     }
     if (__any_sync(~0u, has_grown)) {
+      bool is_large = false;
 #pragma unroll
       for (int i = 0; i < ROWS; ++i) {
         float new_max = fmaxf(tile_max[i], __shfl_xor_sync(~0u, tile_max[i], 1));
         new_max = fmaxf(new_max, __shfl_xor_sync(~0u, new_max, 2));
-        new_max = fmaxf(new_max, row_max_log2[i]);
-        const float rescale = exp2_approximate(row_max_log2[i] - new_max);
-        row_max_log2[i] = new_max;
+        new_max = fmaxf(new_max, row_max[i]);
+        const float rescale = exp2_approximate((row_max[i] - new_max) * scale_log2);
+        row_max[i] = new_max;
+        is_large = is_large || fabsf(new_max * scale_log2) > LARGEST_OFFSET;
         row_sum[i] *= rescale;
 #pragma unroll
         for (int j = 0; j < E_TILES; ++j) {
@@ -314,9 +317,22 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
           O_rmem[i / 2][j][i % 2 * 2 + 1] *= rescale;
         }
       }
+      has_large_offset = __any_sync(~0u, is_large);
     }
 
     // ---- P = exp(S - row_max), O += P V  [WARP_Q, E], sixteen keys at a time: exp runs beside the products ----
+    if (has_large_offset) {  // the difference first
+#pragma unroll
+      for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+        for (int j = 0; j < KV_TILES; ++j) {
+          S_rmem[i / 2][j][i % 2 * 2] -= row_max[i];
+          S_rmem[i / 2][j][i % 2 * 2 + 1] -= row_max[i];
+        }
+    }
+    float offset_log2[ROWS];
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) offset_log2[i] = has_large_offset ? 0.0f : row_max[i] * scale_log2;
 #pragma unroll
     for (int k = 0; k < BLOCK_KV / MMA_K; ++k) {
       unsigned P_rmem[M_TILES][4];
@@ -325,8 +341,8 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
 #pragma unroll
         for (int part = 0; part < 4; ++part) {  // row half part % 2 of accumulator tile 2 k + part / 2
           const float* const S_pair = S_rmem[i][2 * k + part / 2] + part % 2 * 2;
-          const float low = exp2_approximate(fmaf(S_pair[0], scale_log2, -row_max_log2[2 * i + part % 2]));
-          const float high = exp2_approximate(fmaf(S_pair[1], scale_log2, -row_max_log2[2 * i + part % 2]));
+          const float low = exp2_approximate(fmaf(S_pair[0], scale_log2, -offset_log2[2 * i + part % 2]));
+          const float high = exp2_approximate(fmaf(S_pair[1], scale_log2, -offset_log2[2 * i + part % 2]));
           row_sum[2 * i + part % 2] += low + high;
           P_rmem[i][part] = pack(low, high);
         }
@@ -367,6 +383,6 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
     }
     if (member == 0)
       lse[((long long)done.b * H + done.h) * N + n] =
-          sum == 0.0f ? minus_infinity() : LN_2 * (row_max_log2[i] + log2f(sum));
+          sum == 0.0f ? minus_infinity() : LN_2 * (row_max[i] * scale_log2 + log2f(sum));
   }
 }

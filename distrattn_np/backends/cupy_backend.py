@@ -272,10 +272,9 @@ class _Forward:
         on_hopper = self._runs_on_hopper()
         if self.by == "queries":
             Q = self._sample(self.Q) if on_hopper else self.Q
-            per_item = self.problem.keys * pad(self.rank) * 2
-            launch_items = max(1, WORKSPACE_BYTES // max(per_item, 1))
             items = heads * self.problem.blocks
-            workspace = cupy.empty((min(items, launch_items), self.problem.keys, pad(self.rank)), self.K.dtype)
+            launch_items = self._items_per_launch(items, on_hopper)
+            workspace = cupy.empty((launch_items, self.problem.keys, pad(self.rank)), self.K.dtype)
             for first in range(0, items, launch_items):
                 count = min(launch_items, items - first)
                 self._launch_fuse(self.K, workspace, first, count)
@@ -289,6 +288,16 @@ class _Forward:
             self._launch_sm90(self.Q, self.K, 0, heads)
         else:
             self._launch_mma(self.K, NO_MAP, 0, heads)
+
+    def _items_per_launch(self, items: int, on_hopper: bool) -> int:
+        """Return how many query blocks one launch takes: what fits the workspace, in whole waves of the device."""
+        fitting = max(1, WORKSPACE_BYTES // max(self.problem.keys * pad(self.rank) * 2, 1))
+        if fitting >= items:
+            return items
+        blocks_at_once = _multiprocessors(cupy.cuda.Device().id) * (1 if on_hopper else 2)
+        blocks_per_item = ceil_div(self.block_size, 128)
+        waves = fitting * blocks_per_item // blocks_at_once
+        return max(1, waves * blocks_at_once // blocks_per_item) if waves else fitting
 
     def _runs_on_hopper(self) -> bool:
         """Whether forward_sm90.cu takes this problem: what it multiplies must suit wgmma and the copy engine."""
@@ -418,6 +427,12 @@ def _shared_memory_limit(device: int) -> int:
     """Return the most bytes of shared memory that a block of the device can ask for."""
     limit: int = cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"]
     return limit
+
+
+@cache
+def _multiprocessors(device: int) -> int:
+    count: int = cupy.cuda.Device(device).attributes["MultiProcessorCount"]
+    return count
 
 
 def _device_of(array: Any) -> AbstractContextManager[Any]:
