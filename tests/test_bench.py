@@ -222,7 +222,7 @@ class TestRun:
         attend = NUMPY.attend
 
         def fail(self, problem, Q, K, V, O, lse, maps):
-            if maps is None:
+            if maps is None and problem.queries in (40, 70):  # not the packaged sample, whose error is taken beside
                 raise error
             attend(self, problem, Q, K, V, O, lse, maps)
 
