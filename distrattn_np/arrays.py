@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -11,13 +12,18 @@ Kind = Literal["numpy", "cupy", "numba"]
 
 def kind_of(array: Any) -> Kind | None:
     """Return the kind of ``array``: a NumPy, CuPy or Numba device array; None for anything else."""
-    if isinstance(array, np.ndarray):
+    return _kind_of_type(type(array))
+
+
+@cache
+def _kind_of_type(array_type: type) -> Kind | None:
+    if issubclass(array_type, np.ndarray):
         # a mask would be ignored without a word
-        return None if isinstance(array, np.ma.MaskedArray) else "numpy"
-    module = type(array).__module__
-    if module.partition(".")[0] == "cupy" and hasattr(array, "__cuda_array_interface__"):
+        return None if issubclass(array_type, np.ma.MaskedArray) else "numpy"
+    module = array_type.__module__
+    if module.partition(".")[0] == "cupy" and hasattr(array_type, "__cuda_array_interface__"):
         return "cupy"
-    if module.startswith(("numba.cuda", "numba_cuda")) and hasattr(array, "copy_to_host"):
+    if module.startswith(("numba.cuda", "numba_cuda")) and hasattr(array_type, "copy_to_host"):
         return "numba"
     return None
 
@@ -32,6 +38,8 @@ def describe(array: Any) -> str:
 
 def address(array: Any) -> int:
     """Return the address of the first element, in bytes; 0 where there is none."""
+    if kind_of(array) == "cupy":
+        return int(array.data.ptr)
     # Numba's simulator keeps its data in a NumPy array
     on_device = kind_of(array) != "numpy" and hasattr(array, "__cuda_array_interface__")
     interface = array.__cuda_array_interface__ if on_device else array.__array_interface__

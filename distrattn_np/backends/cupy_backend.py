@@ -457,7 +457,12 @@ def _vector(array: Any) -> int:
 
 
 def _element(array: Any) -> int:
-    return ELEMENTS[array.dtype.name]
+    return _element_of_type(array.dtype)
+
+
+@cache
+def _element_of_type(dtype: Any) -> int:
+    return ELEMENTS[dtype.name]
 
 
 @lru_cache(maxsize=64)
