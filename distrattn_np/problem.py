@@ -120,6 +120,22 @@ class SubspaceMaps:
     score_errors: Any
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionInfo:
+    """What ``return_info=True`` tells of a call."""
+
+    method: str
+    """"subspace" or "lsh"; "exact" where no channel is saved, for then nothing is grouped."""
+    block_size: int | None
+    """L, rows per block; None where nothing is grouped."""
+    reason: str
+    """Why this block size."""
+    ranks: Any
+    """(B, H_x, C) int32, of the kind of q: the rank of every block; None unless the method is "subspace"."""
+    score_errors: Any
+    """(B, H_x, C), of the kind of q: the predicted root-mean-square error of its scores, in nats; None as above."""
+
+
 def ceil_div(a: int, b: int) -> int:
     """Smallest integer not below a / b."""
     return -(-a // b)
