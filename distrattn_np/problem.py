@@ -23,7 +23,7 @@ class Grouping:
 
 @dataclass(frozen=True, slots=True)
 class Subspace:
-    """How many dimensions a block keeps, and how they are found (docs/math.md, eq. 11 to 18).
+    """How many dimensions a block keeps, and how they are found (docs/math.md, eq. 11 to 19).
 
     Either ``rank`` is given, less than the width, or ``score_tol``, the root-mean-square error of the scores, in nats,
     that every block must stay under by its own choice of rank.
@@ -110,7 +110,7 @@ class SubspaceMaps:
 
     ``sampling``, ``fusion``: (B, H_x, C, D, R), W and Z; columns from a block's own rank on are zero, and a block of
     rank D has the identity in both. ``key_mean``: (B, H_kv, D). ``ranks``: (B, H_x, C) int32. ``score_errors``:
-    (B, H_x, C), the predicted root-mean-square error of the block's scores (eq. 17), in nats; zero at rank D.
+    (B, H_x, C), the predicted root-mean-square error of the block's scores (eq. 18), in nats; zero at rank D.
     """
 
     sampling: Any

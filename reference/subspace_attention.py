@@ -1,4 +1,4 @@
-"""The subspace method, block by block, in float64 (docs/math.md, eq. 11 to 18)."""
+"""The subspace method, block by block, in float64 (docs/math.md, eq. 11 to 19)."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def make_maps(
             maps.sampling[block], maps.fusion[block], maps.ranks[block], maps.score_errors[block] = subspace_maps(
                 gram(X),
                 gram(Y),
-                x_rows=len(X),
-                y_rows=len(Y),
+                x_rows=np.array(len(X)),
+                y_rows=np.array(len(Y)),
                 scale=scale,
                 rank=rank,
                 score_tol=score_tol,

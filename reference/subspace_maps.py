@@ -1,11 +1,14 @@
-"""The maps of one block from its two Gram matrices: which R directions it keeps (docs/math.md, eq. 13 to 18)."""
+"""The maps of blocks from their Gram matrices: which R directions a block keeps (docs/math.md, eq. 13 to 19).
+
+Every array may have leading axes, over blocks: small matrices are quick only in stacks.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
 RIDGE = 1e-6
-"""Added to the squared unit length of every column before the Cholesky factor is taken (eq. 15)."""
+"""The part of a column's squared length that counts as rounding (eq. 15 and 16)."""
 RANK_STEP = 16
 """Ranks that ``score_tol`` chooses from are multiples of this, the depth of one tensor-core product; and D."""
 
@@ -14,79 +17,98 @@ def subspace_maps(
     A: np.ndarray,
     B: np.ndarray,
     *,
-    x_rows: int,
-    y_rows: int,
+    x_rows: np.ndarray,
+    y_rows: np.ndarray,
     scale: float,
     rank: int | None,
     score_tol: float | None,
     refine: int,
-) -> tuple[np.ndarray, np.ndarray, int, float]:
-    """Return W and Z (D, R), the block's rank and its predicted score error.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return W and Z (..., D, R), the blocks' ranks (...) and their predicted score errors (...).
 
     Parameters
     ----------
-    A, B : array, shape (D, D)
-        Gram matrices of the block and of the rows that meet it.
-    x_rows, y_rows : int
-        Rows that A and B are sums over.
+    A, B : array, shape (..., D, D)
+        Gram matrices of each block and of the rows that meet it.
+    x_rows, y_rows : array, shape (...)
+        How many rows A and B are sums over.
     scale : float
         Multiplies the scores.
     rank : int or None
-        R; None: the smallest that keeps the predicted error within ``score_tol``, and W and Z have D columns, zero from
-        the rank on.
+        R, less than D. None: each block's own, the smallest that keeps the predicted error within ``score_tol``; W and
+        Z have D columns then, zero from the block's rank on.
     score_tol : float or None
         In nats. Only without ``rank``.
     refine : int
-        Refinements.
+        How many refinements.
     """
-    D = len(A)
-    if rank == D:
-        return np.eye(D), np.eye(D), D, 0.0
-    W = np.eye(D)[:, choose_channels(A, B, D if rank is None else rank)]
+    D = A.shape[-1]
+    channels = choose_channels(A, B, D if rank is None else rank)
+    W = (np.arange(D)[:, np.newaxis] == channels[..., np.newaxis, :]).astype(A.dtype)
     W, Z = half_step(W, A)
     for _ in range(refine):
         Z, W = half_step(Z, B)
         W, Z = half_step(W, A)
     W, Z = balance_columns(W, Z, A, B, x_rows, y_rows)
-    errors = score_errors(W, Z, A, B) * abs(scale) / np.sqrt(max(x_rows * y_rows, 1))
-    if rank is None:
-        assert score_tol is not None
-        rank = choose_rank(errors, score_tol)
-        if rank == D:
-            return np.eye(D), np.eye(D), D, 0.0
-        W[:, rank:] = Z[:, rank:] = 0
-    return W, Z, rank, float(errors[rank - 1])
+    per_score = abs(scale) / np.sqrt(np.maximum(x_rows * y_rows, 1))
+    errors = score_errors(W, Z, A, B) * per_score[..., np.newaxis]
+    if score_tol is None:
+        return W, Z, np.full(errors.shape[:-1], rank), errors[..., -1]
+    ranks = choose_ranks(errors, score_tol)
+    is_kept = np.arange(D) < ranks[..., np.newaxis, np.newaxis]
+    is_exact = (ranks == D)[..., np.newaxis, np.newaxis]
+    W, Z = (np.where(is_exact, np.eye(D), np.where(is_kept, x, 0)) for x in (W, Z))
+    own = np.take_along_axis(errors, ranks[..., np.newaxis] - 1, axis=-1)[..., 0]
+    return W, Z, ranks, np.where(ranks == D, 0, own)
 
 
 def choose_channels(A: np.ndarray, B: np.ndarray, rank: int) -> np.ndarray:
-    """Return the channels of largest ``|x_j| |y_j|``, the largest first and the earliest of equals."""
-    weights = np.sqrt(A.diagonal()) * np.sqrt(B.diagonal())
-    return np.argsort(-weights, kind="stable")[:rank]
+    """Return R channels (..., R), each the one of most weight outside the span of those before it (eq. 15)."""
+    weights = np.diagonal(B, axis1=-2, axis2=-1)
+    lengths = np.diagonal(A, axis1=-2, axis2=-1)
+    outside = lengths.copy()
+    is_free = np.ones(A.shape[:-1], dtype=bool)
+    F = np.zeros((*A.shape[:-1], rank), A.dtype)
+    channels = np.zeros((*A.shape[:-2], rank), np.intp)
+    for r in range(rank):
+        j = np.where(is_free, outside * weights, -1).argmax(axis=-1)[..., np.newaxis]
+        channels[..., r] = j[..., 0]
+        np.put_along_axis(is_free, j, False, axis=-1)
+        column = np.take_along_axis(A, j[..., np.newaxis], axis=-1)
+        row = np.take_along_axis(F, j[..., np.newaxis], axis=-2)
+        left = column - F @ row.swapaxes(-1, -2)
+        pivot = np.take_along_axis(outside, j, axis=-1)
+        F[..., r] = np.divide(left[..., 0], np.sqrt(pivot), out=F[..., r], where=pivot > 0)
+        outside = outside - F[..., r] ** 2
+        outside[outside <= RIDGE * lengths] = 0
+    return channels
 
 
 def half_step(W: np.ndarray, A: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return eq. 15: W in the basis where X W has orthonormal columns, and the best Z for it, ``A W``.
+    """Return eq. 16: W in the basis where X W has orthonormal columns, and the best Z for it, ``A W``.
 
     With Z and B in their places it returns Z in such a basis and the best W for it.
     """
     T = A @ W
-    products = W.T @ T
-    lengths = np.sqrt(np.maximum(products.diagonal(), 0))
+    products = W.swapaxes(-1, -2) @ T
+    lengths = np.sqrt(np.maximum(np.diagonal(products, axis1=-2, axis2=-1), 0))[..., np.newaxis, :]
     unit = np.divide(1, lengths, out=np.zeros_like(lengths), where=lengths > 0)
-    cosines = products * unit * unit[:, np.newaxis]
-    if not np.isfinite(cosines).all():  # NaN or infinity in the block: no factor exists
-        return np.full_like(W, np.nan), np.full_like(W, np.nan)
-    C = np.linalg.cholesky(cosines + RIDGE * np.eye(len(cosines)))
-    return np.linalg.solve(C, (W * unit).T).T, np.linalg.solve(C, (T * unit).T).T
+    cosines = products * unit * unit.swapaxes(-1, -2)
+    # NaN and infinity have no factor; they stay in T
+    is_finite = np.isfinite(cosines).all(axis=(-2, -1), keepdims=True)
+    identity = np.eye(W.shape[-1])
+    C = np.linalg.cholesky(np.where(is_finite, cosines, identity) + RIDGE * identity)
+    W, Z = (np.linalg.solve(C, (x * unit).swapaxes(-1, -2)).swapaxes(-1, -2) for x in (W, T))
+    return W, Z
 
 
 def balance_columns(
-    W: np.ndarray, Z: np.ndarray, A: np.ndarray, B: np.ndarray, x_rows: int, y_rows: int
+    W: np.ndarray, Z: np.ndarray, A: np.ndarray, B: np.ndarray, x_rows: np.ndarray, y_rows: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return W and Z with equal mean squares in the columns of X W and Y Z (eq. 16); zero where a product is zero."""
-    x_squares = np.einsum("dr,dr->r", W, A @ W) / max(x_rows, 1)
-    y_squares = np.einsum("dr,dr->r", Z, B @ Z) / max(y_rows, 1)
-    # written so that NaN is kept
+    """Return W and Z with equal mean squares in the columns of X W and Y Z (eq. 17); zero where a product is zero."""
+    x_squares = (W * (A @ W)).sum(axis=-2, keepdims=True) / np.maximum(x_rows, 1)[..., np.newaxis, np.newaxis]
+    y_squares = (Z * (B @ Z)).sum(axis=-2, keepdims=True) / np.maximum(y_rows, 1)[..., np.newaxis, np.newaxis]
+    # so written that NaN is kept
     is_zero = (x_squares <= 0) | (y_squares <= 0)
     with np.errstate(divide="ignore", invalid="ignore"):
         s = np.sqrt(np.sqrt(y_squares)) / np.sqrt(np.sqrt(x_squares))
@@ -94,18 +116,20 @@ def balance_columns(
 
 
 def score_errors(W: np.ndarray, Z: np.ndarray, A: np.ndarray, B: np.ndarray) -> np.ndarray:
-    """Return the Frobenius norm of ``X Y^T - (X W)(Y Z)^T`` with the first 1, 2, ..., R columns, (R,) (eq. 17)."""
-    cross = np.einsum("dr,dr->r", B @ Z, A @ W)
-    squares = (Z.T @ B @ Z) * (W.T @ A @ W)
-    leading = squares.cumsum(axis=0).cumsum(axis=1).diagonal()
-    norms: np.ndarray = np.sqrt(np.maximum(np.vdot(A, B) - 2 * cross.cumsum() + leading, 0))
-    return norms
+    """Return the length of ``X Y^T - (X W)(Y Z)^T`` with the first 1, 2, ..., R columns, shape (..., R) (eq. 18)."""
+    BZ, AW = B @ Z, A @ W
+    cross = (BZ * AW).sum(axis=-2).cumsum(axis=-1)
+    squares = (Z.swapaxes(-1, -2) @ BZ) * (W.swapaxes(-1, -2) @ AW)
+    leading = np.diagonal(squares.cumsum(axis=-1).cumsum(axis=-2), axis1=-2, axis2=-1)
+    whole = (A * B).sum(axis=(-2, -1))[..., np.newaxis]
+    lengths: np.ndarray = np.sqrt(np.maximum(whole - 2 * cross + leading, 0))
+    return lengths
 
 
-def choose_rank(errors: np.ndarray, score_tol: float) -> int:
-    """Return the smallest multiple of 16 below D whose error is within ``score_tol``, or D (eq. 18)."""
-    D = len(errors)
-    for rank in range(RANK_STEP, D, RANK_STEP):
-        if errors[rank - 1] <= score_tol:
-            return rank
-    return D
+def choose_ranks(errors: np.ndarray, score_tol: float) -> np.ndarray:
+    """Return the smallest multiples of 16 below D whose errors (..., D) are within ``score_tol``, or D (eq. 19)."""
+    D = errors.shape[-1]
+    ranks = np.append(np.arange(RANK_STEP, D, RANK_STEP), D)
+    is_enough = errors[..., ranks - 1] <= score_tol
+    is_enough[..., -1] = True
+    return ranks[is_enough.argmax(axis=-1)]

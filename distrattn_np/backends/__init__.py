@@ -63,7 +63,7 @@ class Backend(ABC):
 
     @abstractmethod
     def group_maps(self, problem: Problem, Q: Any, K: Any) -> Maps:
-        """Return the maps of every block (docs/math.md, eq. 5 to 9 and 11 to 18); None for exact attention."""
+        """Return the maps of every block (docs/math.md, eq. 5 to 9 and 11 to 19); None for exact attention."""
 
     @abstractmethod
     def attend(self, problem: Problem, Q: Any, K: Any, V: Any, O: Any, lse: Any, maps: Any) -> None:

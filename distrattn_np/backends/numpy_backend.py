@@ -31,6 +31,8 @@ QUERY_TILE = 512
 KEY_TILE = 512
 SCRATCH_BYTES = 56 << 20
 """What all workers together may hold: where their tiles need more, fewer workers run."""
+STACK_BYTES = 1 << 20
+"""What the Gram matrices of the blocks that are solved together take: small matrices are quick only in stacks."""
 THREADED_WORK = 1 << 21
 """Multiply-adds of a task below which handing the interpreter lock over costs more than a second thread gives."""
 
@@ -92,16 +94,22 @@ class NumpyBackend(Backend):
                 x_shift, y_shift = np.zeros(D), key_mean[b, meeting.start]
             else:
                 x_shift, y_shift = key_mean[b, h], np.zeros(D)
-            for c, start, stop, B, y_rows in _blocks_with_sums(
-                problem, grouping, partial(_gram_of_rows, Y[b, meeting], y_shift), np.zeros((D, D))
-            ):
-                block = (b, h, c)
-                maps.sampling[block], maps.fusion[block], maps.ranks[block], maps.score_errors[block] = (
+            sums_of_y = partial(_gram_of_rows, Y[b, meeting], y_shift)
+            heads = meeting.stop - meeting.start
+            blocks_left = (
+                (c, _gram_of_rows(X[b, h : h + 1], x_shift, start, stop), gram_of_y, stop - start, heads * y_rows)
+                for c, start, stop, gram_of_y, y_rows in _blocks_with_sums(
+                    problem, grouping, sums_of_y, np.zeros((D, D))
+                )
+            )
+            while stack := list(itertools.islice(blocks_left, stacked)):
+                c, A, B, x_rows, y_rows = (np.array(column) for column in zip(*stack, strict=True))
+                maps.sampling[b, h, c], maps.fusion[b, h, c], maps.ranks[b, h, c], maps.score_errors[b, h, c] = (
                     reference.subspace_maps(
-                        _gram_of_rows(X[b, h : h + 1], x_shift, start, stop),
+                        A,
                         B,
-                        x_rows=stop - start,
-                        y_rows=y_rows * (meeting.stop - meeting.start),
+                        x_rows=x_rows,
+                        y_rows=y_rows,
                         scale=problem.scale,
                         rank=grouping.rank,
                         score_tol=grouping.score_tol,
@@ -109,8 +117,9 @@ class NumpyBackend(Backend):
                     )
                 )
 
-        # a tile in float64, once more when its mean is subtracted; and some ten matrices of a block
-        memory = 8 * D * (2 * KEY_TILE + 10 * D)
+        stacked = min(max(STACK_BYTES // (8 * D * D), 1), problem.blocks)
+        # a tile in float64, once more when its mean is subtracted; some twelve matrices a block
+        memory = 8 * D * (2 * KEY_TILE + 12 * stacked * D)
         _run_tasks(average_head, key_mean.shape[:2], memory=memory, work=problem.keys * D)
         _run_tasks(solve_head, blocks[:2], memory=memory, work=problem.grouped_rows * D * D)
         return maps
@@ -219,10 +228,12 @@ class _SubspaceHeadMaps:
     key_mean: np.ndarray  # (D,), subtracted from every key before it is sampled or fused
 
     def sample(self, X: np.ndarray, block: int) -> np.ndarray:
-        return np.matmul(X, self.sampling[block, :, : self.ranks[block]])
+        sampled: np.ndarray = X @ self.sampling[block, :, : self.ranks[block]]
+        return sampled
 
     def fuse(self, Y: np.ndarray, block: int) -> np.ndarray:
-        return np.matmul(Y, self.fusion[block, :, : self.ranks[block]])
+        fused: np.ndarray = Y @ self.fusion[block, :, : self.ranks[block]]
+        return fused
 
 
 _HeadMaps = _LshHeadMaps | _SubspaceHeadMaps
