@@ -94,13 +94,6 @@ constexpr float RESCALE_THRESHOLD = 8.0f;
 constexpr float LN_2 = 0.6931471805599453f;
 constexpr float LOWEST = -3.402823466e38f;  // maximum of no scores: finite, so that its difference to -inf is -inf
 
-// threadIdx.x, hidden from the compiler so that it does not keep what follows from it in registers of the main loop.
-__device__ inline int thread_index_anew() {
-  int thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
-}
-
 // Copies rows [ROW_COUNT, COLUMNS] to shared memory; rows from `rows_valid` on and columns from VALID_COLUMNS are zero.
 template <int ROW_COUNT, int COLUMNS, int VALID_COLUMNS, int SHARED_STRIDE>
 __device__ inline void load_rows(element_t* shared, const element_t* global, long long stride, int rows_valid) {
