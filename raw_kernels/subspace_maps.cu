@@ -1,9 +1,9 @@
 // subspace_maps.cu - the sampling and fusion maps of every block, from its two Gram matrices.
 //
-//   T = A W,   C C^T = u (W^T T) u + ridge I,   W <- W u C^-T,   Z <- T u C^-T      docs/math.md (eq. 13 to 18)
+//   T = A W,   C C^T = u (W^T T) u + ridge I,   W <- W u C^-T,   Z <- T u C^-T      docs/math.md (eq. 15 to 19)
 //
-// from the channels of largest A_jj B_jj on, and again with B and with A for every refinement; then columns are balanced,
-// the error of the scores is predicted and, with score_tol, the rank is chosen.
+// from channels that are chosen one after another on (eq. 15), and again with B and with A for every refinement; then
+// columns are balanced, the error of the scores is predicted and, with score_tol, the rank is chosen.
 //
 // The columns of W and Z are kept as rows beside their inner products, [G | W^T | T^T], one row for each of R columns.
 // Gaussian elimination of such a row by the ones above it is what multiplies by u C^-T, so factor and solve are one
@@ -55,13 +55,15 @@ constexpr int MOST_PASSES = 2;  // tiles that a thread holds the sums of
 constexpr int NEEDED_PASSES = (ROW_TILES + ROW_TILES_AT_ONCE - 1) / ROW_TILES_AT_ONCE;
 constexpr int PASSES = NEEDED_PASSES < MOST_PASSES ? NEEDED_PASSES : MOST_PASSES;
 
-struct SharedVectors {
+struct alignas(16) SharedVectors {
   float panel[2][PANEL * WIDTH];
   float factor[BLOCK * FACTOR_PITCH];  // lower triangle of a diagonal block's factor; its diagonal inverted
   float squares[R_PADDED];             // diagonal of G before elimination, later squared lengths of X W
   float y_squares[R_PADDED];           // squared lengths of Y Z
   float scales[R_PADDED];
-  float weights[WIDTH];
+  float row[R_PADDED];      // of F, while channels are chosen
+  float outside[WIDTH];     // squared length of a channel outside the span of the chosen ones
+  unsigned keys[WIDTH];     // that times the channel's weight, as a number to compare; 0 for a chosen channel
   int channels[R_PADDED];
   float warp_sums[THREADS / WARP_SIZE];
   int rank;
@@ -143,6 +145,50 @@ __device__ inline void multiply_columns(SharedVectors& shared, float* rows, int 
     }
     __syncthreads();  // the products are written, the panels read
   }
+}
+
+// The channels of eq. 15 and, in T, the rows F that they leave: Z of the half-step that starts from them. A thread keeps a
+// channel; every warp finds the largest for itself.
+__device__ inline void choose_channels(SharedVectors& shared, float* rows, const float* __restrict__ A,
+                                       const float* __restrict__ B) {
+  const int d = threadIdx.x;
+  const bool is_channel = d < D;
+  const float length = is_channel ? A[d * WIDTH + d] : 0.0f, weight = is_channel ? B[d * WIDTH + d] : 0.0f;
+  float outside = length;
+  bool is_free = is_channel;
+#pragma unroll 1
+  for (int r = 0; r < R_PADDED; ++r) {
+    // Numbers that are not negative are ordered like their bits; one is added, so that a chosen channel counts least.
+    if (d < WIDTH) {
+      shared.outside[d] = outside;
+      shared.keys[d] = is_free ? (__float_as_uint(outside * weight) & 0x7fffffffu) + 1 : 0;
+    }
+    __syncthreads();  // the keys are written before they are compared, row r - 1 before it is read
+    unsigned largest = 0;
+    for (int i = d % WARP_SIZE; i < WIDTH; i += WARP_SIZE) largest = max(largest, shared.keys[i]);
+    largest = __reduce_max_sync(~0u, largest);
+    unsigned first = WIDTH - 1;
+    for (int i = d % WARP_SIZE; i < WIDTH; i += WARP_SIZE)
+      if (shared.keys[i] == largest) first = min(first, static_cast<unsigned>(i));
+    const int chosen = __reduce_min_sync(~0u, first);
+    const bool is_padding = r >= R;
+    const float entry = d < WIDTH && !is_padding ? A[chosen * WIDTH + d] : 0.0f;
+    const float pivot = shared.outside[chosen];
+    if (d < r) shared.row[d] = rows[d * PITCH + T + chosen];
+    if (d == 0) shared.channels[r] = chosen;
+    __syncthreads();  // the row of F is gathered; keys and outside are read before they are overwritten
+    if (d < WIDTH) {
+      float left = entry;
+#pragma unroll 8
+      for (int s = 0; s < r; ++s) left = fmaf(-shared.row[s], rows[s * PITCH + T + d], left);
+      const float F = pivot > 0.0f && !is_padding ? left * rsqrtf(pivot) : 0.0f;
+      rows[r * PITCH + T + d] = F;
+      outside = fmaf(-F, F, outside);
+      if (!(outside > RIDGE * length)) outside = 0.0f;
+      if (d == chosen) is_free = false;
+    }
+  }
+  __syncthreads();  // F is complete
 }
 
 // G = W^T T, and its diagonal apart, before elimination changes it.
@@ -305,37 +351,27 @@ void subspace_maps(const float* __restrict__ x_grams,  // [B, H_x, C, WIDTH, WID
   const float met_rows =
       static_cast<float>(y_direction > 0 ? y_last : y_direction < 0 ? y_rows - y_first : y_rows) * heads_per_gram;
 
-  // ---- the channels of largest A_jj B_jj, the earliest of equals first; not-a-number counts as largest ----
-  for (int d = threadIdx.x; d < WIDTH; d += THREADS)
-    shared.weights[d] = sqrtf(A[d * WIDTH + d]) * sqrtf(B[d * WIDTH + d]);
-  for (int r = threadIdx.x; r < R_PADDED; r += THREADS) shared.channels[r] = -1;
-  __syncthreads();  // the weights are written before they are compared
-  if (threadIdx.x < D) {
-    const int own = threadIdx.x;
-    const unsigned weight = __float_as_uint(shared.weights[own]) & 0x7fffffffu;  // orders like the number
-    int place = 0;
-    for (int d = 0; d < D; ++d) {
-      const unsigned other = __float_as_uint(shared.weights[d]) & 0x7fffffffu;
-      place += other > weight || (other == weight && d < own);
-    }
-    if (place < R) shared.channels[place] = own;
+  // ---- tr(A B), which is the square of all scores; it also brings both matrices near ----
+  float trace = 0.0f;
+  for (int i = threadIdx.x * 4; i < WIDTH * WIDTH; i += THREADS * 4) {
+    const float4 a = load4(A + i), b = load4(B + i);
+    trace += (a.x * b.x + a.y * b.y) + (a.z * b.z + a.w * b.w);
   }
-  __syncthreads();  // the channels are chosen
+  trace = sum_of_warp(trace);
+  if (threadIdx.x % WARP_SIZE == 0) shared.warp_sums[threadIdx.x / WARP_SIZE] = trace;
 
-  // ---- W = their unit columns, T = A W, G = W^T T ----
-  for (int i = threadIdx.x; i < R_PADDED * WIDTH; i += THREADS) {
-    const int r = i / WIDTH, d = i % WIDTH, channel = shared.channels[r];
-    rows[r * PITCH + W + d] = d == channel ? 1.0f : 0.0f;
-    rows[r * PITCH + T + d] = channel < 0 ? 0.0f : A[channel * WIDTH + d];
+  // ---- Z of the first half-step; W too, where no refinement makes another ----
+  choose_channels(shared, rows, A, B);
+  if (refine == 0) {
+    for (int i = threadIdx.x; i < R_PADDED * WIDTH; i += THREADS) {
+      const int r = i / WIDTH, d = i % WIDTH, channel = r < R ? shared.channels[r] : -1;
+      rows[r * PITCH + W + d] = d == channel ? 1.0f : 0.0f;
+      rows[r * PITCH + T + d] = channel < 0 ? 0.0f : A[channel * WIDTH + d];
+    }
+    __syncthreads();  // the rows are written before they are multiplied
+    multiply_parts(shared, rows);
+    eliminate(shared, rows, T + WIDTH);
   }
-  for (int i = threadIdx.x; i < R_PADDED * R_PADDED; i += THREADS) {
-    const int r = i / R_PADDED, s = i % R_PADDED, one = shared.channels[r], other = shared.channels[s];
-    const float product = one < 0 || other < 0 ? 0.0f : A[one * WIDTH + other];
-    rows[r * PITCH + G + s] = product;
-    if (r == s) shared.squares[r] = product;
-  }
-  __syncthreads();  // the rows are written before they are eliminated
-  eliminate(shared, rows, T + WIDTH);
 
   // ---- refinements: Z in a basis where Y Z is orthonormal, the best W for it, and back ----
 #pragma unroll 1
@@ -357,15 +393,7 @@ void subspace_maps(const float* __restrict__ x_grams,  // [B, H_x, C, WIDTH, WID
   multiply_columns(shared, rows, T, W, B);
   multiply_parts_of_rows(shared.y_squares, rows);
 
-  // ---- tr(A B), which is the square of all scores ----
-  float sum = 0.0f;
-  for (int i = threadIdx.x * 4; i < WIDTH * WIDTH; i += THREADS * 4) {
-    const float4 a = load4(A + i), b = load4(B + i);
-    sum += (a.x * b.x + a.y * b.y) + (a.z * b.z + a.w * b.w);
-  }
-  sum = sum_of_warp(sum);
-  if (threadIdx.x % WARP_SIZE == 0) shared.warp_sums[threadIdx.x / WARP_SIZE] = sum;
-  __syncthreads();  // the sums of the warps and the squared lengths are written
+  __syncthreads();  // the squared lengths are written
 
   // ---- predicted error of the first 1, 2, ... columns, and the rank ----
   if (threadIdx.x == 0) {
