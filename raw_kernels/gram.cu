@@ -34,7 +34,7 @@
 #define ALIGNED 1
 #endif
 
-#include "centre.cuh"
+#include "operands.cuh"
 
 static_assert(ELEMENT == FLOAT16 || ELEMENT == BFLOAT16, "tensor cores take 16-bit elements");
 static_assert(D >= 1 && D <= 256, "rows have 1 to 256 elements");
