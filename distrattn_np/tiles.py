@@ -134,7 +134,35 @@ def simt_defines(
     }
 
 
-def sm90_defines(*, element: int, rank: int, value_width: int, keys_per_item: bool, causal: bool) -> Defines:
+SM90_WIDTHS = (16, 32, 48, 64, 96, 128)
+"""Inner and value widths of forward_sm90.cu: those that hopper.cuh has products for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sm90Tiles:
+    """Tiles of forward_sm90.cu."""
+
+    block_q: int
+    block_kv: int
+    stages: int
+
+
+def sm90_tiles(rank: int, value_width: int, query_block_size: int) -> Sm90Tiles:
+    """Return what measured fastest on an H100 (docs/performance.md) for inner width ``rank`` (padded).
+
+    Tiles of 192 queries are faster, unless they leave too many rows of the last tile of a query block empty.
+    """
+    fills_wide_tiles = query_block_size >= 0.95 * 192 * ceil_div(query_block_size, 192)
+    if fills_wide_tiles and value_width <= 64:
+        return Sm90Tiles(192, 128, 3)
+    if fills_wide_tiles and rank > 64:
+        return Sm90Tiles(192, 64, 2)
+    return Sm90Tiles(128, 128, 2)
+
+
+def sm90_defines(
+    tiles: Sm90Tiles, *, element: int, rank: int, value_width: int, keys_per_item: bool, causal: bool
+) -> Defines:
     """Return the -D options of forward_sm90.cu for inner width ``rank`` (padded)."""
     return {
         "ELEMENT": element,
@@ -142,9 +170,9 @@ def sm90_defines(*, element: int, rank: int, value_width: int, keys_per_item: bo
         "E": value_width,
         "KEYS_PER_ITEM": int(keys_per_item),
         "CAUSAL": int(causal),
-        "BLOCK_Q": 128,
-        "BLOCK_KV": 128,
-        "STAGES": 2,
+        "BLOCK_Q": tiles.block_q,
+        "BLOCK_KV": tiles.block_kv,
+        "STAGES": tiles.stages,
     }
 
 
@@ -262,9 +290,10 @@ def _widest(element: int) -> int:
 
 
 def _forward_sm90_cases() -> Iterator[Defines]:
-    for element, rank, value_width in product((1, 2), (16, 32, 64, 96, 128), (64, 128)):
+    for element, rank, value_width in product((1, 2), SM90_WIDTHS, SM90_WIDTHS):
         for keys_per_item in (False, True):
             yield sm90_defines(
+                sm90_tiles(rank, value_width, 1024 if keys_per_item else 1920),
                 element=element,
                 rank=rank,
                 value_width=value_width,

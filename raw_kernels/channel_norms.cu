@@ -10,7 +10,7 @@
 // Reference : reference/channel_norms.py      Numba : distrattn_np/numba_kernels/channel_norms.py
 // Launcher  : distrattn_np/backends/cupy_backend.py
 //
-// Grid      : (S, H, B)     one thread block per segment
+// Grid      : (B * H * S), s fastest     one thread block per segment
 // Block     : THREADS
 // Shared    : THREADS * VECTOR * sizeof(accumulate_t), static
 // Assumes   : 1 <= D <= 256; 0 <= lower <= upper <= rows; VECTOR divides D, and Y and its strides are aligned to VECTOR
@@ -27,17 +27,18 @@
 #define VECTOR 8
 #endif
 constexpr int MAX_D = 256;
+constexpr int MIN_BLOCKS = 4;  // per multiprocessor: 64 registers; without a number ptxas spills some for occupancy
 static_assert(THREADS * VECTOR >= MAX_D, "the threads reach across the widest row");
 
-extern "C" __global__ __launch_bounds__(THREADS)
+extern "C" __global__ __launch_bounds__(THREADS, MIN_BLOCKS)
 void channel_norms(const element_t* __restrict__ Y,   // [B, H, rows, D]
                    accumulate_t* __restrict__ norms,  // [B, H, S, D]
-                   int rows, int D, int segment_rows, int shift, int lower, int upper, long long stride_y_b,
+                   int H, int S, int rows, int D, int segment_rows, int shift, int lower, int upper, long long stride_y_b,
                    long long stride_y_h, long long stride_y_n) {
   __shared__ accumulate_t partial_smem[THREADS * VECTOR];  // [slices, D]
 
   // ---- which rows this block owns; which channels and rows of them this thread owns ----
-  const int s = blockIdx.x, h = blockIdx.y, b = blockIdx.z, S = gridDim.x;
+  const int s = blockIdx.x % S, h = blockIdx.x / S % H, b = blockIdx.x / S / H;
   auto edge = [&](int segment) -> int {
     if (segment == 0) return lower;
     if (segment == S) return upper;
@@ -69,6 +70,6 @@ void channel_norms(const element_t* __restrict__ Y,   // [B, H, rows, D]
   if (threadIdx.x < D) {
     accumulate_t sum = 0;
     for (int i = 0; i < slices; i++) sum += partial_smem[i * D + threadIdx.x];
-    norms[((static_cast<long long>(b) * gridDim.y + h) * S + s) * D + threadIdx.x] = sum;
+    norms[blockIdx.x * static_cast<long long>(D) + threadIdx.x] = sum;
   }
 }

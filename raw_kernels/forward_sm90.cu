@@ -9,7 +9,8 @@
 //   exact attention        : Q and K as the caller holds them, R = D
 //   blocks over queries    : Q sampled, K fused for each query block (KEYS_PER_ITEM)
 //   blocks over keys       : Q as the caller holds it, K sampled, and a map Z for each key block (KEY_MAPS). Q Z is
-//                            computed here, once for each key block, and stays in registers.
+//                            computed here, once for each key block, and stays in registers. With FOLD_REFERENCE the
+//                            last two of the R columns are the kernel's: K has ones there, Z zeros.
 //
 // Grid      : (query tiles of a block * items); an item is a (batch, head, query block), see work_item.cuh
 // Block     : (1 + NUM_CONSUMERS) * 128 threads. Warpgroup 0 copies tiles, the others own 64 query rows each
@@ -22,7 +23,8 @@
 //             v_map (E, M, H_kv, B)               (E, BLOCK_KV)
 //             z_map (D, key blocks * R, H_kv, B)  (D, R)                 KEY_MAPS: Z transposed
 // Assumes   : scale > 0, M > 0; pointers and strides of what the maps show are multiples of 16 bytes, those of O of 4;
-//             KEY_MAPS: key_block_size is a multiple of BLOCK_KV, and Q Z is in the range of the element type
+//             KEY_MAPS: key_block_size is a multiple of BLOCK_KV. Q Z (FOLD_REFERENCE: in powers of two) is rounded to
+//             the element type; what is out of its range becomes the largest element.
 // A query that sees no key: O = 0, lse = -inf.
 // Alone     : nvcc -cubin -gencode arch=compute_90a,code=sm_90a raw_kernels/forward_sm90.cu
 
@@ -45,9 +47,18 @@
 #ifndef CAUSAL
 #define CAUSAL 0
 #endif
-#ifndef SKIP_RESCALE
-#define SKIP_RESCALE 1  // 0: follow the maximum exactly
+#ifndef FOLD_REFERENCE
+#define FOLD_REFERENCE 0  // only with KEY_MAPS: the last two of the R columns carry the softmax's reference
 #endif
+#ifndef MAP_AHEAD
+#define MAP_AHEAD 1  // only with KEY_MAPS: Q Z of the next key block runs beside a softmax; takes R / 2 more registers
+#endif
+
+
+
+
+
+
 #ifndef BLOCK_Q
 #define BLOCK_Q 128
 #endif
@@ -57,9 +68,9 @@
 #ifndef STAGES
 #define STAGES 2
 #endif
-#ifndef PING_PONG
-#define PING_PONG 1  // consumers take turns: one issues its products while the others are at their softmax
-#endif
+
+
+
 
 #include "hopper.cuh"
 #include "work_item.cuh"
@@ -73,6 +84,7 @@ static_assert(ELEMENT == FLOAT16 || ELEMENT == BFLOAT16, "tensor cores take 16-b
 static_assert(BLOCK_Q % CONSUMER_ROWS == 0 && NUM_CONSUMERS >= 2 && NUM_CONSUMERS <= 4,
               "two to four warpgroups own 64 query rows each");
 static_assert(BLOCK_KV % MMA_DEPTH == 0 && BLOCK_KV <= 128, "S [64, BLOCK_KV] is held in registers");
+static_assert(!FOLD_REFERENCE || KEY_MAPS, "the reference is folded into Q Z");
 static_assert(R % MMA_DEPTH == 0 && E % MMA_DEPTH == 0 && Q_WIDTH % MMA_DEPTH == 0, "a product is 16 columns deep");
 
 // Registers of a thread. What the warpgroups hold together may not exceed what they are launched with, or the block
@@ -83,8 +95,6 @@ static_assert(PRODUCER_REGISTERS + NUM_CONSUMERS * CONSUMER_REGISTERS <=
                   (1 + NUM_CONSUMERS) * (65536 / NUM_THREADS / 8 * 8),
               "the register file holds all warpgroups");
 
-// The maximum may lag behind by this much (log2 units) before sums are rescaled: P stays below 2^8, far from overflow.
-constexpr float RESCALE_THRESHOLD = 8.0f;
 constexpr float LN_2 = 0.6931471805599453f;
 constexpr float INFINITE = __builtin_bit_cast(float, 0x7f800000);
 
@@ -110,91 +120,215 @@ __device__ __forceinline__ void hide_scores(float (&S)[BLOCK_KV / 2], int first_
     if (i / 4 * 8 + i % 2 > last_key[i / 2 % 2] - first_key) S[i] = -INFINITE;
 }
 
-// The running softmax (eq. 10) of the two rows that a lane holds scores of. Four lanes share a row.
-struct RunningSoftmax {
-  float row_max[2] = {-INFINITE, -INFINITE};  // of the unscaled scores; the same in the four lanes; may lag
-  float row_sum[2] = {0.0f, 0.0f};            // of this lane's columns only
-  float rescale[2];                           // set where `step` returns true
-
-  // Turns S into P = exp(scale (S - row_max)). Returns whether this warp's O has to be multiplied by `rescale` before
-  // P V is added to it.
-  __device__ __forceinline__ bool step(float (&S)[BLOCK_KV / 2], float scale_log2) {
-    float tile_max[2] = {S[0], S[2]};
-#pragma unroll
-    for (int i = 0; i < BLOCK_KV / 2; i += 2)
-      tile_max[i / 2 % 2] = fmaxf(tile_max[i / 2 % 2], fmaxf(S[i], S[i + 1]));
-    const float growth = fmaxf(tile_max[0] - row_max[0], tile_max[1] - row_max[1]);
-    const bool has_grown = !SKIP_RESCALE || __any_sync(~0u, growth * scale_log2 > RESCALE_THRESHOLD);
-    if (has_grown) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float new_max = fmaxf(row_max[i], tile_max[i]);
-        new_max = fmaxf(new_max, __shfl_xor_sync(~0u, new_max, 1));
-        new_max = fmaxf(new_max, __shfl_xor_sync(~0u, new_max, 2));
-        rescale[i] = exp2_approximate((row_max[i] - finite_max(new_max)) * scale_log2);
-        row_sum[i] *= rescale[i];
-        row_max[i] = new_max;
-      }
-    }
-    const float offset[2] = {finite_max(row_max[0]) * scale_log2, finite_max(row_max[1]) * scale_log2};
-#pragma unroll
-    for (int i = 0; i < BLOCK_KV / 2; i += 2) {
-      S[i] = exp2_approximate(fmaf(S[i], scale_log2, -offset[i / 2 % 2]));
-      S[i + 1] = exp2_approximate(fmaf(S[i + 1], scale_log2, -offset[i / 2 % 2]));
-      row_sum[i / 2 % 2] += S[i] + S[i + 1];
-    }
-    return has_grown;
-  }
-
-  // A row that has seen no key yet: any finite maximum makes its P zero.
-  static __device__ __forceinline__ float finite_max(float max) { return max == -INFINITE ? 0.0f : max; }
-};
-
-// ---- producer: one thread copies tiles, from the last key tile down; V follows K by one, the order of their use ----
-__device__ __forceinline__ void copy_tiles(SharedTiles& shared, const TensorMap& q_map, const TensorMap& k_map,
-                                           const TensorMap& v_map,
-#if KEY_MAPS
-                                           const TensorMap& z_map, int tiles_per_key_block,
-#endif
-                                           const WorkItem& work, int kv_head, int tiles) {
-  const int k_head = KEYS_PER_ITEM ? work.launch_item : kv_head;
-  const int k_batch = KEYS_PER_ITEM ? 0 : work.b;
-  Ring<STAGES> K_ring, V_ring;
-#if KEY_MAPS
-  Ring<1> Z_ring;
-#endif
-  copy_tile<Q_WIDTH, BLOCK_Q>(shared.Q, q_map, shared.Q_full, work.query_begin, work.h, work.b);
-#pragma unroll 1
-  for (int tile = tiles - 1; tile >= -1; --tile) {
-    if (tile >= 0) {
-#if KEY_MAPS
-      if (tile == tiles - 1 || (tile + 1) % tiles_per_key_block == 0) {
-        barrier_wait(shared.Z_empty, Z_ring.parity ^ 1);
-        copy_tile<D, R>(shared.Z, z_map, shared.Z_full, tile / tiles_per_key_block * R, kv_head, work.b);
-        Z_ring.advance();
-      }
-#endif
-      barrier_wait(shared.K_empty[K_ring.stage], K_ring.parity ^ 1);
-      copy_tile<R, BLOCK_KV>(shared.K[K_ring.stage], k_map, shared.K_full[K_ring.stage], tile * BLOCK_KV, k_head,
-                             k_batch);
-      K_ring.advance();
-    }
-    if (tile < tiles - 1) {
-      barrier_wait(shared.V_empty[V_ring.stage], V_ring.parity ^ 1);
-      copy_tile<E, BLOCK_KV>(shared.V[V_ring.stage], v_map, shared.V_full[V_ring.stage], (tile + 1) * BLOCK_KV, kv_head,
-                             work.b);
-      V_ring.advance();
-    }
-  }
-}
-
-// ---- parts of the consumer's loop ----
-
 #if KEY_MAPS
 using QueryOperand = unsigned[R / MMA_DEPTH][4];  // Q Z [64, R], in registers
 #else
 using QueryOperand = Descriptor;  // Q [64, R], in shared memory
 #endif
+
+// The softmax (eq. 10) of the two rows that a lane holds scores of; four lanes share a row. P = exp(score - reference),
+// where the reference need not be the row's maximum: it is taken from the maximum where a row begins, and then stays
+// until a tile shows by its sum of P that it is too low. So most tiles need no maximum. That is exact as long as P fits
+// its 16-bit type and the sums fit float32; where a pass cannot keep this up it is lost, and the block is computed
+// again in a pass that follows the maximum.
+//
+// Scores are in units of S: times `scale_log2` they are powers of two. With FOLD_REFERENCE, Q Z carries that factor and
+// S leaves the products short of `folded`, the reference that Q Z carries in its last two columns.
+struct RunningSoftmax {
+  float reference[2] = {-INFINITE, -INFINITE};  // the same in the four lanes; -INFINITE: this row has seen no key
+  float folded[2] = {0.0f, 0.0f};               // what S is short of
+  float row_sum[2] = {0.0f, 0.0f};              // of this lane's columns only
+  float rescale[2];                             // set where a step returns true
+  bool is_lost = false;
+
+  // The steps turn S into P. They return whether this warp's O has to be multiplied by `rescale` before P V is added.
+
+  // Any scores: looks for the maximum. The reference may lag behind it by LARGEST_LAG.
+  __device__ __forceinline__ bool step_by_maximum(float (&S)[BLOCK_KV / 2], float scale_log2, bool is_last_pass) {
+    constexpr float LARGEST_LAG = 8.0f;  // powers of two
+    float tile_max[2] = {S[0], S[2]};
+#pragma unroll
+    for (int i = 0; i < BLOCK_KV / 2; i += 2)
+      tile_max[i / 2 % 2] = fmaxf(tile_max[i / 2 % 2], fmaxf(S[i], S[i + 1]));
+    const float growth =
+        fmaxf(tile_max[0] + folded[0] - reference[0], tile_max[1] + folded[1] - reference[1]) * scale_log2;
+    const bool has_grown = __any_sync(~0u, growth > LARGEST_LAG);
+    if (has_grown) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float row_max = tile_max[i] + folded[i];
+        row_max = fmaxf(row_max, __shfl_xor_sync(~0u, row_max, 1));
+        row_max = fmaxf(row_max, __shfl_xor_sync(~0u, row_max, 2));
+        move_reference(i, fmaxf(reference[i], row_max), scale_log2, is_last_pass);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < BLOCK_KV / 2; i += 2) {
+      // the difference first: for large scores the product would not be exact enough
+      const float shift = finite_reference(i / 2 % 2) - folded[i / 2 % 2];
+      S[i] = exp2_approximate((S[i] - shift) * scale_log2);
+      S[i + 1] = exp2_approximate((S[i + 1] - shift) * scale_log2);
+      row_sum[i / 2 % 2] += S[i] + S[i + 1];
+    }
+    return has_grown;
+  }
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+  // Rows that have seen a key, scores that are not hidden: relies on the reference, and looks at the sums of P, which
+  // bound every P.
+  __device__ __forceinline__ bool step_by_sum(float (&S)[BLOCK_KV / 2], float scale_log2) {
+    constexpr float LARGEST_SUM = 1 << 14;
+    constexpr float LARGEST_REPAIRED_SUM = 0x1p100f;
+    const float offset[2] = {reference[0] * scale_log2, reference[1] * scale_log2};
+    float tile_sum[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < BLOCK_KV / 2; i += 2) {
+      S[i] = exp2_approximate(FOLD_REFERENCE ? S[i] : fmaf(S[i], scale_log2, -offset[i / 2 % 2]));
+      S[i + 1] = exp2_approximate(FOLD_REFERENCE ? S[i + 1] : fmaf(S[i + 1], scale_log2, -offset[i / 2 % 2]));
+      tile_sum[i / 2 % 2] += S[i] + S[i + 1];
+    }
+    const bool is_large = __any_sync(~0u, fmaxf(tile_sum[0], tile_sum[1]) > LARGEST_SUM);
+    if (is_large) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float bound = fmaxf(tile_sum[i], __shfl_xor_sync(~0u, tile_sum[i], 1));
+        bound = fmaxf(bound, __shfl_xor_sync(~0u, bound, 2));
+        is_lost |= bound > LARGEST_REPAIRED_SUM;
+        const float growth = bound > LARGEST_SUM ? __log2f(bound) : 0.0f;  // powers of two
+        move_reference(i, reference[i] + __fdividef(growth, scale_log2), scale_log2, false);
+        tile_sum[i] *= rescale[i];
+      }
+#pragma unroll
+      for (int i = 0; i < BLOCK_KV / 2; ++i) S[i] *= rescale[i / 2 % 2];
+    }
+    row_sum[0] += tile_sum[0];
+    row_sum[1] += tile_sum[1];
+    return is_large;
+  }
+
+
+
+#if FOLD_REFERENCE
+  // Lets the products that follow subtract the reference: keys have ones in the last two columns.
+  __device__ __forceinline__ void fold(QueryOperand& QZ, int lane) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      folded[i] = finite_reference(i);
+      const float high = round_to_element(folded[i]);
+      if (lane % 4 == 3) QZ[R / MMA_DEPTH - 1][2 + i] = pack(-high, high - folded[i]);
+    }
+  }
+#endif
+
+  __device__ __forceinline__ void move_reference(int i, float target, float scale_log2, bool is_last_pass) {
+    // Of larger references the product with scale_log2 is not exact enough.
+    constexpr float LARGEST_REFERENCE = 1 << 15;  // powers of two
+    if (!is_last_pass && target != -INFINITE) {
+      is_lost |= fabsf(target) * scale_log2 > LARGEST_REFERENCE;
+      if (FOLD_REFERENCE) {  // to the sum of two elements
+        const float high = round_to_element(target);
+        target = high + round_to_element(target - high);
+      }
+    }
+    rescale[i] = exp2_approximate((reference[i] - (target == -INFINITE ? 0.0f : target)) * scale_log2);
+    row_sum[i] *= rescale[i];
+    reference[i] = target;
+  }
+
+  // A row that has seen no key yet: any finite reference makes its P zero.
+  __device__ __forceinline__ float finite_reference(int i) const {
+    return reference[i] == -INFINITE ? 0.0f : reference[i];
+  }
+};
+
+// ---- producer: one thread copies tiles, from the last key tile down; V follows K by one, the order of their use ----
+struct Producer {
+  Ring<STAGES> K_ring, V_ring;
+#if KEY_MAPS
+  Ring<1> Z_ring;
+#endif
+
+  __device__ __forceinline__ void copy_tiles(SharedTiles& shared, const TensorMap& k_map, const TensorMap& v_map,
+#if KEY_MAPS
+                                             const TensorMap& z_map, int tiles_per_key_block,
+#endif
+                                             const WorkItem& work, int kv_head, int tiles) {
+    const int k_head = KEYS_PER_ITEM ? work.launch_item : kv_head;
+    const int k_batch = KEYS_PER_ITEM ? 0 : work.b;
+#pragma unroll 1
+    for (int tile = tiles - 1; tile >= -1; --tile) {
+      if (tile >= 0) {
+#if KEY_MAPS
+        if (tile == tiles - 1) copy_map(shared, z_map, tile / tiles_per_key_block, kv_head, work.b);
+#endif
+        barrier_wait(shared.K_empty[K_ring.stage], K_ring.parity ^ 1);
+        copy_tile<R, BLOCK_KV>(shared.K[K_ring.stage], k_map, shared.K_full[K_ring.stage], tile * BLOCK_KV, k_head,
+                               k_batch);
+        K_ring.advance();
+#if KEY_MAPS
+        // Z of the next block, behind the last K of this one: consumers wait for that K before they release the last Z
+        if (tile > 0 && tile % tiles_per_key_block == 0)
+          copy_map(shared, z_map, tile / tiles_per_key_block - 1, kv_head, work.b);
+#endif
+      }
+      if (tile < tiles - 1) {
+        barrier_wait(shared.V_empty[V_ring.stage], V_ring.parity ^ 1);
+        copy_tile<E, BLOCK_KV>(shared.V[V_ring.stage], v_map, shared.V_full[V_ring.stage], (tile + 1) * BLOCK_KV,
+                               kv_head, work.b);
+        V_ring.advance();
+      }
+    }
+  }
+
+#if KEY_MAPS
+  __device__ __forceinline__ void copy_map(SharedTiles& shared, const TensorMap& z_map, int key_block, int kv_head,
+                                           int b) {
+    barrier_wait(shared.Z_empty, Z_ring.parity ^ 1);
+    copy_tile<D, R>(shared.Z, z_map, shared.Z_full, key_block * R, kv_head, b);
+    Z_ring.advance();
+  }
+#endif
+};
+
+// ---- parts of the consumer's loop ----
 
 // The products pin and fence their registers, and return while they are still running.
 
@@ -224,20 +358,33 @@ __device__ __forceinline__ void start_values(float (&O)[E / 2], unsigned (&P)[BL
   wgmma_commit();
 }
 
-// Q Z  [64, R] of one key block, from Q [64, D] and Z transposed, [R, D]. This one waits for its end.
 #if KEY_MAPS
-__device__ __forceinline__ void map_queries(QueryOperand& QZ, Descriptor Q, Descriptor Z) {
-  float C[R / 2];
+// C = Q Z  [64, R] of one key block, from Q [64, D] and Z transposed, [R, D]
+__device__ __forceinline__ void start_map(float (&C)[R / 2], Descriptor Q, Descriptor Z) {
   pin(C);
   wgmma_fence();
 #pragma unroll
   for (int k = 0; k < D / MMA_DEPTH; ++k) multiply(C, Q + inner_step<D, BLOCK_Q>(k), Z + inner_step<D, R>(k), k > 0);
   wgmma_commit();
-  wgmma_wait<0>();
+}
+
+__device__ __forceinline__ void finish_map(QueryOperand& QZ, float (&C)[R / 2], float scale_log2) {
   pin(C);
-  pack_operands(QZ, C);
+#pragma unroll
+  for (int i = 0; i < R / MMA_DEPTH; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float factor = FOLD_REFERENCE ? scale_log2 : 1.0f;
+      QZ[i][j] = pack_finite(C[8 * i + 2 * j] * factor, C[8 * i + 2 * j + 1] * factor);
+    }
+  }
 }
 #endif
+
+template <bool VALUE>
+struct Bool {
+  static constexpr bool value = VALUE;
+};
 
 extern "C" __global__ __launch_bounds__(NUM_THREADS, 1)
 void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
@@ -288,17 +435,33 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
     }
     barrier_init_fence();
   }
+
+
+
+
+
+
+
+
+
   __syncthreads();  // no one arrives or waits before the barriers are initialised
 
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / WARPGROUP, 0);  // the compiler sees that a warp agrees on it
   if (warpgroup == 0) {
     give_up_registers<PRODUCER_REGISTERS>();
-    if (threadIdx.x == 0) {
-      copy_tiles(shared, q_map, k_map, v_map,
+    Producer producer;
+    if (threadIdx.x == 0)
+      copy_tile<Q_WIDTH, BLOCK_Q>(shared.Q, q_map, shared.Q_full, work.query_begin, work.h, work.b);
+    for (int pass = 0; pass < 2; ++pass) {
+      if (threadIdx.x == 0) {
+        producer.copy_tiles(shared, k_map, v_map,
 #if KEY_MAPS
-                 z_map, tiles_per_key_block,
+                            z_map, tiles_per_key_block,
 #endif
-                 work, kv_head, tiles);
+                            work, kv_head, tiles);
+      }
+      __syncwarp();
+      if (!__syncthreads_or(false)) break;
     }
   } else {
     take_registers<CONSUMER_REGISTERS>();
@@ -310,117 +473,186 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
     const int last_key[2] = {CAUSAL ? min(M - 1, row + causal_offset) : M - 1,
                              CAUSAL ? min(M - 1, row + 8 + causal_offset) : M - 1};
     const int lane_key = lane % 4 * 2;  // first column of a tile that this lane holds scores of
-
-    float O_rmem[E / 2] = {};
-    float S_rmem[BLOCK_KV / 2];
-    unsigned P_rmem[BLOCK_KV / MMA_DEPTH][4];
-    RunningSoftmax softmax;
-    Ring<STAGES> K_ring, V_ring;
+    const float score_scale = FOLD_REFERENCE ? 1.0f : scale_log2;  // what S is multiplied by
 
     const Descriptor Q_smem = describe_inner_columns<Q_WIDTH>(
         shared.Q + consumer * CONSUMER_ROWS * Panels<Q_WIDTH>::COLUMNS);  // these rows of every panel
     const Descriptor K_smem = describe_inner_columns<R>(shared.K);
     const Descriptor V_smem = describe_inner_rows<E, BLOCK_KV>(shared.V);
     constexpr unsigned K_STAGE = sizeof(shared.K[0]) >> 4, V_STAGE = sizeof(shared.V[0]) >> 4;  // to the next buffer
-    barrier_wait(shared.Q_full, 0);
+    Ring<STAGES> K_ring, V_ring;
 #if KEY_MAPS
-    QueryOperand Q;
-    Ring<1> Z_ring;
-    int tiles_left = (tiles - 1) % tiles_per_key_block;  // of this key block, after the tile at hand
     const Descriptor Z_smem = describe_inner_columns<D>(shared.Z);
-    barrier_wait(shared.Z_full, Z_ring.parity);
-    map_queries(Q, Q_smem, Z_smem);
-    if (is_speaker) barrier_arrive(shared.Z_empty);
-    Z_ring.advance();
+    Ring<1> Z_ring;
+    QueryOperand Q;
 #else
     const QueryOperand Q = Q_smem;
 #endif
+    barrier_wait(shared.Q_full, 0);
 
-    // ---- the last key tile:  S = Q K^T,  P = exp(S - row_max) ----
-    if (PING_PONG && consumer == 0) named_barrier_arrive(1, 2 * WARPGROUP);  // the first turn
-    barrier_wait(shared.K_full[K_ring.stage], K_ring.parity);
-    start_scores(S_rmem, Q, K_smem + K_ring.stage * K_STAGE);
-    wgmma_wait<0>();
-    pin(S_rmem);
-    if (is_speaker) barrier_arrive(shared.K_empty[K_ring.stage]);
-    K_ring.advance();
-    hide_scores(S_rmem, (tiles - 1) * BLOCK_KV + lane_key, last_key);
-    softmax.step(S_rmem, scale_log2);
-    pack_operands(P_rmem, S_rmem);
-    if (tiles > 1) barrier_wait(shared.K_full[K_ring.stage], K_ring.parity);
-
+    // ---- the first pass relies on references; the second, if any warp lost it, follows the maximum ----
 #pragma unroll 1
-    for (int tile = tiles - 2; tile >= 0; --tile) {
+    for (int pass = 0; pass < 2; ++pass) {
+      const bool follows_maximum = pass == 1;
+      float O_rmem[E / 2] = {};
+      float S_rmem[BLOCK_KV / 2];
+      unsigned P_rmem[BLOCK_KV / MMA_DEPTH][4];
+      RunningSoftmax softmax;
+      bool is_moved;  // whether the reference is
+
 #if KEY_MAPS
-      // ---- entering a key block from its end: its Q Z ----
-      if (tiles_left-- == 0) {
+      // Q Z of a key block, at once
+      auto map_queries = [&] {
+        float C_rmem[R / 2];
         barrier_wait(shared.Z_full, Z_ring.parity);
-        map_queries(Q, Q_smem, Z_smem);
+        start_map(C_rmem, Q_smem, Z_smem);
+        wgmma_wait<0>();
         if (is_speaker) barrier_arrive(shared.Z_empty);
         Z_ring.advance();
-        tiles_left = tiles_per_key_block - 1;
-      }
-      pin(Q);
+        finish_map(Q, C_rmem, scale_log2);
+      };
+      map_queries();
 #endif
-      // ---- start S = Q K^T of this tile and, behind it, O += P V of the one before ----
-      if (PING_PONG) named_barrier_sync(1 + consumer, 2 * WARPGROUP);
-      start_scores(S_rmem, Q, K_smem + K_ring.stage * K_STAGE);
-      barrier_wait(shared.V_full[V_ring.stage], V_ring.parity);
-      start_values(O_rmem, P_rmem, V_smem + V_ring.stage * V_STAGE);
-      if (PING_PONG) named_barrier_arrive(1 + (consumer + 1) % NUM_CONSUMERS, 2 * WARPGROUP);
 
-      // ---- P = exp(S - row_max), while P V of the tile before is running ----
-      wgmma_wait<1>();
+      // ---- the last key tile:  S = Q K^T,  P = exp(S - reference) ----
+      barrier_wait(shared.K_full[K_ring.stage], K_ring.parity);
+      start_scores(S_rmem, Q, K_smem + K_ring.stage * K_STAGE);
+      wgmma_wait<0>();
       pin(S_rmem);
       if (is_speaker) barrier_arrive(shared.K_empty[K_ring.stage]);
       K_ring.advance();
-      if (CAUSAL && (tile + 1) * BLOCK_KV - 1 > first_row + causal_offset)
-        hide_scores(S_rmem, tile * BLOCK_KV + lane_key, last_key);
-      const bool has_grown = softmax.step(S_rmem, scale_log2);
-      pin(S_rmem);
-      // This wait is for the next tile. It stands here because its branch keeps ptxas from moving the wait for P V in
-      // front of the exponentials, which are to run beside P V.
-      if (tile > 0) barrier_wait(shared.K_full[K_ring.stage], K_ring.parity);
+      hide_scores(S_rmem, (tiles - 1) * BLOCK_KV + lane_key, last_key);
+      softmax.step_by_maximum(S_rmem, score_scale, follows_maximum);
+      pack_operands(P_rmem, S_rmem);
+#if KEY_MAPS
+      if (MAP_AHEAD && tiles > 1 && (tiles - 1) % tiles_per_key_block == 0) map_queries();
+#endif
+#if FOLD_REFERENCE
+      if (!follows_maximum) softmax.fold(Q, lane);
+#endif
+      if (tiles > 1) barrier_wait(shared.K_full[K_ring.stage], K_ring.parity);
 
-      // ---- O is complete up to the tile before: rescale it to the new maximum ----
+      int tile = tiles - 2;
+      auto visit_tile = [&](auto is_last_of_key_block) {
+        constexpr bool MAPS_NEXT = decltype(is_last_of_key_block)::value;
+        // ---- start S = Q K^T of this tile and, behind it, O += P V of the one before ----
+#if KEY_MAPS
+        pin(Q);
+#endif
+        start_scores(S_rmem, Q, K_smem + K_ring.stage * K_STAGE);
+        barrier_wait(shared.V_full[V_ring.stage], V_ring.parity);
+        start_values(O_rmem, P_rmem, V_smem + V_ring.stage * V_STAGE);
+#if KEY_MAPS
+        float C_rmem[MAPS_NEXT ? R / 2 : 1];
+        if constexpr (MAPS_NEXT) {
+          barrier_wait(shared.Z_full, Z_ring.parity);
+          start_map(C_rmem, Q_smem, Z_smem);
+        }
+#endif
+
+        // ---- P = exp(S - reference), while P V of the tile before is running ----
+        wgmma_wait<MAPS_NEXT ? 2 : 1>();
+        pin(S_rmem);
+        if (is_speaker) barrier_arrive(shared.K_empty[K_ring.stage]);
+        K_ring.advance();
+        // up to the tile with the last key of the first row, so that every row has found a maximum
+        const bool is_at_edge = CAUSAL && (tile + 1) * BLOCK_KV > first_row + causal_offset;
+        if (is_at_edge || follows_maximum) {
+          if (is_at_edge) hide_scores(S_rmem, tile * BLOCK_KV + lane_key, last_key);
+          is_moved = softmax.step_by_maximum(S_rmem, score_scale, follows_maximum);
+        } else {
+
+
+
+          is_moved = softmax.step_by_sum(S_rmem, score_scale);
+
+        }
+        pin(S_rmem);
+        // This wait is for the next tile. It stands here because its branch keeps ptxas from moving the wait for P V
+        // in front of the exponentials, which are to run beside P V.
+        if (tile > 0) barrier_wait(shared.K_full[K_ring.stage], K_ring.parity);
+
+        // ---- O is complete up to the tile before: rescale it to the new reference ----
+        wgmma_wait<0>();
+        pin(O_rmem);
+        pin(P_rmem);
+        if (is_speaker) barrier_arrive(shared.V_empty[V_ring.stage]);
+        V_ring.advance();
+        pack_operands(P_rmem, S_rmem);
+
+
+
+#if KEY_MAPS
+        if constexpr (MAPS_NEXT) {
+          if (is_speaker) barrier_arrive(shared.Z_empty);
+          Z_ring.advance();
+          finish_map(Q, C_rmem, scale_log2);
+        }
+#endif
+        if (is_moved) {
+#pragma unroll
+          for (int i = 0; i < E / 2; ++i) O_rmem[i] *= softmax.rescale[i / 2 % 2];
+        }
+#if FOLD_REFERENCE
+        if ((is_moved || MAPS_NEXT) && !follows_maximum) softmax.fold(Q, lane);
+#endif
+        --tile;
+      };
+#if KEY_MAPS
+#pragma unroll 1
+      while (tile >= 0) {
+        if (!MAP_AHEAD && (tile + 1) % tiles_per_key_block == 0) {
+          map_queries();
+#if FOLD_REFERENCE
+          if (!follows_maximum) softmax.fold(Q, lane);
+#endif
+        }
+        const int last_of_key_block = tile - tile % tiles_per_key_block;
+#pragma unroll 1
+        while (tile > (MAP_AHEAD ? last_of_key_block : last_of_key_block - 1)) visit_tile(Bool<false>());
+        if (MAP_AHEAD) {
+          if (tile > 0) visit_tile(Bool<true>());
+          else visit_tile(Bool<false>());
+        }
+      }
+#else
+#pragma unroll 1
+      while (tile >= 0) visit_tile(Bool<false>());
+#endif
+
+      // ---- O += P V of the first key tile ----
+      barrier_wait(shared.V_full[V_ring.stage], V_ring.parity);
+      start_values(O_rmem, P_rmem, V_smem + V_ring.stage * V_STAGE);
       wgmma_wait<0>();
       pin(O_rmem);
-      pin(P_rmem);
       if (is_speaker) barrier_arrive(shared.V_empty[V_ring.stage]);
       V_ring.advance();
-      if (has_grown) {
-#pragma unroll
-        for (int i = 0; i < E / 2; ++i) O_rmem[i] *= softmax.rescale[i / 2 % 2];
-      }
-      pack_operands(P_rmem, S_rmem);
-    }
 
-    // ---- O += P V of the first key tile ----
-    barrier_wait(shared.V_full[V_ring.stage], V_ring.parity);
-    start_values(O_rmem, P_rmem, V_smem + V_ring.stage * V_STAGE);
-    wgmma_wait<0>();
-    pin(O_rmem);
-    if (PING_PONG && consumer == 0) named_barrier_sync(1, 2 * WARPGROUP);  // takes the turn that nobody needs
+      // ---- O / row_sum and lse, rows n < query_end ----
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
 
-    // ---- O / row_sum and lse, rows n < query_end ----
+
+
+        float sum = softmax.row_sum[i];
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+
+        const int n = row + 8 * i;
+        if (n >= work.query_end) continue;
+        const float inverse = __fdividef(1.0f, sum);
+        element_t* const O_row = O + work.b * stride_o_b + work.h * stride_o_h + n * stride_o_n;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float sum = softmax.row_sum[i];
-      sum += __shfl_xor_sync(~0u, sum, 1);
-      sum += __shfl_xor_sync(~0u, sum, 2);
-      const int n = row + 8 * i;
-      if (n >= work.query_end) continue;
-      const float inverse = __fdividef(1.0f, sum);
-      element_t* const O_row = O + work.b * stride_o_b + work.h * stride_o_h + n * stride_o_n;
-#pragma unroll
-      for (int t = 0; t < E / 8; ++t) {
-        const float* const pair = O_rmem + 4 * t + 2 * i;
-        const unsigned packed = pack(pair[0] * inverse, pair[1] * inverse);
-        *reinterpret_cast<unsigned*>(O_row + 8 * t + lane % 4 * 2) = sum == 0.0f ? 0 : packed;
+        for (int t = 0; t < E / 8; ++t) {
+          const float* const pair = O_rmem + 4 * t + 2 * i;
+          const unsigned packed = pack(pair[0] * inverse, pair[1] * inverse);
+          *reinterpret_cast<unsigned*>(O_row + 8 * t + lane % 4 * 2) = sum == 0.0f ? 0 : packed;
+        }
+        if (lane % 4 == 0)
+          lse[((long long)work.b * H + work.h) * N + n] =
+              LN_2 * (softmax.finite_reference(i) * score_scale + __log2f(sum));
       }
-      if (lane % 4 == 0)
-        lse[((long long)work.b * H + work.h) * N + n] =
-            LN_2 * (softmax.finite_max(softmax.row_max[i]) * scale_log2 + __log2f(sum));
+      if (!__syncthreads_or(softmax.is_lost)) break;
     }
   }
 }

@@ -53,6 +53,7 @@ constexpr int WIDEST = GROUP_SIZE * R_PADDED < 256 ? GROUP_SIZE * R_PADDED : 256
 constexpr int ROW_TILE = 128 / sizeof(element_t);
 constexpr int OUTPUTS = 16 / sizeof(element_t);  // columns per thread, stored at once
 constexpr int STRIPS = R_PADDED / OUTPUTS;
+constexpr int MIN_BLOCKS = 3;  // per multiprocessor: 168 registers; without a number ptxas spills some for occupancy
 static_assert(R_PADDED % 16 == 0, "a row of the result is a whole number of 16-element steps of the tensor core");
 static_assert(MEMBERS == 1 || MEMBERS == GROUP_SIZE, "a group is sampled or fused");
 static_assert(THREADS >= STRIPS, "the threads reach across a row of the result");
@@ -79,7 +80,7 @@ struct alignas(OUTPUTS * sizeof(float)) StripGains {
   float at[OUTPUTS];
 };
 
-extern "C" __global__ __launch_bounds__(THREADS)
+extern "C" __global__ __launch_bounds__(THREADS, MIN_BLOCKS)
 void fuse_channels(const element_t* __restrict__ Y,   // [B, H_y, rows, D]
                    const int* __restrict__ channels,  // [B, H_x, C, D]
                    const float* __restrict__ gains,   // [B, H_x, C, D]; read only where WITH_GAINS
@@ -108,7 +109,7 @@ void fuse_channels(const element_t* __restrict__ Y,   // [B, H_y, rows, D]
     const int begin = ROWS_FROM_BLOCK ? block_begin + tile_row : tile_row;
     const int end = ROWS_FROM_BLOCK ? block_end : min(static_cast<long long>(rows), block_end + 0LL + causal_offset);
     if (begin >= end) continue;
-    const int h_y = h * H_y / H_x;
+    const int h_y = static_cast<long long>(h) * H_y / H_x;  // the product may pass 2^31
     const element_t* source = Y + b * stride_y_b + h_y * stride_y_h + begin * stride_y_n;
     __syncthreads();  // the item before is done with the tile and its maps
 
@@ -145,6 +146,7 @@ void fuse_channels(const element_t* __restrict__ Y,   // [B, H_y, rows, D]
     // ---- add up the members ----
     accumulate_t sums[WORDS_PER_THREAD][ROWS_PER_WORD][OUTPUTS] = {};
     if (strip < MAP_STRIPS) {
+#pragma unroll 4
       for (int g = 0; g < MEMBERS; g++) {
         const StripMembers members = member_smem[g][strip];
         StripGains member_gains;

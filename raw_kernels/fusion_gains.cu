@@ -9,7 +9,7 @@
 // Reference : reference/fusion_gains.py       Numba : distrattn_np/numba_kernels/fusion_gains.py
 // Launcher  : distrattn_np/backends/cupy_backend.py
 //
-// Grid      : (C, H_x, B), C = ceil_div(rows, L)     one thread block per block of rows
+// Grid      : (B * H_x * C), C = ceil_div(rows, L), c fastest     one thread block per block of rows
 // Block     : THREADS
 // Shared    : (THREADS + MAX_D) * sizeof(accumulate_t) + MAX_D * 4 bytes, static
 // Assumes   : 1 <= D <= MAX_D; GROUP_SIZE divides D; H_x divides H_y or H_y divides H_x. norm_direction says which
@@ -27,21 +27,23 @@
 #define THREADS 512
 #endif
 constexpr int MAX_D = 256;
+constexpr int MIN_BLOCKS = 2;  // per multiprocessor: 64 registers; without a number ptxas spills some for occupancy
 static_assert(THREADS >= MAX_D, "one thread for every channel of the widest row");
 
-extern "C" __global__ __launch_bounds__(THREADS)
+extern "C" __global__ __launch_bounds__(THREADS, MIN_BLOCKS)
 void fusion_gains(const element_t* __restrict__ X,        // [B, H_x, rows, D]
                   const accumulate_t* __restrict__ norms, // [B, H_y, S, D], from channel_norms
                   int* __restrict__ channels,             // [B, H_x, C, D], reordered in place
                   float* __restrict__ gains,              // [B, H_x, C, D]
-                  int rows, int D, int L, int H_y, int S, int norm_direction, long long stride_x_b,
+                  int rows, int D, int L, int H_x, int H_y, int S, int norm_direction, long long stride_x_b,
                   long long stride_x_h, long long stride_x_n) {
   __shared__ accumulate_t partial_smem[THREADS];  // [slices, D]
   __shared__ accumulate_t inner_smem[MAX_D];
   __shared__ int channels_smem[MAX_D];
 
   // ---- which rows this block owns; which channel and rows of them this thread owns ----
-  const int c = blockIdx.x, h = blockIdx.y, b = blockIdx.z, C = gridDim.x, H_x = gridDim.y;
+  const int C = (rows + L - 1) / L;
+  const int c = blockIdx.x % C, h = blockIdx.x / C % H_x, b = blockIdx.x / C / H_x;
   const int block_rows = min(L, rows - c * L);
   X += b * stride_x_b + h * stride_x_h + c * static_cast<long long>(L) * stride_x_n;
   const long long map_offset = ((static_cast<long long>(b) * H_x + h) * C + c) * D;
@@ -73,7 +75,7 @@ void fusion_gains(const element_t* __restrict__ X,        // [B, H_x, rows, D]
   const accumulate_t x_norm = inner_product(own, own);
   if (slice == 0) {
     const int shared_heads = max(1, H_y / H_x);
-    const int first_head = h * H_y / H_x;
+    const int first_head = static_cast<long long>(h) * H_y / H_x;  // the product may pass 2^31
     const int first_segment = norm_direction < 0 ? c : 0;
     const int last_segment = norm_direction > 0 ? c : S - 1;
     accumulate_t y_norm = 0;

@@ -5,7 +5,7 @@
 // Reference : reference/hash_channels.py      Numba : distrattn_np/numba_kernels/hash_channels.py
 // Launcher  : distrattn_np/backends/cupy_backend.py
 //
-// Grid      : (C, H, B), C = ceil_div(rows, L)     one thread block per block of rows
+// Grid      : (B * H * C), C = ceil_div(rows, L), c fastest     one thread block per block of rows
 // Block     : THREADS
 // Shared    : 2 * PLANE_ROWS * 16 floats, static; the same bytes then hold the partial sums
 // Assumes   : 1 <= D <= 256; VECTOR divides D; X and its strides are aligned to VECTOR elements, planes to 16 bytes.
@@ -41,13 +41,14 @@ extern "C" __global__ __launch_bounds__(THREADS)
 void hash_channels(const element_t* __restrict__ X,    // [B, H, rows, D]
                    const float* __restrict__ planes,   // [L, 16]
                    unsigned short* __restrict__ words, // [B, H, C, D]
-                   int rows, int D, int L, long long stride_x_b, long long stride_x_h, long long stride_x_n) {
+                   int H, int rows, int D, int L, long long stride_x_b, long long stride_x_h, long long stride_x_n) {
   __shared__ alignas(16) unsigned char shared[SHARED_BYTES];
   float* planes_smem = reinterpret_cast<float*>(shared);                  // [2, PLANE_ROWS, 16]
   accumulate_t* partial_smem = reinterpret_cast<accumulate_t*>(shared);   // [PLANES, PARTIAL_PITCH]
 
   // ---- which rows this block owns; which channels, planes and rows of them this thread owns ----
-  const int c = blockIdx.x, h = blockIdx.y, b = blockIdx.z;
+  const int C = (rows + L - 1) / L;
+  const int c = blockIdx.x % C, h = blockIdx.x / C % H, b = blockIdx.x / C / H;
   const int block_rows = min(L, rows - c * L);
   X += b * stride_x_b + h * stride_x_h + c * static_cast<long long>(L) * stride_x_n;
   const int strips = D / VECTOR;            // a strip is VECTOR neighbouring channels
@@ -121,8 +122,7 @@ void hash_channels(const element_t* __restrict__ X,    // [B, H, rows, D]
       }
       const unsigned votes = __ballot_sync(0xffffffffu, sum > 0);
       if (output < outputs && bit == 0) {
-        const long long block = (static_cast<long long>(b) * gridDim.y + h) * gridDim.x + c;
-        words[block * D + output / HASH_BITS * VECTOR + v] = votes >> (threadIdx.x & HASH_BITS) & 0xffffu;
+        words[blockIdx.x * static_cast<long long>(D) + output / HASH_BITS * VECTOR + v] = votes >> (threadIdx.x & HASH_BITS) & 0xffffu;
       }
     }
   }

@@ -151,14 +151,6 @@ __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
-__device__ __forceinline__ void named_barrier_sync(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 // ---- products of a warpgroup ----
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -187,6 +179,15 @@ __device__ __forceinline__ void pin(unsigned (&registers)[COUNT][4]) {
     for (int j = 0; j < 4; ++j) asm volatile("" : "+r"(registers[i][j])::"memory");
   }
 }
+
+// As `pack`; what is out of range becomes the largest element.
+__device__ __forceinline__ unsigned pack_finite(float low, float high) {
+  unsigned packed;
+  asm("cvt.rn.satfinite." PACK_OPERANDS ".f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+__device__ __forceinline__ float round_to_element(float x) { return to_accumulate(to_element(x)); }
 
 // Accumulators to A operands of a following product whose inner dimension is the accumulators' columns.
 template <int COUNT>

@@ -27,6 +27,7 @@ from ..tiles import (
     NO_MAP,
     SAMPLE,
     SIMT_THREADS,
+    SM90_WIDTHS,
     Defines,
     fuse_defines,
     gains_defines,
@@ -37,6 +38,7 @@ from ..tiles import (
     pad,
     simt_defines,
     sm90_defines,
+    sm90_tiles,
 )
 from . import Backend, host_copy_back
 from .tensor_map import can_be_mapped, encode_tensor_map, forward_sm90_launch
@@ -95,14 +97,20 @@ class CupyBackend(Backend):
         batch, heads, rows, width = x.shape
         words = cupy.empty((batch, heads, ceil_div(rows, block_size), width), np.uint16)
         defines = hash_defines(_element(x), _vector(x))
-        grid = (words.shape[2], heads, batch)
-        _launch("hash_channels", defines, grid, None, x, planes, words, rows, width, block_size, *_strides(x))
+        _launch(
+            "hash_channels",
+            defines,
+            words.size // width,
+            None,
+            *(x, planes, words, heads, rows, width, block_size),
+            *_strides(x),
+        )
         return words
 
     def group_channels(self, words: Any) -> Any:
         """Return the channels (B, H, C, D) int32 in the order of eq. 7."""
         channels = cupy.empty(words.shape, np.int32)
-        _launch("group_channels", {}, (words.size // words.shape[3],), 256, words, channels, words.shape[3])
+        _launch("group_channels", {}, words.size // words.shape[3], 256, words, channels, words.shape[3])
         return channels
 
     def group_maps(self, problem: Problem, Q: Any, K: Any) -> GroupMaps | None:
@@ -121,9 +129,9 @@ class CupyBackend(Backend):
         _launch(
             "fusion_gains",
             gains_defines(_element(X), grouping.group_size),
-            (problem.blocks, X.shape[1], problem.batch),
+            channels.size // width,
             None,
-            *(X, norms, channels, gains, rows, width, block_size, Y.shape[1], norms.shape[2], direction),
+            *(X, norms, channels, gains, rows, width, block_size, X.shape[1], Y.shape[1], norms.shape[2], direction),
             *_strides(X),
         )
         return GroupMaps(channels, gains)
@@ -151,9 +159,9 @@ class CupyBackend(Backend):
         _launch(
             "channel_norms",
             norms_defines(_element(Y), _vector(Y)),
-            (segments, heads, batch),
+            segments * heads * batch,
             None,
-            *(Y, norms, rows, width, min(step, _NO_LIMIT), shift, lower, upper),
+            *(Y, norms, heads, segments, rows, width, min(step, _NO_LIMIT), shift, lower, upper),
             *_strides(Y),
         )
         return norms, direction
@@ -250,7 +258,7 @@ class _Forward:
         _launch(
             "forward_simt",
             defines,
-            (items * ceil_div(sizes[5], defines["BLOCK_Q"]),),
+            items * ceil_div(sizes[5], defines["BLOCK_Q"]),
             SIMT_THREADS,
             *(self.Q, self.K, self.V, *self._map_arrays(), self.O, self.lse),
             *sizes,
@@ -284,14 +292,14 @@ class _Forward:
 
     def _runs_on_hopper(self) -> bool:
         """Whether forward_sm90.cu takes this problem: what it multiplies must suit wgmma and the copy engine."""
-        widths = (pad(self.rank), self.problem.value_width)
         read_by_copies = (self.V,) if self.by else (self.Q, self.K, self.V)
         return (
             hopper_is_usable()
             and self.by != "keys"
             and self.problem.keys > 0
-            and all(width % 16 == 0 and width <= 128 for width in widths)
-            and (self.by is not None or self.problem.width % 16 == 0)
+            and pad(self.rank) in SM90_WIDTHS
+            and self.problem.value_width in SM90_WIDTHS
+            and (self.by is not None or self.problem.width in SM90_WIDTHS)
             and all(can_be_mapped(x.data.ptr, x.shape, x.strides) for x in read_by_copies)
             and _vector(self.O) == 8
         )
@@ -300,15 +308,20 @@ class _Forward:
         """Launch forward_sm90.cu; K is (B, H_kv, M, R), or (1, items of this launch, M, R) where fused for items."""
         problem = self.problem
         rank, dtype = K.shape[3], problem.dtype.name
+        sizes = self.sizes(first_item)
+        tiles = sm90_tiles(rank, problem.value_width, sizes[5])
         defines = sm90_defines(
+            tiles,
             element=_element(self.Q),
             rank=rank,
             value_width=problem.value_width,
             keys_per_item=self.by == "queries",
             causal=problem.causal_offset is not None,
         )
-        launch = forward_sm90_launch(rank, problem.value_width)
-        heads, heads_per_kv_head, N, M, query_blocks, query_block_size, _, first, offset = self.sizes(first_item)
+        launch = forward_sm90_launch(
+            rank, problem.value_width, block_q=tiles.block_q, block_kv=tiles.block_kv, stages=tiles.stages
+        )
+        heads, heads_per_kv_head, N, M, query_blocks, query_block_size, _, first, offset = sizes
         maps = [
             encode_tensor_map(x.data.ptr, x.shape, x.strides, dtype, box)
             for x, box in ((Q, launch.q_box), (K, launch.k_box), (self.V, launch.v_box))
@@ -316,7 +329,7 @@ class _Forward:
         _launch(
             "forward_sm90",
             defines,
-            (items * ceil_div(query_block_size, launch.block_q),),
+            items * ceil_div(query_block_size, launch.block_q),
             launch.threads,
             *(*maps, self.O, self.lse, heads, heads_per_kv_head, N, M, query_blocks, query_block_size, first, offset),
             np.float32(problem.scale * math.log2(math.e)),
@@ -348,7 +361,7 @@ class _Forward:
         _launch(
             "fuse_channels",
             defines,
-            (ceil_div(self.block_size if sample else rows, row_tile), ceil_div(items, defines["ITEMS_PER_BLOCK"])),
+            ceil_div(self.block_size if sample else rows, row_tile) * ceil_div(items, defines["ITEMS_PER_BLOCK"]),
             None,
             *(Y, *self._map_arrays(), out),
             *(rows, width, self.rank, problem.grouped_heads, Y.shape[1], problem.blocks, first_item, items),
@@ -358,8 +371,8 @@ class _Forward:
 
     def _launch_mma(self, K: Any, query_map: int, first_item: int, items: int) -> None:
         problem = self.problem
-        shared_limit = cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
-        tiles = mma_tiles(problem.width, self.rank, problem.value_width, query_map, shared_limit)
+        limit = _shared_memory_limit(cupy.cuda.Device().id)
+        tiles = mma_tiles(problem.width, self.rank, problem.value_width, query_map, limit)
         user_arrays = (self.Q, self.V, self.O) if self.by else (self.Q, self.K, self.V, self.O)
         defines = mma_defines(
             tiles,
@@ -378,7 +391,7 @@ class _Forward:
         _launch(
             "forward_mma",
             defines,
-            (items * ceil_div(sizes[5], tiles.block_q),),
+            items * ceil_div(sizes[5], tiles.block_q),
             32 * tiles.num_warps,
             *(self.Q, K, self.V, *self._map_arrays(), self.O, self.lse),
             *sizes,
@@ -398,6 +411,13 @@ class _Forward:
 
 
 _NULL = np.uint64(0)
+
+
+@cache
+def _shared_memory_limit(device: int) -> int:
+    """Return the most bytes of shared memory that a block of the device can ask for."""
+    limit: int = cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"]
+    return limit
 
 
 def _device_of(array: Any) -> AbstractContextManager[Any]:
@@ -455,22 +475,21 @@ def kernel_source(stem: str) -> str:
 
 
 _build_lock = threading.Lock()
+_kernels: dict[Any, Any] = {}
 
 
 def _kernel(stem: str, defines: Defines, shared: int) -> Any:
     """Return one kernel that may use ``shared`` bytes, built for the current device on first use."""
-    with _build_lock:  # two threads that build one RawKernel race
-        return _build(stem, tuple(sorted(defines.items())), shared, cupy.cuda.Device().id)
+    key = (stem, *defines.items(), shared, cupy.cuda.Device().id)
+    kernel = _kernels.get(key)
+    if kernel is None:
+        with _build_lock:  # two threads that build one RawKernel race
+            kernel = _kernels.get(key) or _kernels.setdefault(key, _build(stem, defines, shared))
+    return kernel
 
 
-@cache
-def _build(
-    stem: str,
-    defines: tuple[tuple[str, int], ...],
-    shared: int,
-    device: int,  # noqa: ARG001  one entry a device
-) -> Any:
-    options = ["--std=c++17", *(f"-D{name}={value}" for name, value in defines)]
+def _build(stem: str, defines: Defines, shared: int) -> Any:
+    options = ["--std=c++17", *(f"-D{name}={value}" for name, value in defines.items())]
     if stem.endswith("_sm90"):
         options.append("-arch=sm_90a")  # CuPy adds -arch=sm_90; NVRTC takes the more specific of the two
     kernel = cupy.RawModule(code=kernel_source(stem), options=tuple(options)).get_function(stem)
@@ -479,14 +498,15 @@ def _build(
     return kernel
 
 
-def _launch(
-    stem: str, defines: Defines, grid: tuple[int, ...], threads: int | None, *arguments: Any, shared: int = 0
-) -> None:
-    """Launch one kernel; ``threads`` defaults to -DTHREADS. Python integers are passed as 32-bit ones."""
-    if 0 in grid:  # nothing to do
+def _launch(stem: str, defines: Defines, blocks: int, threads: int | None, *arguments: Any, shared: int = 0) -> None:
+    """Launch one kernel; ``threads`` defaults to -DTHREADS. Python integers are passed as 32-bit ones.
+
+    Grids have one axis: the others end at 65535, which batch times heads may pass.
+    """
+    if blocks == 0:
         return
     typed = tuple(np.int32(x) if isinstance(x, int) else x for x in arguments)
-    _kernel(stem, defines, shared)(grid, (threads or defines["THREADS"],), typed, shared_mem=shared)
+    _kernel(stem, defines, shared)((blocks,), (threads or defines["THREADS"],), typed, shared_mem=shared)
 
 
 BACKEND = CupyBackend()
