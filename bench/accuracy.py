@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .. import checks, demo, reference
-from ..problem import Grouping, Problem, block_edges
+from ..problem import Grouping, Problem, Subspace, block_edges
 from ..reference.distr_attention import rows_that_meet
 
 BEGIN, END = "<!-- accuracy:begin -->\n", "<!-- accuracy:end -->"
@@ -84,7 +84,6 @@ def measure(inputs: demo.Inputs, block_size: int | None) -> Iterator[Measured]:
 
 
 def _measure(inputs: demo.Inputs, label: str, options: dict[str, Any]) -> Measured:
-    grouping = checks.check_grouping(inputs.q, **options)
     problem = checks.check_attention(
         inputs.q,
         inputs.k,
@@ -93,36 +92,39 @@ def _measure(inputs: demo.Inputs, label: str, options: dict[str, Any]) -> Measur
         scale=inputs.scale,
         layout="bhnd",
         out=None,
-        grouping=grouping,
+        grouping=checks.check_grouping(inputs.q, **options),
     )
-    if grouping is None:
+    grouping, maps = problem.grouping, demo.head_maps(inputs, problem)
+    if grouping is None or maps is None:
         raise ValueError(f"{label}: must save a channel, got {options}")
-    maps = best_maps(inputs, problem) if label == BEST else demo.head_maps(inputs, problem)
+    if label == BEST and isinstance(maps, reference.Maps):
+        replace_by_best(maps, inputs, problem, grouping)
     seen = reference.visible_keys(problem.queries, problem.keys, problem.causal_offset)
     output_errors, total_variations, squares = [], [], []
     for b, h in np.ndindex(problem.batch, problem.heads):
         h_kv = h // problem.heads_per_kv_head
         Q, K, V = (x.astype(np.float64) for x in (inputs.q[b, h], inputs.k[b, h_kv], inputs.v[b, h_kv]))
-        S, exact_S = approximate_scores(problem, maps, Q, K, b, h), problem.scale * (Q @ K.T)
+        S, exact_S = approximate_scores(problem, grouping, maps, Q, K, b, h), problem.scale * (Q @ K.T)
         squares.append(np.square(S - exact_S)[seen].mean())
         P, exact_P = (_softmax(np.where(seen, x, -np.inf)) for x in (S, exact_S))
         output_errors.append(np.linalg.norm(P @ V - exact_P @ V) / np.linalg.norm(exact_P @ V))
         total_variations.append(0.5 * np.abs(P - exact_P).sum(axis=1).mean())
-    is_subspace = isinstance(maps, reference.Maps)
+    by_blocks = maps if isinstance(maps, reference.Maps) else None
     return Measured(
         label=label,
         blocks=f"{grouping.block_size} {grouping.by}",
-        mean_rank=maps.ranks.mean() if is_subspace else problem.rank,
+        mean_rank=problem.rank if by_blocks is None else by_blocks.ranks.mean(),
         output_error=float(np.mean(output_errors)),
         total_variation=float(np.mean(total_variations)),
         score_error=float(np.sqrt(np.mean(squares))),
-        predicted=_predicted_error(problem, maps) if is_subspace else None,
+        predicted=None if by_blocks is None else _predicted_error(problem, grouping, by_blocks),
     )
 
 
-def approximate_scores(problem: Problem, maps: Any, Q: Rows, K: Rows, b: int, h: int) -> Rows:
+def approximate_scores(
+    problem: Problem, grouping: Grouping | Subspace, maps: Any, Q: Rows, K: Rows, b: int, h: int
+) -> Rows:
     """Return the scores of one head (N, M) after ``scale``, with what centring took away added back."""
-    grouping = problem.grouping
     h_kv = h // problem.heads_per_kv_head
     h_x = h_kv if grouping.by == "keys" else h
     sizes: dict[str, Any] = {"block_size": grouping.block_size, "group_by": grouping.by}
@@ -138,29 +140,30 @@ def approximate_scores(problem: Problem, maps: Any, Q: Rows, K: Rows, b: int, h:
     return scores
 
 
-def best_maps(inputs: demo.Inputs, problem: Problem) -> reference.Maps:
-    """Return the maps of the truncated singular value decomposition of each block's scores: no others do better."""
-    maps = demo.head_maps(inputs, problem)
+def replace_by_best(maps: reference.Maps, inputs: demo.Inputs, problem: Problem, grouping: Grouping | Subspace) -> None:
+    """Write the maps of the truncated singular value decomposition of each block's scores: no others do better."""
     for b, h in np.ndindex(maps.ranks.shape[:2]):
-        for c, (X, Y) in enumerate(blocks_and_what_meets(inputs, problem, b, h)):
-            own, other = (np.linalg.qr(rows, mode="r") for rows in (X, Y))
+        for c, (X, Y) in enumerate(blocks_and_what_meets(inputs, problem, grouping, b, h)):
+            _, own = np.linalg.qr(X)
+            _, other = np.linalg.qr(Y)
             U, singular, _ = np.linalg.svd(own @ other.T)
             leading = U[:, : problem.rank]
             maps.sampling[b, h, c] = np.linalg.pinv(own) @ leading
             maps.fusion[b, h, c] = own.T @ leading
             tail = np.sqrt(np.square(singular[problem.rank :]).sum())
             maps.score_errors[b, h, c] = problem.scale * tail / np.sqrt(max(len(X) * len(Y), 1))
-    return maps
 
 
-def blocks_and_what_meets(inputs: demo.Inputs, problem: Problem, b: int, h: int) -> Iterator[tuple[Rows, Rows]]:
+def blocks_and_what_meets(
+    inputs: demo.Inputs, problem: Problem, grouping: Grouping | Subspace, b: int, h: int
+) -> Iterator[tuple[Rows, Rows]]:
     """Yield X and Y of every block of one head, with centred keys (docs/math.md, eq. 11 and 12)."""
     shared = problem.heads_per_kv_head
-    by = problem.grouping.by
+    by = grouping.by
     K = inputs.k[b, h if by == "keys" else h // shared].astype(np.float64)
     K -= K.mean(axis=0)
     Q = inputs.q[b, h * shared : (h + 1) * shared] if by == "keys" else inputs.q[b, h : h + 1]
-    for start, stop in block_edges(problem.grouped_rows, problem.grouping.block_size):
+    for start, stop in block_edges(problem.grouped_rows, grouping.block_size):
         first, last = rows_that_meet(
             start, stop, group_by=by, N=problem.queries, M=problem.keys, causal_offset=problem.causal_offset
         )
@@ -170,9 +173,8 @@ def blocks_and_what_meets(inputs: demo.Inputs, problem: Problem, b: int, h: int)
             yield Q[0, start:stop].astype(np.float64), K[first:last]
 
 
-def _predicted_error(problem: Problem, maps: reference.Maps) -> float:
+def _predicted_error(problem: Problem, grouping: Grouping | Subspace, maps: reference.Maps) -> float:
     """Return the root mean square of the predictions over the pairs that they are for."""
-    grouping = problem.grouping
     pairs = []
     for start, stop in block_edges(problem.grouped_rows, grouping.block_size):
         first, last = rows_that_meet(

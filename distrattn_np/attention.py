@@ -127,8 +127,8 @@ def distr_attention(
     (1, 2, 64, 32)
     >>> out, info = distr_attention(q, k, v, score_tol=0.5, return_info=True)
     >>> info.ranks
-    array([[[32],
-            [32]]], dtype=int32)
+    array([[[16],
+            [16]]], dtype=int32)
     """
     grouping = checks.check_grouping(
         q,

@@ -132,4 +132,5 @@ def choose_ranks(errors: np.ndarray, score_tol: float) -> np.ndarray:
     ranks = np.append(np.arange(RANK_STEP, D, RANK_STEP), D)
     is_enough = errors[..., ranks - 1] <= score_tol
     is_enough[..., -1] = True
-    return ranks[is_enough.argmax(axis=-1)]
+    chosen: np.ndarray = ranks[is_enough.argmax(axis=-1)]
+    return chosen
