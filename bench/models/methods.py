@@ -66,55 +66,61 @@ class Meter:
     def __init__(self, method: Method, *, backend: str, dtype: str) -> None:
         self.method = method
         self.seconds = 0.0
-        self.flop = 0
-        self.exact_flop = 0
         self._backend, self._dtype = backend, dtype
-        self._ranks: list[np.ndarray] = []
-
-    @property
-    def mean_rank(self) -> float | None:
-        """R, averaged over blocks, heads and layers; None for a method that has none."""
-        return float(np.concatenate(self._ranks).mean()) if self._ranks else None
+        self._calls: list[tuple[Problem, Any]] = []
 
     def __call__(self, q: Any, k: Any, v: Any, *, causal: bool) -> Any:
         """Return attention in float32, computed from ``dtype``."""
+        name, options = self.method.name, self.method.options
         q, k, v = (x.astype(self._dtype, copy=False) for x in (q, k, v))
+        ranks = grouping = None
         self.wait()
         start = time.perf_counter()
-        out, problem, ranks = self._attend(q, k, v, causal)
-        self.wait()
-        self.seconds += time.perf_counter() - start
-        pairs = problem.batch * problem.heads * visible_pairs(problem.queries, problem.keys, problem.causal_offset)
-        self.exact_flop += 2 * pairs * (problem.width + problem.value_width)
-        self.flop += self._count(problem, ranks)
-        if self.method.name in ("exact", "lsh", "subspace"):
-            self._ranks.append(np.array([problem.rank]) if ranks is None else ranks.ravel())
-        return out.astype(np.float32, copy=False)
-
-    def _attend(self, q: Any, k: Any, v: Any, causal: bool) -> tuple[Any, Problem, np.ndarray | None]:
-        name, options = self.method.name, self.method.options
-        grouping, ranks = None, None
         if name == "subspace":
             out, info = distr_attention(q, k, v, method=name, causal=causal, return_info=True, **options)
-            ranks = None if info.ranks is None else to_host(info.ranks)
+            ranks = info.ranks
         elif name == "lsh":
             out = distr_attention(q, k, v, method=name, causal=causal, **options)
         elif name == "exact":
             out = exact_attention(q, k, v, causal=causal)
         else:
             out = PEERS[name][0](q, k, v, causal=causal, **options)
+        self.wait()
+        self.seconds += time.perf_counter() - start
         if name in ("lsh", "subspace"):
             grouping = checks.check_grouping(q, method=name, **options)
         problem = checks.check_attention(q, k, v, causal=causal, scale=None, layout="bhnd", out=None, grouping=grouping)
-        return out, problem, ranks
+        self._calls.append((problem, ranks))  # counted later: the model's own time must not hold it
+        return out.astype(np.float32, copy=False)
 
-    def _count(self, problem: Problem, ranks: np.ndarray | None) -> int:
+    @property
+    def exact_flop(self) -> int:
+        """FLOP that exact attention takes for the same calls."""
+        return sum(
+            2 * p.batch * p.heads * visible_pairs(p.queries, p.keys, p.causal_offset) * (p.width + p.value_width)
+            for p, _ in self._calls
+        )
+
+    @property
+    def flop(self) -> int:
+        """FLOP of the calls."""
+        return sum(self._count(problem, ranks) for problem, ranks in self._calls)
+
+    @property
+    def mean_rank(self) -> float | None:
+        """R, averaged over blocks, heads and layers; None for a method that has none."""
+        if self.method.name in PEERS:
+            return None
+        ranks = [np.array([problem.rank]) if own is None else to_host(own).ravel() for problem, own in self._calls]
+        return float(np.concatenate(ranks).mean())
+
+    def _count(self, problem: Problem, ranks: Any) -> int:
         if self.method.name in PEERS:
             count = PEERS[self.method.name][1]
             sizes = (problem.queries, problem.keys, problem.width, problem.value_width)
             causal = problem.causal_offset is not None
             return problem.batch * problem.heads * count(*sizes, causal=causal, **self.method.options)
-        return work_of(problem).executed_flop if ranks is None else subspace_flop(problem, ranks)
+        return work_of(problem).executed_flop if ranks is None else subspace_flop(problem, to_host(ranks))
 
     def wait(self) -> None:
         """Wait until the device has done what was asked of it."""
@@ -125,31 +131,36 @@ class Meter:
 
 
 def subspace_flop(problem: Problem, ranks: np.ndarray) -> int:
-    """Return the FLOP of a call whose blocks have these ranks (B, H_x, C); docs/math.md, eq. 4 and 11 to 15.
+    """Return the FLOP of a call whose blocks have these ranks (B, H_x, C).
 
-    Counted are the two products; the Gram matrices, every row once for each head that it is pooled in; the half-steps
-    of each block; X W, and Y Z for every row that meets the block. A block of rank D has neither maps nor the last two.
+    Counted are the two products; X W, and Y Z for every row that meets the block (docs/math.md, eq. 4); the Gram
+    matrices (11), each row once for a head that it is pooled in; and the small matrices of every block: the choice of
+    channels (15), the half-steps (16), column scaling and predicted error (17, 18). A block of rank D needs no X W and
+    no Y Z.
     """
     grouping = problem.grouping
     if not isinstance(grouping, Subspace):
         raise TypeError(f"problem: must be one of the subspace method, got {grouping}")
     D, E, N, M = problem.width, problem.value_width, problem.queries, problem.keys
-    heads = problem.heads // ranks.shape[1]  # query heads that share a map
-    maps_of = ranks.shape[0] * ranks.shape[1]
-    gram_rows = N * heads + M if grouping.by == "keys" else N + M
-    flop: int = maps_of * gram_rows * (2 * D * D + D)
+    batch, map_heads, _ = ranks.shape
+    shared = problem.heads // map_heads  # query heads that share a map
+    flop: int = batch * map_heads * (shared * N + M) * (2 * D * D + D)
     for c, (start, stop) in enumerate(block_edges(problem.grouped_rows, grouping.block_size)):
         first, last = rows_that_meet(start, stop, group_by=grouping.by, N=N, M=M, causal_offset=problem.causal_offset)
-        x_rows, y_rows = (stop - start) * (heads if grouping.by == "queries" else 1), heads * (last - first)
-        pairs = heads * _block_pairs(problem, grouping.by, start, stop)
-        half_steps = 1 + 2 * grouping.refine
+        mapped_rows = stop - start + shared * (last - first)
+        pairs = shared * _block_pairs(problem, grouping.by, start, stop)
         for R in map(int, ranks[:, :, c].ravel()):
             columns = D if grouping.rank is None else R  # ranks are chosen among the columns made for R = D
-            flop += half_steps * (2 * D * D * columns + 4 * D * columns**2 + columns**3 // 3)
-            flop += 2 * pairs * (R + E)
-            if R < D:
-                flop += 2 * (x_rows + y_rows) * D * R
+            flop += _map_flop(D, columns, grouping.refine)
+            flop += 2 * pairs * (R + E) + (2 * mapped_rows * D * R if R < D else 0)
     return flop
+
+
+def _map_flop(D: int, R: int, refine: int) -> int:
+    """Return the FLOP of a block's maps from its Gram matrices; a triangular solve is half a product."""
+    half_step = 2 * D * D * R + 2 * D * R**2 + R**3 // 3 + 2 * D * R**2
+    choice, scaling_and_error = D * R**2, 2 * (2 * D * D * R + 2 * D * R**2)
+    return choice + (1 + 2 * refine) * half_step + scaling_and_error
 
 
 def _block_pairs(problem: Problem, by: str, start: int, stop: int) -> int:

@@ -92,6 +92,15 @@ class TestMeter:
         assert meter.flop == 4 * PEERS["performer"][1](64, 64, 32, 32, features=8)
         assert meter.mean_rank is None
 
+    def test_subspace_work(self):
+        method = Method("subspace", {"rank": 16, "block_size": 32})
+        _, meter = metered(method)
+        q, k, v = arrays()
+        grouping = checks.check_grouping(q, method="subspace", **method.options)
+        problem = checks.check_attention(q, k, v, causal=False, scale=None, layout="bhnd", out=None, grouping=grouping)
+        assert meter.flop == subspace_flop(problem, np.full((1, 2, 2), 16))
+        assert meter.exact_flop == 4 * 64 * 64 * 2 * (32 + 16)
+
     def test_ranks_chosen_by_error_are_averaged(self):
         q, k, v = arrays()
         k[:, 0, :, 10:] = 0  # this head's keys span ten dimensions, the other's all 32
@@ -132,7 +141,7 @@ class TestSubspaceFlop:
                 own = [(n, m) for n, m in pairs if (m if by == "keys" else n) in rows]
                 meeting = {n if by == "keys" else m for n, m in own}
                 flop += shared * len(own) * 2 * (R + E)
-                flop += 5 * (2 * D * D * R + 4 * D * R * R + R**3 // 3)
+                flop += 5 * (2 * D * D * R + 4 * D * R * R + R**3 // 3) + D * R * R + 4 * D * D * R + 4 * D * R * R
                 if R < D:
                     flop += 2 * D * R * (len(rows) + shared * len(meeting))
             flop += (shared * N + N) * (2 * D * D + D)
@@ -144,7 +153,9 @@ class TestSubspaceFlop:
             subspace_flop(self.problem(False, block_size=64, **options), ranks)
             for options in ({"rank": 16}, {"score_tol": 0.1})
         )
-        assert chosen - fixed == 2 * 3 * (2 * 32**2 * (32 - 16) + 4 * 32 * (32**2 - 16**2) + 32**3 // 3 - 16**3 // 3)
+        half_steps = 3 * (2 * 32**2 * (32 - 16) + 4 * 32 * (32**2 - 16**2) + 32**3 // 3 - 16**3 // 3)
+        others = 32 * (32**2 - 16**2) + 4 * 32**2 * (32 - 16) + 4 * 32 * (32**2 - 16**2)
+        assert chosen - fixed == 2 * (half_steps + others)
 
     def test_other_methods_are_refused(self):
         q, k, v = arrays()
