@@ -4,7 +4,7 @@
 //
 // Launcher  : distrattn_np/backends/cupy_backend.py      Tests : tests/agreement/test_gpu_subspace.py
 //
-// Grid      : (ceil_div(N, THREADS / LANES), H, B); LANES neighbouring threads share a row
+// Grid      : B * H * ceil_div(N, THREADS / LANES), rows fastest; LANES neighbouring threads share a row
 // Block     : THREADS
 // Assumes   : 1 <= D <= 256; VECTOR divides D, and Q and its strides are aligned to VECTOR elements. Sums are float32.
 //             Minus infinity stays.
@@ -28,10 +28,11 @@ extern "C" __global__ __launch_bounds__(THREADS)
 void add_mean_scores(const element_t* __restrict__ Q,  // [B, H, N, D]
                      const float* __restrict__ mean,   // [B, H_kv, D]
                      float* __restrict__ lse,          // [B, H, N]
-                     int N, int D, int H_kv, float scale, long long stride_q_b, long long stride_q_h,
+                     int H, int H_kv, int N, int D, float scale, long long stride_q_b, long long stride_q_h,
                      long long stride_q_n) {
-  const int h = blockIdx.y, b = blockIdx.z, H = gridDim.y;
-  const int n = blockIdx.x * (THREADS / LANES) + threadIdx.x / LANES;
+  constexpr int ROWS = THREADS / LANES;
+  const int tiles = (N + ROWS - 1) / ROWS, h = blockIdx.x / tiles % H, b = blockIdx.x / tiles / H;
+  const int n = blockIdx.x % tiles * ROWS + threadIdx.x / LANES;
   const element_t* const row = Q + b * stride_q_b + h * stride_q_h + min(n, N - 1) * stride_q_n;
   const float* const centre = mean + (static_cast<long long>(b) * H_kv + h * H_kv / H) * D;
   float sum = 0.0f;

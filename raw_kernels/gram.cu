@@ -2,7 +2,7 @@
 //
 //   A_s = sum over the rows n of segment s of (x_n - mean) (x_n - mean)^T       docs/math.md (eq. 11, 12)
 //
-// The rows of HEADS_PER_GRAM = heads / gridDim.y neighbouring heads are added up. Segments as in channel_norms.cu:
+// The rows of heads_per_gram neighbouring heads are added up. Segments as in channel_norms.cu:
 // segment s holds the rows from edge(s) to edge(s + 1) - 1,
 //
 //   edge(s) = min(max(s * segment_rows + shift, lower), upper),   edge(0) = lower,   edge(S) = upper
@@ -14,7 +14,7 @@
 // Reference : reference/gram.py
 // Launcher  : distrattn_np/backends/cupy_backend.py      Tests : tests/agreement/test_gpu_subspace.py
 //
-// Grid      : (S * PARTS, H / heads_per_gram, B), PARTS = 2 for D > 176, else 1
+// Grid      : (B * grams of a batch * S * PARTS), parts fastest, then s; PARTS = 2 for D > 176, else 1
 // Block     : STRIPS * 32 threads
 // Shared    : 2 * ROW_TILE * STRIDE * 2 + WIDTH * 4 bytes, static, under 48 KB
 // Assumes   : 1 <= D <= 256; 0 <= lower <= upper <= rows. ALIGNED: X and its strides are multiples of 16 bytes, D of 8.
@@ -56,15 +56,16 @@ __device__ inline unsigned valid_pair(int rows) { return rows >= 2 ? ~0u : rows 
 
 extern "C" __global__ __launch_bounds__(NUM_THREADS, NUM_THREADS <= 256 ? 2 : 1)
 void gram(const element_t* __restrict__ X,  // [B, H, rows, D]
-          const float* __restrict__ mean,   // [B, H, D] where CENTRED: one head per Gram matrix then
-          float* __restrict__ grams,        // [B, H / heads_per_gram, S, WIDTH, WIDTH]
-          int heads_per_gram, int segment_rows, int shift, int lower, int upper, long long stride_x_b,
-          long long stride_x_h, long long stride_x_n) {
+          const float* __restrict__ mean,   // [B, H, D]; read only where CENTRED, with one head a Gram matrix
+          float* __restrict__ grams,        // [B, grams of a batch, S, WIDTH, WIDTH]
+          int grams_per_batch, int heads_per_gram, int S, int segment_rows, int shift, int lower, int upper,
+          long long stride_x_b, long long stride_x_h, long long stride_x_n) {
   __shared__ alignas(16) element_t X_smem[2][ROW_TILE * STRIDE];
   __shared__ unsigned centre_smem[WIDTH];  // -mean / 2, twice in a register
 
   // ---- which rows this block owns ----
-  const int s = blockIdx.x / PARTS, h = blockIdx.y, b = blockIdx.z, S = gridDim.x / PARTS;
+  const int gram = blockIdx.x / PARTS / S;
+  const int s = blockIdx.x / PARTS % S, h = gram % grams_per_batch, b = gram / grams_per_batch;
   const int first_partner = blockIdx.x % PARTS * PARTNERS_HERE;  // counted from a warp's own strip
   auto edge = [&](int segment) -> int {
     if (segment == 0) return lower;
@@ -77,7 +78,7 @@ void gram(const element_t* __restrict__ X,  // [B, H, rows, D]
   const int tiles = tiles_per_head * heads_per_gram;
   const element_t* const first_head = X + b * stride_x_b + h * static_cast<long long>(heads_per_gram) * stride_x_h;
   for (int d = threadIdx.x; CENTRED && d < WIDTH; d += NUM_THREADS) {
-    const float half = d < D ? -0.5f * mean[(static_cast<long long>(b) * gridDim.y + h) * D + d] : 0.0f;
+    const float half = d < D ? -0.5f * mean[static_cast<long long>(gram) * D + d] : 0.0f;
     centre_smem[d] = pack(half, half);
   }
 
@@ -152,7 +153,7 @@ void gram(const element_t* __restrict__ X,  // [B, H, rows, D]
   }
 
   // ---- write the products and their mirror images ----
-  float* const A = grams + ((static_cast<long long>(b) * gridDim.y + h) * S + s) * WIDTH * WIDTH;
+  float* const A = grams + (static_cast<long long>(gram) * S + s) * WIDTH * WIDTH;
   constexpr float FACTOR = CENTRED ? 4.0f : 1.0f;  // both sides were halved
   const int thread = thread_index_anew(), strip = thread / WARP_SIZE, lane = thread % WARP_SIZE;
 #pragma unroll

@@ -12,7 +12,7 @@
 // Reference : reference/subspace_maps.py
 // Launcher  : distrattn_np/backends/cupy_backend.py      Tests : tests/agreement/test_gpu_subspace.py
 //
-// Grid      : (C, H_x, B)     one thread block per block of rows
+// Grid      : (B * H_x * C), c fastest     one thread block per block of rows
 // Block     : THREADS
 // Shared    : SHARED_BYTES below, dynamic: a panel of a Gram matrix in two buffers, vectors of R and, IN_SHARED, the rows
 // Assumes   : 1 <= R <= D <= 256; R = D only with score_tol. Gram matrices are [WIDTH, WIDTH], zero from D on; those of
@@ -325,7 +325,7 @@ void subspace_maps(const float* __restrict__ x_grams,  // [B, H_x, C, WIDTH, WID
                    float* __restrict__ score_errors,   // [B, H_x, C], in nats
                    float* __restrict__ workspace,      // [B, H_x, C, R_PADDED, PITCH]; unused where IN_SHARED
                    int refine, float score_tol,        // in nats; negative: every block has rank R
-                   float scale, int H_y,
+                   float scale, int H_x, int H_y, int C,
                    int x_rows, int L,                    // of a head, of a block
                    int y_rows, int heads_per_gram,       // of a head; heads that a Gram matrix of the Y side adds up
                    int y_direction, int causal_offset) { // +1: block c meets keys up to ..., -1: queries from ... on
@@ -333,9 +333,9 @@ void subspace_maps(const float* __restrict__ x_grams,  // [B, H_x, C, WIDTH, WID
   SharedVectors& shared = *reinterpret_cast<SharedVectors*>(shared_bytes);
 
   // ---- which block this is, and how many rows meet it ----
-  const int c = blockIdx.x, h = blockIdx.y, C = gridDim.x, H_x = gridDim.y;
-  const long long head = static_cast<long long>(blockIdx.z) * H_x + h, block = head * C + c;
-  const long long y_head = static_cast<long long>(blockIdx.z) * H_y + h * H_y / H_x;
+  const long long block = blockIdx.x;
+  const int c = blockIdx.x % C, h = blockIdx.x / C % H_x, b = blockIdx.x / C / H_x;
+  const long long y_head = b * H_y + h * H_y / H_x;
   const float* const A = x_grams + block * WIDTH * WIDTH;
   const float* const B = y_grams + (y_direction == 0 ? y_head : y_head * C + c) * WIDTH * WIDTH;
 #if IN_SHARED

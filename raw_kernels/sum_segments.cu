@@ -10,7 +10,7 @@
 //
 // Launcher  : distrattn_np/backends/cupy_backend.py      Tests : tests/agreement/test_gpu_subspace.py
 //
-// Grid      : (ceil_div(width, THREADS), batches * heads)
+// Grid      : (B * H * ceil_div(width, THREADS)), places in a row of sums fastest
 // Block     : THREADS, one number of the sum each
 // Assumes   : segments_per_block divides S. Sums run in float32, in the order of the segments (FROM: backwards).
 //             TO_ELEMENT: the results are rounded to the element type
@@ -39,11 +39,12 @@ extern "C" __global__ __launch_bounds__(THREADS)
 void sum_segments(const float* __restrict__ sums,  // [B * H, S, width]
                   float* __restrict__ out,         // [B * H, C, width], C = S / segments_per_block; ALL: C = 1
                   int S, int width, int segments_per_block, float factor) {
-  const int i = blockIdx.x * THREADS + threadIdx.x;
+  const int blocks_per_head = (width + THREADS - 1) / THREADS, head = blockIdx.x / blocks_per_head;
+  const int i = blockIdx.x % blocks_per_head * THREADS + threadIdx.x;
   if (i >= width) return;
   const int C = DIRECTION == ALL ? 1 : S / segments_per_block;
-  const float* const column = sums + static_cast<long long>(blockIdx.y) * S * width + i;
-  float* const result = out + static_cast<long long>(blockIdx.y) * C * width + i;
+  const float* const column = sums + static_cast<long long>(head) * S * width + i;
+  float* const result = out + static_cast<long long>(head) * C * width + i;
   float sum = 0.0f;
 #pragma unroll 8
   for (int step = 0; step < S; ++step) {
