@@ -16,11 +16,12 @@ from .hash_channels import HASH_BITS, hash_channels, hyperplanes
 from .subspace_attention import Maps, key_mean, make_maps, subspace_attention, subspace_scores
 from .subspace_maps import (
     RANK_STEP,
-    RIDGE,
     balance_columns,
+    cholesky,
     choose_channels,
     choose_ranks,
     half_step,
+    rounding,
     score_errors,
     subspace_maps,
 )
@@ -28,10 +29,10 @@ from .subspace_maps import (
 __all__ = [
     "HASH_BITS",
     "RANK_STEP",
-    "RIDGE",
     "Maps",
     "balance_columns",
     "channel_norms",
+    "cholesky",
     "choose_channels",
     "choose_ranks",
     "distr_attention",
@@ -48,6 +49,7 @@ __all__ = [
     "hyperplanes",
     "key_mean",
     "make_maps",
+    "rounding",
     "sample_channels",
     "score_errors",
     "softmax_attention",

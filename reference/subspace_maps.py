@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 
-RIDGE = 1e-6
-"""The part of a column's squared length that counts as rounding (eq. 15 and 16)."""
 RANK_STEP = 16
 """Ranks that ``score_tol`` chooses from are multiples of this, the depth of one tensor-core product; and D."""
 
@@ -80,7 +78,7 @@ def choose_channels(A: np.ndarray, B: np.ndarray, rank: int) -> np.ndarray:
         pivot = np.take_along_axis(outside, j, axis=-1)
         F[..., r] = np.divide(left[..., 0], np.sqrt(pivot), out=F[..., r], where=pivot > 0)
         outside = outside - F[..., r] ** 2
-        outside[outside <= RIDGE * lengths] = 0
+        outside[outside <= rounding(A) * lengths] = 0
     return channels
 
 
@@ -91,23 +89,46 @@ def half_step(W: np.ndarray, A: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     T = A @ W
     products = W.swapaxes(-1, -2) @ T
-    lengths = np.sqrt(np.maximum(np.diagonal(products, axis1=-2, axis2=-1), 0))[..., np.newaxis, :]
-    unit = np.divide(1, lengths, out=np.zeros_like(lengths), where=lengths > 0)
-    cosines = products * unit * unit.swapaxes(-1, -2)
-    # NaN and infinity have no factor; they stay in T
-    is_finite = np.isfinite(cosines).all(axis=(-2, -1), keepdims=True)
-    identity = np.eye(W.shape[-1])
-    C = np.linalg.cholesky(np.where(is_finite, cosines, identity) + RIDGE * identity)
-    W, Z = (np.linalg.solve(C, (x * unit).swapaxes(-1, -2)).swapaxes(-1, -2) for x in (W, T))
+    squares = np.diagonal(products, axis1=-2, axis2=-1)[..., np.newaxis, :]
+    uncancelled = (np.diagonal(A, axis1=-2, axis2=-1)[..., np.newaxis] * W**2).sum(axis=-2, keepdims=True)
+    unit = np.zeros_like(squares)
+    np.power(squares, -0.5, out=unit, where=squares > rounding(A) * uncancelled)
+    C, is_kept = cholesky(products * unit * unit.swapaxes(-1, -2))
+    W, Z = (np.linalg.solve(C, (x * unit).swapaxes(-1, -2)).swapaxes(-1, -2) * is_kept for x in (W, T))
     return W, Z
+
+
+def cholesky(M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return C (..., R, R) of M whose diagonal is 1 or 0, and which rows were kept (..., 1, R).
+
+    A row within rounding of the span of those before it is left out: its column of C is that of the identity.
+    """
+    C = np.zeros_like(M)
+    is_kept = np.zeros((*M.shape[:-2], 1, M.shape[-1]), dtype=bool)
+    for r in range(M.shape[-1]):
+        column = M[..., r:, r] - (C[..., r:, :r] @ C[..., r, :r, np.newaxis])[..., 0]
+        pivot = column[..., 0]
+        kept = pivot > rounding(M)
+        C[..., r, r] = 1
+        np.divide(
+            column, np.sqrt(np.where(kept, pivot, 1))[..., np.newaxis], out=C[..., r:, r], where=kept[..., np.newaxis]
+        )
+        is_kept[..., 0, r] = kept
+    return C, is_kept
+
+
+def rounding(A: np.ndarray) -> float:
+    """Return the part of a squared length that is as good as nothing in the precision of A."""
+    return 16 * float(np.finfo(A.dtype).eps)
 
 
 def balance_columns(
     W: np.ndarray, Z: np.ndarray, A: np.ndarray, B: np.ndarray, x_rows: np.ndarray, y_rows: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return W and Z with equal mean squares in the columns of X W and Y Z (eq. 17); zero where a product is zero."""
-    x_squares = (W * (A @ W)).sum(axis=-2, keepdims=True) / np.maximum(x_rows, 1)[..., np.newaxis, np.newaxis]
-    y_squares = (Z * (B @ Z)).sum(axis=-2, keepdims=True) / np.maximum(y_rows, 1)[..., np.newaxis, np.newaxis]
+    x_count, y_count = (np.maximum(rows, 1)[..., np.newaxis, np.newaxis].astype(W.dtype) for rows in (x_rows, y_rows))
+    x_squares = (W * (A @ W)).sum(axis=-2, keepdims=True) / x_count
+    y_squares = (Z * (B @ Z)).sum(axis=-2, keepdims=True) / y_count
     # so written that NaN is kept
     is_zero = (x_squares <= 0) | (y_squares <= 0)
     with np.errstate(divide="ignore", invalid="ignore"):

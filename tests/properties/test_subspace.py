@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from kit.backends import Runner
 from kit.cases import Case, Inputs, reference_maps, truth
 from kit.compare import assert_same_bits
-from kit.strategies import Draw, assert_same_result, calls, largest, law, rounding
+from kit.strategies import LSE_ROUNDING, Draw, assert_same_result, calls, largest, law, rounding
 
-RIDGE_ERROR = 1e-3
-"""Part of the largest score that the ridge of eq. 16 may cost where a map should be exact: the root of 1e-6."""
+LOST_DIRECTIONS = 1e-4
+"""Part of the largest score that maps made in float32 may lose: directions whose square they cannot see (eq. 16)."""
 
 
 def subspace_law(body: Any) -> Any:
@@ -29,10 +29,10 @@ def ranked(case: Case, rank: int) -> Case:
 
 
 def slack_of_exact(case: Case, inputs: Inputs) -> float:
-    """Return, in nats, what rounding and the ridge may do to scores that should be exact."""
+    """Return, in nats, what rounding may do to scores and maps that should be exact."""
     scale = 1 / np.sqrt(case.D) if case.scale is None else abs(case.scale)
     scores = scale * largest(inputs.q) * largest(inputs.k) * case.D
-    return rounding(case, inputs) + RIDGE_ERROR * scores
+    return rounding(case, inputs) + LOST_DIRECTIONS * scores
 
 
 @subspace_law
@@ -106,7 +106,8 @@ def test_one_vector_added_to_every_key_changes_nothing_but_lse(backend: Runner, 
     scale = 1 / np.sqrt(case.D) if case.scale is None else case.scale
     expected = out, lse + scale * (q @ shift)
     shifted = Inputs(q, k + shift, v)
-    slack = 1e-6 + rounding(case, shifted)
+    # the lse that the shift is added to is float32
+    slack = 1e-6 + rounding(case, shifted) + LSE_ROUNDING * float(np.abs(lse[lse > -np.inf]).max(initial=0))
     assert_same_result(backend.distr(*shifted, **case.options), expected, case, slack)
 
 
