@@ -11,6 +11,8 @@ setup(
         "distrattn_np",
         "distrattn_np.backends",
         "distrattn_np.bench",
+        "distrattn_np.bench.approximations",
+        "distrattn_np.bench.models",
         "distrattn_np.data",
         "distrattn_np.numba_kernels",
         "distrattn_np.raw_kernels",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from . import backends, checks
-from .problem import Grouping
+from .block_size import choose_block_size
+from .problem import AttentionInfo, Problem, Subspace, SubspaceMaps
 
 
 def distr_attention(
@@ -13,9 +14,12 @@ def distr_attention(
     k: Any,
     v: Any,
     *,
-    method: str = "lsh",
-    fusion: str = "sum",
-    group_size: int = 2,
+    method: str = "subspace",
+    group_size: int | None = None,
+    rank: int | None = None,
+    score_tol: float | None = None,
+    refine: int = 1,
+    fusion: str | None = None,
     group_by: str | None = None,
     block_size: int | None = None,
     seed: int = 0,
@@ -24,14 +28,15 @@ def distr_attention(
     layout: str = "bhnd",
     out: Any = None,
     return_lse: bool = False,
+    return_info: bool = False,
     backend: str | None = None,
 ) -> Any:
-    """Attention over all keys, with scores computed from groups of similar channels.
+    """Attention over all keys, with scores computed from fewer channels than the queries and keys have.
 
-    Block by block, channels of the query/key width that point the same way are grouped by locality-sensitive hashing.
-    One channel of each group is sampled on the side that is cut into blocks, the group is added up on the other, and
-    the score product runs over ``D / group_size`` channels. Softmax and the product with ``v`` are exact. Equal to
-    exact attention for ``group_size=1``, and where the channels of every group are equal.
+    Keys (or queries) are cut into blocks. Every block gets two small maps from D channels to R, one for its own rows
+    and one for the rows that meet it, and the score product runs over R. Softmax and the product with ``v`` are exact.
+    Equal to exact attention for R = D; with "subspace" also where a block, or what meets it, spans at most R
+    dimensions, with "lsh" where the channels of every group are equal.
 
     Parameters
     ----------
@@ -42,19 +47,29 @@ def distr_attention(
         Keys. H_kv divides H: query head h uses key head ``h * H_kv // H``.
     v : array, shape (B, H_kv, M, E), dtype and kind of ``q``
         Values. E is 1 to 256.
-    method : {"lsh"}
-        How channels are grouped: "lsh" is the paper's hashing.
-    fusion : {"sum", "lstsq"}
-        "sum" (the paper) samples the first channel of a group and adds up its members; "lstsq" samples the channel that
-        weighs most and adds the members up with their least-squares gains.
-    group_size : int
-        G, channels per group; must divide D. 1 is exact attention.
+    method : {"subspace", "lsh"}
+        How a block's channels are reduced. "subspace" keeps the R directions that matter most to its scores, for
+        models as they are. "lsh" is the paper's grouping by hash, for models that were trained with it.
+    group_size : int, optional
+        G; must divide D. R is D / G, so 1 is exact attention. Default: 2 where neither ``rank`` nor ``score_tol`` is
+        given.
+    rank : int, optional
+        R itself, 1 to D. "subspace" only.
+    score_tol : float, optional
+        The root-mean-square error of a block's scores, in nats, that each block stays under by its own choice of R
+        among 16, 32, ... and D, as far as it can be predicted. "subspace" only.
+    refine : int
+        How often the directions of "subspace" are refined. 0 keeps the span of the R heaviest channels; 1 comes close
+        to the best R directions.
+    fusion : {"sum", "lstsq"}, optional
+        "lsh" only. "sum" (the paper, the default) samples the first channel of a group and adds up its members;
+        "lstsq" samples the channel that weighs most and adds the members up with their least-squares gains.
     group_by : {"queries", "keys"}, optional
-        Which side is cut into blocks. Default: "queries" (the paper).
+        Which side is cut into blocks. Default: "keys" for "subspace", "queries" (the paper) for "lsh".
     block_size : int, optional
-        L, rows per block. Default: 1024.
+        L, rows per block. Default: 1024 for "lsh"; chosen from D and R for "subspace" (docs/block_size.md).
     seed : int
-        Seeds the hyperplanes of the hash; the same seed gives the same groups on every backend.
+        Seeds the hyperplanes of "lsh"; the same seed gives the same groups on every backend.
     causal : bool or {"bottom-right", "top-left"}
         True and "bottom-right": query n sees keys ``m <= n + M - N``. "top-left": keys ``m <= n``.
     scale : float, optional
@@ -65,6 +80,8 @@ def distr_attention(
         Written and returned. Shape, dtype, kind and device of the result; must not overlap the inputs.
     return_lse : bool
         Also return the log-sum-exp of the scaled scores of each row.
+    return_info : bool
+        Also return the block size with its reason, and the rank and predicted score error of every block.
     backend : {"numpy", "cupy", "numba"}, optional
         Default: the one of the arrays' kind. NumPy arrays given to a GPU backend are copied there and back.
 
@@ -75,6 +92,8 @@ def distr_attention(
         key gives zero.
     lse : array, shape (B, H, N), float32
         Only with ``return_lse``. Natural logarithm; minus infinity for a query that sees no key.
+    info : AttentionInfo
+        Only with ``return_info``. Fields ``method``, ``block_size``, ``reason``, ``ranks`` and ``score_errors``.
 
     Raises
     ------
@@ -84,14 +103,16 @@ def distr_attention(
         If shapes, strides or options break one of the rules above; the text names the argument.
     ImportError
         If the backend's package is not installed; the text says what to install.
+    NotImplementedError
+        If the call is legal but the backend has no kernel for it.
 
     Notes
     -----
     Equation (4) of docs/math.md; after [1]_, whose grouping this is with ``method="lsh", fusion="sum",
     group_by="queries"``. 16-bit inputs are multiplied on tensor cores with float32 accumulation; the softmax is float32
-    (float64 for float64). With ``causal`` the groups of a block depend on all of its rows, so the result for row n
-    depends on later rows of its own block through them, though it never uses their values. The quality on a model that
-    was not trained with it is measured in docs/accuracy.md; no bound is promised.
+    (float64 for float64). With ``causal`` the maps of a block depend on all of its rows, and those of "subspace" on the
+    rows that meet it and on the mean of all keys, so the result for row n depends on later rows through them, though it
+    never uses their values. The quality on real inputs is measured in docs/accuracy.md; no bound is promised.
 
     References
     ----------
@@ -102,19 +123,35 @@ def distr_attention(
     >>> import numpy as np
     >>> rng = np.random.default_rng(0)
     >>> q, k, v = rng.standard_normal((3, 1, 2, 64, 32), dtype=np.float32)
-    >>> distr_attention(q, k, v, group_size=2).shape
+    >>> distr_attention(q, k, v).shape
     (1, 2, 64, 32)
+    >>> out, info = distr_attention(q, k, v, score_tol=0.5, return_info=True)
+    >>> info.ranks
+    array([[[16],
+            [16]]], dtype=int32)
     """
     grouping = checks.check_grouping(
         q,
         method=method,
-        fusion=fusion,
         group_size=group_size,
+        rank=rank,
+        score_tol=score_tol,
+        refine=refine,
+        fusion=fusion,
         group_by=group_by,
         block_size=block_size,
         seed=seed,
     )
-    return _attend(q, k, v, grouping, causal, scale, layout, out, return_lse, backend)
+    checks.check_backend_name(backend)
+    problem = checks.check_attention(q, k, v, causal=causal, scale=scale, layout=layout, out=out, grouping=grouping)
+    chosen = backends.load(backend, like=q)
+    result, lse, maps = chosen.attention(problem, q, k, v, out)
+    results = [result]
+    if return_lse:
+        results.append(lse)
+    if return_info:
+        results.append(_info(problem, chosen, maps, q, block_size))
+    return tuple(results) if len(results) > 1 else result
 
 
 def exact_attention(
@@ -141,22 +178,27 @@ def exact_attention(
     >>> exact_attention(one, one, one)[0, 0, 0]
     array([1., 1., 1., 1.], dtype=float32)
     """
-    return _attend(q, k, v, None, causal, scale, layout, out, return_lse, backend)
-
-
-def _attend(
-    q: Any,
-    k: Any,
-    v: Any,
-    grouping: Grouping | None,
-    causal: bool | str,
-    scale: float | None,
-    layout: str,
-    out: Any,
-    return_lse: bool,
-    backend: str | None,
-) -> Any:
     checks.check_backend_name(backend)
-    problem = checks.check_attention(q, k, v, causal=causal, scale=scale, layout=layout, out=out, grouping=grouping)
-    result, lse = backends.load(backend, like=q).attention(problem, q, k, v, out)
+    problem = checks.check_attention(q, k, v, causal=causal, scale=scale, layout=layout, out=out, grouping=None)
+    result, lse, _ = backends.load(backend, like=q).attention(problem, q, k, v, out)
     return (result, lse) if return_lse else result
+
+
+def _info(
+    problem: Problem, backend: backends.Backend, maps: backends.Maps, like: Any, block_size: int | None
+) -> AttentionInfo:
+    """Return what a call did; ``block_size`` is what the caller asked for."""
+    grouping = problem.grouping
+    if grouping is None:
+        return AttentionInfo("exact", None, "the rank is the width, so nothing is grouped", None, None)
+    if block_size is not None:
+        reason = "given"
+    elif isinstance(grouping, Subspace):
+        _, reason = choose_block_size(problem.width, grouping.rank)
+    else:
+        reason = "the default of lsh"
+    ranks = score_errors = None
+    if isinstance(maps, SubspaceMaps):
+        ranks, score_errors = (backend.hand_back(x, None, like=like, out=None) for x in (maps.ranks, maps.score_errors))
+    method = "subspace" if isinstance(grouping, Subspace) else "lsh"
+    return AttentionInfo(method, grouping.block_size, reason, ranks, score_errors)

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from .arrays import address, describe, kind_of, overlaps_itself, share_memory
-from .problem import Grouping, Problem, ceil_div
+from .block_size import choose_block_size
+from .problem import Grouping, Problem, Subspace, ceil_div
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 MAX_WIDTH = 256
 DEFAULT_BLOCK_SIZE = 1024
-"""Rows per grouping block where the caller names none; docs/math.md says what the choice trades."""
+"""Rows per block of ``method="lsh"`` where the caller names none; docs/block_size.md says what the choice trades."""
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -32,7 +33,7 @@ def check_attention(
     scale: float | None,
     layout: str,
     out: Any,
-    grouping: Grouping | None,
+    grouping: Grouping | Subspace | None,
 ) -> Problem:
     """Return the problem that the arguments describe, or raise the first error found."""
     _check_choice("layout", layout, "bhnd", "bnhd")
@@ -78,26 +79,63 @@ def check_attention(
 
 
 def check_grouping(
-    q: Any, *, method: str, fusion: str, group_size: int, group_by: str | None, block_size: int | None, seed: int
-) -> Grouping | None:
+    q: Any,
+    *,
+    method: str,
+    group_size: int | None = None,
+    rank: int | None = None,
+    score_tol: float | None = None,
+    refine: int = 1,
+    fusion: str | None = None,
+    group_by: str | None = None,
+    block_size: int | None = None,
+    seed: int = 0,
+) -> Grouping | Subspace | None:
     """Return the grouping that the options describe, None where they ask for exact attention, or raise."""
-    _check_choice("method", method, "lsh")
-    _check_choice("fusion", fusion, "sum", "lstsq")
+    _check_choice("method", method, "subspace", "lsh")
     if group_by is not None:
         _check_choice("group_by", group_by, "queries", "keys")
-    group_size = _check_integer("group_size", group_size, at_least=1)
-    block_size = _check_integer("block_size", DEFAULT_BLOCK_SIZE if block_size is None else block_size, at_least=1)
+    if block_size is not None:
+        block_size = _check_integer("block_size", block_size, at_least=1)
+    refine = _check_integer("refine", refine, at_least=0)
     seed = _check_integer("seed", seed, at_least=0)
-    if kind_of(q) is not None and len(q.shape) == 4 and q.shape[3] % group_size:
-        raise ValueError(_message("group_size", f"must divide the width {q.shape[3]}", str(group_size)))
-    if group_size == 1:
+    _check_array("q", q, q)
+    width = q.shape[3]
+    if method == "lsh":
+        _check_absent("method='lsh'", rank=rank, score_tol=score_tol)
+        if fusion is not None:
+            _check_choice("fusion", fusion, "sum", "lstsq")
+        group_size = _check_group_size(group_size, width)
+        if group_size == 1:
+            return None
+        return Grouping(
+            group_size=group_size,
+            block_size=block_size or DEFAULT_BLOCK_SIZE,
+            by="keys" if group_by == "keys" else "queries",
+            fusion="lstsq" if fusion == "lstsq" else "sum",
+            seed=seed,
+        )
+    _check_absent("method='subspace'", fusion=fusion)
+    if group_size is not None:
+        _check_absent("group_size", rank=rank, score_tol=score_tol)
+    if rank is not None:
+        _check_absent("rank", score_tol=score_tol)
+        _check_integer("rank", rank, at_least=1)
+        if rank > width:
+            raise ValueError(_message("rank", f"must be at most the width {width}", str(rank)))
+        rank = int(rank)
+    elif score_tol is not None:
+        score_tol = _check_score_tol(score_tol)
+    else:
+        rank = width // _check_group_size(group_size, width)
+    if rank == width:
         return None
-    return Grouping(
-        group_size=group_size,
-        block_size=block_size,
-        by="keys" if group_by == "keys" else "queries",
-        fusion="lstsq" if fusion == "lstsq" else "sum",
-        seed=seed,
+    return Subspace(
+        rank=rank,
+        score_tol=score_tol,
+        refine=refine,
+        block_size=block_size or choose_block_size(width, rank)[0],
+        by="queries" if group_by == "queries" else "keys",
     )
 
 
@@ -168,6 +206,28 @@ def _check_scale(scale: float | None, width: int) -> float:
     raise ValueError(_message("scale", "must be a finite number in the range of float32", _show(scale)))
 
 
+def _check_group_size(group_size: int | None, width: int) -> int:
+    size = 2 if group_size is None else _check_integer("group_size", group_size, at_least=1)
+    if width % size:
+        raise ValueError(_message("group_size", f"must divide the width {width}", str(size)))
+    return size
+
+
+def _check_score_tol(score_tol: float) -> float:
+    is_number = isinstance(score_tol, numbers.Real) and not isinstance(score_tol, bool)
+    if is_number and 0 < score_tol <= FLOAT32_MAX:
+        return float(score_tol)
+    raise ValueError(
+        _message("score_tol", "must be a positive finite number in the range of float32", _show(score_tol))
+    )
+
+
+def _check_absent(given: str, **options: Any) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(_message(name, f"must be None with {given}", _show(value)))
+
+
 def _check_causal(causal: bool | str, queries: int, keys: int) -> int | None:
     if isinstance(causal, bool | np.bool_):
         return keys - queries if causal else None
@@ -182,7 +242,7 @@ def _check_integer(name: str, value: Any, *, at_least: int) -> int:
     return int(value)
 
 
-def _shorten_block(grouping: Grouping | None, queries: int, keys: int) -> Grouping | None:
+def _shorten_block(grouping: Grouping | Subspace | None, queries: int, keys: int) -> Grouping | Subspace | None:
     """Return the grouping with no more rows a block than the arrays have, rounded up to whole default blocks.
 
     All rows are one block then as before, with the same hyperplanes; numbers of any size stay within the kernels' ints.

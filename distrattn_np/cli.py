@@ -1,4 +1,4 @@
-"""The ``distrattn`` command: demo, info, bench."""
+"""The ``distrattn`` command: demo, info, bench, models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from . import __version__, backends
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of every sub-command but ``bench``, which has its own."""
+    """Return the parser of every sub-command but ``bench`` and ``models``, which have their own."""
     parser = argparse.ArgumentParser(prog="distrattn", description="Approximate attention that keeps the full context.")
     parser.add_argument("--version", action="version", version=f"distrattn_np {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -33,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="print it as JSON")
 
     commands.add_parser("bench", help="speed beside error, against peers; see distrattn bench --help", add_help=False)
+    commands.add_parser("models", help="whole models with it; see distrattn models --help", add_help=False)
     return parser
 
 
@@ -43,6 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .bench import main as bench
 
         return bench(arguments[1:])
+    if arguments[:1] == ["models"]:
+        from .bench.models import main as models
+
+        return models(arguments[1:])
     options = build_parser().parse_args(arguments)
     if options.command == "info":
         from . import info

@@ -19,7 +19,7 @@ import numpy as np
 
 from . import __version__, checks, info, reference
 from .attention import distr_attention
-from .problem import Problem
+from .problem import Grouping, Problem, Subspace
 
 REPEATS = 5
 """Timed calls of each case, after one that compiles and warms up."""
@@ -34,8 +34,8 @@ PICTURES = (".png", ".svg", ".pdf")
 
 Step = Callable[[str], None]
 """Reports that the work of this description begins."""
-Maps = tuple[np.ndarray, np.ndarray | None]
-"""Channels and gains of every block of every head, as ``reference.group_maps`` gives them."""
+Maps = tuple[np.ndarray, np.ndarray | None] | reference.Maps
+"""Of every block of every head, as ``reference.group_maps`` or ``reference.make_maps`` gives them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +44,17 @@ class Case:
 
     label: str
     group_size: int
-    fusion: str = "sum"
+    method: str = "subspace"
+    fusion: str | None = None
 
 
 CASES = (
     Case("exact", 1),
-    Case("lsh G=2", 2),
-    Case("lsh G=4", 4),
-    Case("lsh G=2 lstsq", 2, "lstsq"),
+    Case("subspace G=2", 2),
+    Case("subspace G=4", 4),
+    Case("lsh G=2", 2, "lsh"),
+    Case("lsh G=4", 4, "lsh"),
+    Case("lsh G=2 lstsq", 2, "lsh", "lstsq"),
 )
 
 
@@ -107,13 +110,7 @@ def prepare(path: Path | None, backend: str | None, plot: Path | None) -> Plan:
             layout="bhnd",
             out=None,
             grouping=checks.check_grouping(
-                inputs.q,
-                method="lsh",
-                fusion=case.fusion,
-                group_size=case.group_size,
-                group_by=None,
-                block_size=None,
-                seed=0,
+                inputs.q, method=case.method, fusion=case.fusion, group_size=case.group_size
             ),
         )
         for case in CASES
@@ -202,6 +199,7 @@ def run_cases(plan: Plan, step: Step) -> tuple[list[float], list[np.ndarray]]:
                 q,
                 k,
                 v,
+                method=case.method,
                 group_size=case.group_size,
                 fusion=case.fusion,
                 causal=plan.inputs.causal,
@@ -255,43 +253,59 @@ def compare_rows(plan: Plan, maps: Sequence[Maps | None], step: Step, compared: 
 
 
 def head_maps(inputs: Inputs, problem: Problem) -> Maps | None:
-    """Return what the problem groups; None for exact attention."""
-    grouping = problem.grouping
-    if grouping is None:
-        return None
-    return reference.group_maps(
-        inputs.q,
-        inputs.k,
-        group_size=grouping.group_size,
-        block_size=grouping.block_size,
-        group_by=grouping.by,
-        fusion=grouping.fusion,
-        seed=grouping.seed,
-        causal_offset=problem.causal_offset,
-    )
+    """Return the maps of every block; None for exact attention."""
+    match problem.grouping:
+        case Grouping() as lsh:
+            return reference.group_maps(
+                inputs.q,
+                inputs.k,
+                group_size=lsh.group_size,
+                block_size=lsh.block_size,
+                group_by=lsh.by,
+                fusion=lsh.fusion,
+                seed=lsh.seed,
+                causal_offset=problem.causal_offset,
+            )
+        case Subspace() as subspace:
+            return reference.make_maps(
+                inputs.q,
+                inputs.k,
+                scale=problem.scale,
+                rank=subspace.rank,
+                score_tol=subspace.score_tol,
+                refine=subspace.refine,
+                block_size=subspace.block_size,
+                group_by=subspace.by,
+                causal_offset=problem.causal_offset,
+            )
+        case _:
+            return None
 
 
 def attention_rows(inputs: Inputs, problem: Problem, maps: Maps | None, b: int, h: int, rows: np.ndarray) -> np.ndarray:
-    """Return these rows of P of one head, (rows, M) float32; the blocks are over queries."""
+    """Return these rows of P of one head, (rows, M) float32; the blocks are those that `CASES` have by default."""
+    h_kv = h // problem.heads_per_kv_head
     Q = inputs.q[b, h, rows].astype(np.float32)
-    K = inputs.k[b, h // problem.heads_per_kv_head].astype(np.float32)
-    grouping = problem.grouping
-    if grouping is None or maps is None:
-        S = Q @ K.T
-    else:
-        channels, gains = maps
-        S = np.empty((len(rows), len(K)), dtype=np.float32)
-        block_of_row = rows // grouping.block_size
-        for c in np.unique(block_of_row):
-            S[block_of_row == c] = reference.fused_scores(
-                Q[block_of_row == c],
-                K,
-                channels[b, h, c : c + 1],
-                None if gains is None else gains[b, h, c : c + 1],
-                group_size=grouping.group_size,
-                block_size=grouping.block_size,
-                group_by=grouping.by,
-            )
+    K = inputs.k[b, h_kv].astype(np.float32)
+    match problem.grouping, maps:
+        case Subspace(block_size=L, by="keys"), reference.Maps(W, Z, key_mean):
+            mean = key_mean[b, h_kv].astype(np.float32)
+            S = reference.subspace_scores(Q, K - mean, W[b, h_kv], Z[b, h_kv], block_size=L, group_by="keys")
+        case Grouping(group_size=group_size, block_size=L, by="queries"), (channels, gains):
+            S = np.empty((len(rows), len(K)), dtype=np.float32)
+            block_of_row = rows // L
+            for c in np.unique(block_of_row):
+                S[block_of_row == c] = reference.fused_scores(
+                    Q[block_of_row == c],
+                    K,
+                    channels[b, h, c : c + 1],
+                    None if gains is None else gains[b, h, c : c + 1],
+                    group_size=group_size,
+                    block_size=L,
+                    group_by="queries",
+                )
+        case _:
+            S = Q @ K.T
     S *= problem.scale
     if problem.causal_offset is not None:
         S[np.arange(len(K)) > rows[:, np.newaxis] + problem.causal_offset] = -np.inf
@@ -320,7 +334,7 @@ def draw(plan: Plan, maps: Sequence[Maps | None], results: Sequence[Result], pat
     from matplotlib.figure import Figure
 
     N, M = plan.inputs.q.shape[2], plan.inputs.k.shape[2]
-    # the head whose attention G = 2 changes as much as the middle one's: neither the best nor the worst
+    # the head whose attention the default changes as much as the middle one's: neither the best nor the worst
     changed = results[1].total_variation
     b, h = np.unravel_index(np.argsort(changed, axis=None)[changed.size // 2], changed.shape)
     rows = spread(N, COMPARED_ROWS)
@@ -331,7 +345,7 @@ def draw(plan: Plan, maps: Sequence[Maps | None], results: Sequence[Result], pat
         images.append(np.concatenate([np.add.reduceat(part, edges[:-1], axis=1) for part in parts]))
     # below a hundredth of the uniform row, colours would only tell rounding from zero
     norm = LogNorm(vmin=0.01 / (len(edges) - 1), vmax=1, clip=True)
-    figure = Figure(figsize=(13, 7.2), layout="constrained")
+    figure = Figure(figsize=(3 * len(images), 7.2), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=[3, 2], squeeze=False)[:, 0]
     panels = top.subplots(1, len(images), sharey=True)
     lines = bottom.subplots()
@@ -370,14 +384,16 @@ def describe(plan: Plan, results: Sequence[Result], plot: Path | None) -> dict[s
             "scale": problem.scale,
             "causal": inputs.causal,
         },
-        "block_size": None if problem.grouping is None else problem.grouping.block_size,
         "timed_calls": REPEATS,
         "compared_rows_per_head": len(spread(problem.queries, COMPARED_ROWS)),
         "results": [
             {
                 "case": result.case.label,
                 "group_size": result.case.group_size,
-                "fusion": result.case.fusion if result.case.group_size > 1 else None,
+                "method": "exact" if own.grouping is None else result.case.method,
+                "fusion": result.case.fusion,
+                "group_by": None if own.grouping is None else own.grouping.by,
+                "block_size": None if own.grouping is None else own.grouping.block_size,
                 "seconds": result.seconds,
                 "speed_up": results[0].seconds / result.seconds,
                 "relative_error": float(result.relative_error.mean()),
@@ -385,7 +401,7 @@ def describe(plan: Plan, results: Sequence[Result], plot: Path | None) -> dict[s
                 "relative_error_per_head": result.relative_error.tolist(),
                 "total_variation_per_head": result.total_variation.tolist(),
             }
-            for result in results
+            for own, result in zip(plan.problems, results, strict=True)
         ],
         "plot": None if plot is None else str(plot),
     }
@@ -401,7 +417,9 @@ def print_report(report: dict[str, Any]) -> None:
     M = given["k"][2]
     mask = "causal" if given["causal"] else "not causal"
     print(f"\n{given['origin']}: B={B} H={H} N={N} M={M} D={D}, {given['dtype']}, {mask}")
-    print(f"backend {report['backend']} on {report['runs_on']}; blocks of {report['block_size']} queries\n")
+    blocks = {row["method"]: f"{row['block_size']} {row['group_by']}" for row in report["results"] if row["block_size"]}
+    sizes = ", ".join(f"{size} for {method}" for method, size in blocks.items())
+    print(f"backend {report['backend']} on {report['runs_on']}; blocks of {sizes}\n")
     lines = [
         (
             row["case"],
@@ -417,8 +435,8 @@ def print_report(report: dict[str, Any]) -> None:
         "\noutput error: ||out - exact|| / ||exact||; total variation, between rows of the attention matrix: 0 is the"
         "\nsame row, 1 a disjoint one. Both are means over heads. Times are medians; for speed at chosen sizes run"
         "\ndistrattn bench."
-        "\n\nlsh is the paper's grouping, and the paper fine-tunes models with it. A model that was not, such as that"
-        "\nof the packaged sample, does not keep its quality: docs/accuracy.md."
+        "\n\nsubspace is the default. lsh is the paper's grouping, and the paper fine-tunes models with it: one that"
+        "\nwas not, such as that of the packaged sample, does not keep its quality (docs/accuracy.md)."
     )
     if report["plot"] is not None:
         print(f"\nPicture: {report['plot']}")

@@ -22,6 +22,21 @@ class Grouping:
 
 
 @dataclass(frozen=True, slots=True)
+class Subspace:
+    """How many dimensions a block keeps, and how they are found (docs/math.md, eq. 11 to 19).
+
+    Either ``rank`` is given, less than the width, or ``score_tol``, the root-mean-square error of the scores, in nats,
+    that every block must stay under by its own choice of rank.
+    """
+
+    rank: int | None
+    score_tol: float | None
+    refine: int
+    block_size: int
+    by: GroupBy
+
+
+@dataclass(frozen=True, slots=True)
 class Problem:
     """One attention call. Letters as in docs/math.md: B, H, H_kv, N, M, D, E."""
 
@@ -37,7 +52,7 @@ class Problem:
     causal_offset: int | None
     """Query n sees keys m <= n + causal_offset (eq. 3); None: every query sees every key."""
     layout: Layout
-    grouping: Grouping | None
+    grouping: Grouping | Subspace | None
     """None is exact attention."""
 
     @property
@@ -47,8 +62,14 @@ class Problem:
 
     @property
     def rank(self) -> int:
-        """Inner width R of the score product."""
-        return self.width if self.grouping is None else self.width // self.grouping.group_size
+        """Inner width R of the score product; the most that a block may have where each chooses its own."""
+        match self.grouping:
+            case Grouping(group_size=group_size):
+                return self.width // group_size
+            case Subspace(rank=int(rank)):
+                return rank
+            case _:
+                return self.width
 
     @property
     def grouped_rows(self) -> int:
@@ -77,6 +98,42 @@ class GroupMaps:
 
     channels: Any
     gains: Any | None
+
+
+@dataclass(frozen=True, slots=True)
+class SubspaceMaps:
+    """The maps of every (batch, head, block) in dense form, in the array kind of the backend that made them.
+
+    Scores are ``scale (X W)(Y Z)^T`` with ``key_mean`` subtracted from every key, and lse gets ``scale q . key_mean``
+    back. H_x is H_kv for blocks over keys (the query heads of a key head share its maps) and H for blocks over queries.
+    Floats are float32, or float64 for float64 arrays where the backend computes in it.
+
+    ``sampling``, ``fusion``: (B, H_x, C, D, R), W and Z; columns from a block's own rank on are zero, and a block of
+    rank D has the identity in both. ``key_mean``: (B, H_kv, D). ``ranks``: (B, H_x, C) int32. ``score_errors``:
+    (B, H_x, C), the predicted root-mean-square error of the block's scores (eq. 18), in nats; zero at rank D.
+    """
+
+    sampling: Any
+    fusion: Any
+    key_mean: Any
+    ranks: Any
+    score_errors: Any
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionInfo:
+    """What ``return_info=True`` tells of a call."""
+
+    method: str
+    """"subspace" or "lsh"; "exact" where no channel is saved, for then nothing is grouped."""
+    block_size: int | None
+    """L, rows per block; None where nothing is grouped."""
+    reason: str
+    """Why this block size."""
+    ranks: Any
+    """(B, H_x, C) int32, of the kind of q: the rank of every block; None unless the method is "subspace"."""
+    score_errors: Any
+    """(B, H_x, C), of the kind of q: the predicted root-mean-square error of its scores, in nats; None as above."""
 
 
 def ceil_div(a: int, b: int) -> int:

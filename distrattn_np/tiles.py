@@ -13,8 +13,11 @@ Defines = dict[str, int]
 ELEMENTS = {"float16": 1, "bfloat16": 2, "float32": 3, "float64": 4}
 """Values of -DELEMENT, as in raw_kernels/element.cuh."""
 
-NO_MAP, SAMPLE, FUSE = 0, 1, 2
+NO_MAP, SAMPLE, FUSE, DENSE = 0, 1, 2, 3
 """Values of -DQUERY_MAP of forward_mma.cu."""
+
+OWN, ALL, UP_TO, FROM = 0, 1, 2, 3
+"""Values of -DDIRECTION of sum_segments.cu."""
 
 
 def pad(width: int) -> int:
@@ -38,7 +41,8 @@ class MmaTiles:
 
     def shared_bytes(self, width: int, rank: int, value_width: int, query_map: int) -> int:
         """Return the dynamic shared memory of a block: Q, Q before its map, and two stages of K and V."""
-        raw = 0 if query_map == NO_MAP else self.block_q * (ceil_div(width, 8) * 8 + 8)
+        raw_width = pad(width) if query_map == DENSE else ceil_div(width, 8) * 8
+        raw = 0 if query_map == NO_MAP else self.block_q * (raw_width + 8)
         stage = self.block_kv * (pad(rank) + 8 + pad(value_width) + 8)
         return 2 * (raw + self.block_q * (pad(rank) + 8) + 2 * stage)
 
@@ -167,11 +171,26 @@ def sm90_tiles(rank: int, value_width: int, query_block_size: int) -> Sm90Tiles:
     return Sm90Tiles(128, 128, 2)
 
 
+SM90_KEY_MAP_TILES = Sm90Tiles(128, 128, 2)
+"""Tiles where forward_sm90.cu maps the queries itself, for blocks over keys."""
+
+
 def sm90_defines(
-    tiles: Sm90Tiles, *, element: int, rank: int, value_width: int, keys_per_item: bool, causal: bool
+    tiles: Sm90Tiles,
+    *,
+    element: int,
+    rank: int,
+    value_width: int,
+    keys_per_item: bool,
+    causal: bool,
+    mapped_width: int | None = None,
 ) -> Defines:
-    """Return the -D options of forward_sm90.cu for inner width ``rank`` (padded)."""
-    return {
+    """Return the -D options of forward_sm90.cu for inner width ``rank`` (padded).
+
+    ``mapped_width`` is the width of queries that the kernel maps itself, for blocks over keys.
+    """
+    key_maps = {} if mapped_width is None else {"KEY_MAPS": 1, "D": mapped_width}
+    return key_maps | {
         "ELEMENT": element,
         "R": rank,
         "E": value_width,
@@ -183,14 +202,89 @@ def sm90_defines(
     }
 
 
+def gram_defines(*, element: int, width: int, centred: bool, aligned: bool) -> Defines:
+    """Return the -D options of gram.cu."""
+    return {"ELEMENT": element, "D": width, "CENTRED": int(centred), "ALIGNED": int(aligned)}
+
+
+def gram_blocks(width: int) -> int:
+    """Return how many thread blocks of gram.cu share a segment."""
+    return 2 if width > 176 else 1
+
+
+def gram_threads(width: int) -> int:
+    """Return the threads of a block of gram.cu: a warp for sixteen channels."""
+    return 2 * pad(width)
+
+
+def sum_defines(element: int, direction: int, *, to_element: bool = False) -> Defines:
+    """Return the -D options of sum_segments.cu."""
+    return {"ELEMENT": element, "DIRECTION": direction, "TO_ELEMENT": int(to_element), "THREADS": 128}
+
+
+def maps_pitch(width: int, columns: int) -> int:
+    """Return the floats of a row of subspace_maps.cu: inner products, W, Z, and what parts the banks of two rows."""
+    return pad(columns) + 2 * pad(width) + 4
+
+
+def maps_defines(width: int, columns: int, shared_limit: int) -> Defines:
+    """Return the -D options of subspace_maps.cu: its rows lie in shared memory where that is large enough."""
+    threads = 256
+    vectors = 2 * 16 * pad(width) + 16 * 20 + 5 * pad(columns) + 2 * pad(width) + threads // 32 + 1
+    fixed_bytes, rows_bytes = ceil_div(4 * vectors, 16) * 16, 4 * pad(columns) * maps_pitch(width, columns)
+    in_shared = fixed_bytes + rows_bytes <= shared_limit
+    return {
+        "D": width,
+        "R": columns,
+        "IN_SHARED": int(in_shared),
+        "THREADS": threads,
+        "LAUNCH_SHARED_BYTES": fixed_bytes + in_shared * rows_bytes,
+    }
+
+
+REDUCE_THREADS = 256
+"""Threads of a block of reduce_rows.cu."""
+REDUCE_ROW_TILE = 128
+"""Rows of a block of reduce_rows.cu."""
+
+
+def reduce_defines(
+    *, element: int, width: int, rank: int, centred: bool, rows_from_block: bool, aligned: bool
+) -> Defines:
+    """Return the -D options of reduce_rows.cu: rows times the map of their own block, or of every work item."""
+    map_rows = 16 if width > 128 else 64
+    return {
+        "ELEMENT": element,
+        "D": width,
+        "R": rank,
+        "CENTRED": int(centred),
+        "ROWS_FROM_BLOCK": int(rows_from_block),
+        # neighbouring items mostly share rows; those of a block are its own
+        "ITEMS_PER_BLOCK": 1 if rows_from_block else 8,
+        "ALIGNED": int(aligned),
+        "LAUNCH_SHARED_BYTES": 2 * (REDUCE_ROW_TILE + 2 * map_rows) * (pad(width) + 8),
+    }
+
+
+def narrow_defines(element: int) -> Defines:
+    """Return the -D options of narrow_maps.cu."""
+    return {"ELEMENT": element, "THREADS": 256}
+
+
+def mean_scores_defines(element: int, width: int, vector: int) -> Defines:
+    """Return the -D options of add_mean_scores.cu."""
+    lanes = min(32, 1 << (ceil_div(width, vector) - 1).bit_length())
+    return {"ELEMENT": element, "VECTOR": vector, "LANES": lanes, "THREADS": 256}
+
+
 def hash_defines(element: int, vector: int) -> Defines:
     """Return the -D options of hash_channels.cu."""
     return {"ELEMENT": element, "VECTOR": vector, "THREADS": 512}
 
 
-def norms_defines(element: int, vector: int) -> Defines:
-    """Return the -D options of channel_norms.cu."""
-    return {"ELEMENT": element, "VECTOR": vector, "THREADS": 256}
+def norms_defines(element: int, vector: int, power: int = 2) -> Defines:
+    """Return the -D options of channel_norms.cu; sums of the elements themselves with ``power`` 1."""
+    return {"ELEMENT": element, "VECTOR": vector, "POWER": power, "THREADS": 256}
 
 
 def gains_defines(element: int, group_size: int) -> Defines:
@@ -236,6 +330,11 @@ def _forward_mma_cases() -> Iterator[Defines]:
         (256, 1, 256, NO_MAP),
         (256, 2, 256, FUSE),
         (96, 1, 192, NO_MAP),
+        (128, 2, 128, DENSE),
+        (64, 2, 64, DENSE),
+        (80, 2, 80, DENSE),
+        (33, 3, 7, DENSE),
+        (256, 2, 256, DENSE),
     ]
     for number, (width, group_size, value_width, query_map) in enumerate(shapes):
         for shared_limit in (99 << 10, 227 << 10):
@@ -309,12 +408,62 @@ def _forward_sm90_cases() -> Iterator[Defines]:
             )
 
 
+def _subspace_maps_cases() -> Iterator[Defines]:
+    for width, columns in (
+        (128, 64),
+        (128, 128),
+        (128, 96),
+        (64, 32),
+        (80, 40),
+        (33, 11),
+        (2, 1),
+        (256, 128),
+        (256, 256),
+    ):
+        for shared_limit in (99 << 10, 227 << 10):
+            yield maps_defines(width, columns, shared_limit)
+
+
+def _reduce_rows_cases() -> Iterator[Defines]:
+    shapes = [(128, 64), (128, 96), (64, 32), (80, 40), (33, 11), (2, 1), (240, 120), (256, 128), (256, 255)]
+    for number, (width, rank) in enumerate(shapes):
+        for rows_from_block in (False, True):
+            yield reduce_defines(
+                element=1 + number % 2,
+                width=width,
+                rank=rank,
+                centred=(number + rows_from_block) % 2 == 0,
+                rows_from_block=rows_from_block,
+                aligned=width % 8 == 0 and number % 3 != 2,
+            )
+
+
+_SIXTEEN_BITS = (ELEMENTS["float16"], ELEMENTS["bfloat16"])
 _CASES: dict[str, Callable[[], Iterable[Defines]]] = {
     "hash_channels": lambda: [hash_defines(e, v) for e in ELEMENTS.values() for v in (1, _widest(e))],
     "group_channels": lambda: [{}],
-    "channel_norms": lambda: [norms_defines(e, v) for e in ELEMENTS.values() for v in (1, _widest(e))],
+    "channel_norms": lambda: [
+        norms_defines(e, v, power) for e in ELEMENTS.values() for v in (1, _widest(e)) for power in (1, 2)
+    ],
     "fusion_gains": lambda: [gains_defines(e, g) for e in ELEMENTS.values() for g in (2, 3, 4, 256)],
     "fuse_channels": _fuse_cases,
+    "gram": lambda: [
+        gram_defines(element=e, width=width, centred=centred, aligned=width % 8 == 0 and aligned)
+        for e, width, centred, aligned in product(
+            _SIXTEEN_BITS, (128, 64, 80, 33, 1, 176, 192, 256), (False, True), (False, True)
+        )
+    ],
+    "sum_segments": lambda: [
+        sum_defines(e, direction, to_element=direction == ALL)
+        for e in _SIXTEEN_BITS
+        for direction in (OWN, ALL, UP_TO, FROM)
+    ],
+    "subspace_maps": _subspace_maps_cases,
+    "narrow_maps": lambda: [narrow_defines(e) for e in _SIXTEEN_BITS],
+    "reduce_rows": _reduce_rows_cases,
+    "add_mean_scores": lambda: [
+        mean_scores_defines(e, width, vector) for e in _SIXTEEN_BITS for width, vector in ((128, 8), (33, 1), (256, 8))
+    ],
     "forward_simt": _forward_simt_cases,
     "forward_mma": _forward_mma_cases,
     "forward_sm90": _forward_sm90_cases,

@@ -1,6 +1,6 @@
-// channel_norms.cu - squared lengths of all channels, segment of rows by segment of rows.
+// channel_norms.cu - squared lengths of all channels, segment of rows by segment of rows; or their sums.
 //
-//   norms_sj = sum over the rows n of segment s of Y_nj^2                         docs/math.md (|y_j|^2 of eq. 9)
+//   norms_sj = sum over the rows n of segment s of Y_nj^POWER       docs/math.md (|y_j|^2 of eq. 9, the mean of eq. 12)
 //
 // Segments, and not whole columns, because in a causal call every block meets other rows: fusion_gains adds up the
 // segments that its block meets. Segment s holds the rows from edge(s) to edge(s + 1) - 1, where
@@ -22,6 +22,9 @@
 // ---- the launcher sets these with -D; the defaults let the file compile alone ----
 #ifndef THREADS
 #define THREADS 256
+#endif
+#ifndef POWER
+#define POWER 2
 #endif
 #ifndef VECTOR  // elements per load: 1, or as many as fit 16 bytes
 #define VECTOR 8
@@ -59,7 +62,7 @@ void channel_norms(const element_t* __restrict__ Y,   // [B, H, rows, D]
     for (int n = begin + slice; n < end; n += slices) {
       const Elements<VECTOR> y = *reinterpret_cast<const Elements<VECTOR>*>(column + n * stride_y_n);
 #pragma unroll
-      for (int v = 0; v < VECTOR; v++) sums[v] += to_accumulate(y.at[v]) * to_accumulate(y.at[v]);
+      for (int v = 0; v < VECTOR; v++) sums[v] += to_accumulate(y.at[v]) * (POWER == 2 ? to_accumulate(y.at[v]) : 1);
     }
 #pragma unroll
     for (int v = 0; v < VECTOR; v++) partial_smem[slice * D + channel + v] = sums[v];

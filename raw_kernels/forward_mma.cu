@@ -7,7 +7,7 @@
 //
 // K holds what stands on the key side of eq. 4: the keys themselves (exact attention), keys fused for one block of
 // queries (KEYS_PER_ITEM), or sampled keys. QUERY_MAP says how a query tile becomes the other side: as it is, sampled
-// once, or fused anew for every block of keys.
+// once, or anew for every block of keys: fused, or multiplied with a dense map.
 //
 // Grid      : (query tiles of a block * items); an item is a (batch, head, query block), see work_item.cuh
 // Block     : NUM_WARPS * 32 threads; a warp owns WARP_Q query rows from the scores to the output
@@ -31,7 +31,7 @@
 #define E 128  // width of a row of V
 #endif
 #ifndef QUERY_MAP
-#define QUERY_MAP 0  // 0: queries as they are, 1: sampled, 2: fused for each block of keys
+#define QUERY_MAP 0  // 0: queries as they are, 1: sampled, 2: fused for each block of keys, 3: the same by a dense map
 #endif
 #ifndef GROUP_SIZE
 #define GROUP_SIZE 1
@@ -58,7 +58,7 @@
 #define NUM_WARPS 4
 #endif
 
-#include "mma.cuh"
+#include "operands.cuh"
 #include "work_item.cuh"
 
 constexpr int NUM_THREADS = NUM_WARPS * WARP_SIZE;
@@ -77,7 +77,9 @@ static_assert(BLOCK_KV % MMA_K == 0, "a key tile is a multiple of the product's 
 static_assert(!ALIGNED || (D % CHUNK == 0 && K_COLUMNS % CHUNK == 0 && E % CHUNK == 0),
               "ALIGNED rows are whole 16-byte chunks");
 
-constexpr int D_STRIDE = (D + CHUNK - 1) / CHUNK * CHUNK + CHUNK;
+constexpr bool MAPS_FOR_KEY_BLOCKS = QUERY_MAP >= 2;
+constexpr int D_PADDED = QUERY_MAP == 3 ? (D + MMA_K - 1) / MMA_K * MMA_K : (D + CHUNK - 1) / CHUNK * CHUNK;
+constexpr int D_STRIDE = D_PADDED + CHUNK;
 constexpr int R_STRIDE = R_PADDED + CHUNK;
 constexpr int E_STRIDE = E_PADDED + CHUNK;
 constexpr int RAW_Q_ELEMENTS = QUERY_MAP == 0 ? 0 : BLOCK_Q * D_STRIDE;
@@ -92,15 +94,16 @@ static_assert(LAUNCH_SHARED_BYTES == SHARED_BYTES, "tiles.py and this file disag
 // The maximum may lag behind by this much (log2 units) before sums are rescaled: P stays below 2^8, far from overflow.
 constexpr float RESCALE_THRESHOLD = 8.0f;
 constexpr float LN_2 = 0.6931471805599453f;
-constexpr float LOWEST = -3.402823466e38f;  // maximum of no scores: finite, so that its difference to -inf is -inf
 constexpr float LARGEST_OFFSET = 1 << 20;  // of larger ones the product with scale_log2 is too far from exact for exp
+#if QUERY_MAP == 3
+typedef element_t map_t;
+constexpr int MAP_ELEMENTS = R_PADDED * D_PADDED;
+#else
+typedef int map_t;
+constexpr int MAP_ELEMENTS = D;
+#endif
 
-// threadIdx.x, hidden from the compiler so that it does not keep what follows from it in registers of the main loop.
-__device__ inline int thread_index_anew() {
-  int thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
-}
+constexpr float LOWEST = -3.402823466e38f;  // maximum of no scores: finite, so that its difference to -inf is -inf
 
 // Copies rows [ROW_COUNT, COLUMNS] to shared memory; rows from `rows_valid` on and columns from VALID_COLUMNS are zero.
 template <int ROW_COUNT, int COLUMNS, int VALID_COLUMNS, int SHARED_STRIDE>
@@ -132,12 +135,50 @@ struct KeyTile {
 };
 
 // Key tile t of those a query tile visits; tiles never straddle key blocks.
-__device__ inline KeyTile key_tile(int t, int tiles_per_block, int key_block_size, int key_limit) {
-  if (QUERY_MAP != 2) return {t * BLOCK_KV, key_limit, 0, t == 0};
+__device__ inline KeyTile key_tile(int t, int key_block_size, int key_limit) {
+  if (!MAPS_FOR_KEY_BLOCKS) return {t * BLOCK_KV, key_limit, 0, t == 0};
+  const int tiles_per_block = (key_block_size + BLOCK_KV - 1) / BLOCK_KV;
   const int block = t / tiles_per_block, tile = t - block * tiles_per_block;
   return {block * key_block_size + tile * BLOCK_KV, min(key_limit, (block + 1) * key_block_size), block, tile == 0};
 }
 
+#if QUERY_MAP == 3
+// Writes this warp's rows of Q Z; `map` is Z transposed, [R_PADDED, D_PADDED].
+__device__ inline void map_queries(element_t* Q_smem, const element_t* raw_Q_smem, const element_t* map, const float*) {
+  const int thread = thread_index_anew(), first_row = thread / WARP_SIZE * WARP_Q, lane = thread % WARP_SIZE;
+  const unsigned raw_Q_address =
+      shared_address(raw_Q_smem + (first_row + lane % 16) * D_STRIDE + lane / 16 * 8);
+  const element_t* const lane_map = map + lane / 4 * D_PADDED + lane % 4 * 2;  // a right operand, read in place
+#pragma unroll 1
+  for (int r = 0; r < R_PADDED; r += 2 * MMA_N) {
+    float sums[2][M_TILES][4] = {};
+#pragma unroll 2
+    for (int d = 0; d < D_PADDED; d += MMA_K) {
+      unsigned map_rmem[2][2];
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        map_rmem[j / 2][j % 2] =
+            *reinterpret_cast<const unsigned*>(lane_map + (r + j / 2 * MMA_N) * D_PADDED + d + j % 2 * 8);
+#pragma unroll
+      for (int i = 0; i < M_TILES; ++i) {
+        unsigned Q_rmem[4];
+        load_matrices(Q_rmem, raw_Q_address + (i * MMA_M * D_STRIDE + d) * 2);
+        multiply_add(sums[0][i], Q_rmem, map_rmem[0][0], map_rmem[0][1]);
+        multiply_add(sums[1][i], Q_rmem, map_rmem[1][0], map_rmem[1][1]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4 * M_TILES; ++i) {  // row half i % 2 of tile i / 2 % M_TILES, columns half i / 2 / M_TILES
+      const float* const pair = sums[i / 2 / M_TILES][i / 2 % M_TILES] + i % 2 * 2;
+      const int row = first_row + i / 2 % M_TILES * MMA_M + i % 2 * 8 + lane / 4;
+      const int column = r + i / 2 / M_TILES * MMA_N + lane % 4 * 2;
+      *reinterpret_cast<unsigned*>(Q_smem + row * R_STRIDE + column) =
+          pack(limit_to_element(pair[0]), limit_to_element(pair[1]));
+    }
+  }
+  __syncwarp();  // the warp's lanes read each other's columns
+}
+#else
 // Writes this warp's rows of Q W or Q Z (eq. 8, 9); a lane keeps its columns' channels while it walks down the rows.
 __device__ inline void map_queries(element_t* Q_smem, const element_t* raw_Q_smem, const int* channels,
                                    const float* gains) {
@@ -163,12 +204,13 @@ __device__ inline void map_queries(element_t* Q_smem, const element_t* raw_Q_sme
   }
   __syncwarp();  // the warp's lanes read each other's columns
 }
+#endif
 
 extern "C" __global__ __launch_bounds__(NUM_THREADS)
 void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
                  const element_t* __restrict__ K,     // [B, H_kv, M, K_COLUMNS], or as KEYS_PER_ITEM says
                  const element_t* __restrict__ V,     // [B, H_kv, M, E]
-                 const int* __restrict__ channels,    // [B, H_x, C, D]; unused without QUERY_MAP
+                 const map_t* __restrict__ maps,      // [B, H_x, C, MAP_ELEMENTS]; unused without QUERY_MAP
                  const float* __restrict__ gains,     // [B, H_x, C, D]; unused without WITH_GAINS
                  element_t* __restrict__ O,           // [B, H, N, E]
                  float* __restrict__ lse,             // [B, H, N]
@@ -202,9 +244,12 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
   const element_t* V_head = V + work.b * stride_v_b + h_kv * stride_v_h;
 
   asm volatile("" : "+l"(K_head), "+l"(V_head));  // hold two pointers through the main loop, not what they are sums of
-  const int tiles_per_block = (key_block_size + BLOCK_KV - 1) / BLOCK_KV;
+  auto key_tile_anew = [=](int t) mutable {  // hidden as well
+    asm volatile("" : "+r"(key_block_size));
+    return key_tile(t, key_block_size, key_limit);
+  };
   auto load_keys_and_values = [&](int t) {
-    KeyTile tile = key_tile(t, tiles_per_block, key_block_size, key_limit);
+    KeyTile tile = key_tile_anew(t);
     if (tile.begin >= key_limit) return;
     asm volatile("" : "+r"(tile.begin));  // or the compiler keeps pointers that walk with the loop
     element_t* const K_smem = stages_smem + t % 2 * STAGE_ELEMENTS;
@@ -219,7 +264,7 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
   if (QUERY_MAP == 0)
     load_rows<BLOCK_Q, R_PADDED, D, R_STRIDE>(Q_smem, Q_tile, stride_q_n, rows_valid);
   else
-    load_rows<BLOCK_Q, D_STRIDE - CHUNK, D, D_STRIDE>(raw_Q_smem, Q_tile, stride_q_n, rows_valid);
+    load_rows<BLOCK_Q, D_PADDED, D, D_STRIDE>(raw_Q_smem, Q_tile, stride_q_n, rows_valid);
   load_keys_and_values(0);
   copy_async_commit();
 
@@ -237,7 +282,7 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
 
 #pragma unroll 1
   for (int t = 0;; ++t) {
-    const KeyTile tile = key_tile(t, tiles_per_block, key_block_size, key_limit);
+    const KeyTile tile = key_tile_anew(t);
     if (tile.begin >= key_limit) break;
     copy_async_wait_all();
     __syncthreads();  // tile t has arrived for all threads, and no warp still reads the stage that is filled next
@@ -245,11 +290,12 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
     copy_async_commit();
     if (QUERY_MAP != 0 && tile.is_first_of_block) {
       const WorkItem item = find_work_anew();
-      const int H_x = QUERY_MAP == 2 ? H / heads_per_kv_head : H, h_x = QUERY_MAP == 2 ? item.h / heads_per_kv_head : item.h;
-      const int C = QUERY_MAP == 2 ? (M + key_block_size - 1) / key_block_size : query_blocks;
-      const int c = QUERY_MAP == 2 ? tile.block : item.c;
-      const long long map_offset = (((long long)item.b * H_x + h_x) * C + c) * D;
-      map_queries(Q_smem, raw_Q_smem, channels + map_offset, gains + map_offset);
+      const int H_x = MAPS_FOR_KEY_BLOCKS ? H / heads_per_kv_head : H;
+      const int h_x = MAPS_FOR_KEY_BLOCKS ? item.h / heads_per_kv_head : item.h;
+      const int C = MAPS_FOR_KEY_BLOCKS ? (M + key_block_size - 1) / key_block_size : query_blocks;
+      const int c = MAPS_FOR_KEY_BLOCKS ? tile.block : item.c;
+      const long long map_offset = (((long long)item.b * H_x + h_x) * C + c) * MAP_ELEMENTS;
+      map_queries(Q_smem, raw_Q_smem, maps + map_offset, gains + map_offset);
     }
     const unsigned stage_address = shared_address(stages_smem + t % 2 * STAGE_ELEMENTS);
 

@@ -10,6 +10,13 @@
 
 constexpr int WARP_SIZE = 32;
 
+// threadIdx.x, hidden from the compiler so that it does not keep what follows from it in registers of the main loop.
+__device__ inline int thread_index_anew() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 __device__ inline unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
@@ -63,8 +70,6 @@ __device__ inline unsigned pack(float low, float high) {
   asm("cvt.rn." PACK_OPERANDS ".f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
 }
-
-
 
 // 2^x
 __device__ inline float exp2_approximate(float x) {

@@ -1,7 +1,8 @@
 """NumPy, one function an equation: the oracle of the tests, and the steps that the NumPy backend calls.
 
-Every function computes in the precision of its inputs. ``distr_attention`` and ``exact_attention`` convert to float64
-first: called through them, this package is the definition that all backends are compared with.
+Every function computes in the precision of its inputs. ``distr_attention``, ``subspace_attention`` and
+``exact_attention`` convert to float64 first: called through them, this package is the definition that all backends are
+compared with.
 """
 
 from .channel_norms import channel_norms
@@ -9,23 +10,51 @@ from .distr_attention import distr_attention, fused_scores, group_maps
 from .exact_attention import exact_attention, softmax_attention, visible_keys
 from .fuse_channels import fuse_channels, sample_channels
 from .fusion_gains import fusion_gains
+from .gram import gram
 from .group_channels import gray_rank, group_channels
 from .hash_channels import HASH_BITS, hash_channels, hyperplanes
+from .subspace_attention import Maps, key_mean, make_maps, subspace_attention, subspace_scores
+from .subspace_maps import (
+    RANK_STEP,
+    balance_columns,
+    cholesky,
+    choose_channels,
+    choose_ranks,
+    half_step,
+    rounding,
+    score_errors,
+    subspace_maps,
+)
 
 __all__ = [
     "HASH_BITS",
+    "RANK_STEP",
+    "Maps",
+    "balance_columns",
     "channel_norms",
+    "cholesky",
+    "choose_channels",
+    "choose_ranks",
     "distr_attention",
     "exact_attention",
     "fuse_channels",
     "fused_scores",
     "fusion_gains",
+    "gram",
     "gray_rank",
     "group_channels",
     "group_maps",
+    "half_step",
     "hash_channels",
     "hyperplanes",
+    "key_mean",
+    "make_maps",
+    "rounding",
     "sample_channels",
+    "score_errors",
     "softmax_attention",
+    "subspace_attention",
+    "subspace_maps",
+    "subspace_scores",
     "visible_keys",
 ]

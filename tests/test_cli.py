@@ -40,7 +40,7 @@ class TestDemo:
         assert report["plot"] is None
         assert report["input"]["q"] == [1, 4, 40, 16]
         assert report["input"]["scale"] == 0.5
-        assert [row["group_size"] for row in report["results"]] == [1, 2, 4, 2]
+        assert [row["group_size"] for row in report["results"]] == [1, 2, 4, 2, 4, 2]
         exact, *others = report["results"]
         assert exact["relative_error"] == exact["total_variation"] == 0
         assert exact["speed_up"] == 1
@@ -157,6 +157,7 @@ class TestRows:
             P = demo.attention_rows(plan.inputs, problem, demo.head_maps(plan.inputs, problem), 1, 2, rows)
             out = distrattn_np.distr_attention(
                 *(array.astype(np.float32) for array in (plan.inputs.q, plan.inputs.k, plan.inputs.v)),
+                method=case.method,
                 group_size=case.group_size,
                 fusion=case.fusion,
                 causal=plan.inputs.causal,

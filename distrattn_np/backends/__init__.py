@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..arrays import Kind, describe, kind_of
-from ..problem import GroupMaps, Layout, Problem
+from ..problem import GroupMaps, Layout, Problem, Subspace, SubspaceMaps
 
 NAMES = ("numpy", "cupy", "numba")
 
@@ -20,35 +20,53 @@ INSTALL = {
 }
 
 
+Maps = GroupMaps | SubspaceMaps | None
+"""What a backend makes of a problem's queries and keys before it attends; None for exact attention."""
+
+
 class Backend(ABC):
     """One implementation of the method. Its arrays ("native") are (B, H, rows, width) views, whatever the layout."""
 
     name: ClassVar[str]
     kinds: ClassVar[frozenset[Kind]]
     """Array kinds that it takes."""
+    builds_subspace: ClassVar[bool] = False
+    """Whether it covers ``method="subspace"``."""
 
-    def attention(self, problem: Problem, q: Any, k: Any, v: Any, out: Any) -> tuple[Any, Any]:
-        """Compute one checked call; return the result in the caller's kind and layout, and the lse (B, H, N)."""
+    def attention(self, problem: Problem, q: Any, k: Any, v: Any, out: Any) -> tuple[Any, Any, Maps]:
+        """Compute one checked call.
+
+        Returns
+        -------
+        result : array, in the caller's kind and layout
+        lse : array, shape (B, H, N), in the caller's kind
+        maps : native arrays
+        """
         if kind_of(q) not in self.kinds:
             rule = f"the {self.name} backend takes {' and '.join(sorted(self.kinds))} arrays"
             raise TypeError(f"q: {rule}, got {describe(q)}")
+        if isinstance(problem.grouping, Subspace) and not self.builds_subspace:
+            rule = f"'subspace' is not built for the {self.name} backend yet"
+            raise NotImplementedError(f"method: {rule}, got {describe(q)}")
         Q, K, V = (self.bring_in(x, problem.layout) for x in (q, k, v))
         if out is not None and self.shares_memory(out):
             O = self.bring_in(out, problem.layout)
         else:
             O = self.empty((problem.batch, problem.heads, problem.queries, problem.value_width), Q, problem.layout)
         lse = self.empty_lse((problem.batch, problem.heads, problem.queries), Q)
+        maps = None
         if 0 not in O.shape:
-            self.attend(problem, Q, K, V, O, lse, self.group_maps(problem, Q, K))
+            maps = self.group_maps(problem, Q, K)
+            self.attend(problem, Q, K, V, O, lse, maps)
         result = self.hand_back(O, problem.layout, like=q, out=out)
-        return result, self.hand_back(lse, None, like=q, out=None)
+        return result, self.hand_back(lse, None, like=q, out=None), maps
 
     @abstractmethod
-    def group_maps(self, problem: Problem, Q: Any, K: Any) -> GroupMaps | None:
-        """Return the maps of every block (docs/math.md, eq. 5 to 9); None for exact attention."""
+    def group_maps(self, problem: Problem, Q: Any, K: Any) -> Maps:
+        """Return the maps of every block (docs/math.md, eq. 5 to 9 and 11 to 19); None for exact attention."""
 
     @abstractmethod
-    def attend(self, problem: Problem, Q: Any, K: Any, V: Any, O: Any, lse: Any, maps: GroupMaps | None) -> None:
+    def attend(self, problem: Problem, Q: Any, K: Any, V: Any, O: Any, lse: Any, maps: Any) -> None:
         """Write attention into O (B, H, N, E) and its log-sum-exp into lse (B, H, N); no axis of O is empty."""
 
     @abstractmethod

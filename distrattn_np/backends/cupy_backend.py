@@ -10,7 +10,7 @@ import math
 import re
 import threading
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib import resources
 from typing import Any, ClassVar
@@ -18,35 +18,54 @@ from typing import Any, ClassVar
 import cupy
 import numpy as np
 
-from ..arrays import Kind, kind_of
-from ..problem import GroupMaps, Layout, Problem, ceil_div
+from ..arrays import Kind, describe, kind_of
+from ..problem import Grouping, GroupMaps, Layout, Problem, Subspace, SubspaceMaps, ceil_div
 from ..reference import hyperplanes
 from ..tiles import (
+    ALL,
+    DENSE,
     ELEMENTS,
+    FROM,
     FUSE,
     NO_MAP,
+    OWN,
+    REDUCE_ROW_TILE,
+    REDUCE_THREADS,
     SAMPLE,
     SIMT_THREADS,
+    SM90_KEY_MAP_TILES,
     SM90_WIDTHS,
+    UP_TO,
     Defines,
     fuse_defines,
     gains_defines,
+    gram_blocks,
+    gram_defines,
+    gram_threads,
     hash_defines,
+    maps_defines,
+    maps_pitch,
+    mean_scores_defines,
     mma_defines,
     mma_tiles,
+    narrow_defines,
     norms_defines,
     pad,
+    reduce_defines,
     simt_defines,
     sm90_defines,
     sm90_tiles,
+    sum_defines,
 )
-from . import Backend, host_copy_back
+from . import Backend, Maps, host_copy_back
 from .tensor_map import can_be_mapped, encode_tensor_map, forward_sm90_launch
 
 WORKSPACE_BYTES = 256 << 20
 """Most that the fused keys of one launch take; longer calls go through (head, block) pairs in several launches."""
 
 _NO_LIMIT = np.iinfo(np.int32).max
+_LEAST_SEGMENT_ROWS = 64
+"""Rows of a segment below which its partial sums cost more than another thread block brings."""
 
 
 class CupyBackend(Backend):
@@ -54,10 +73,18 @@ class CupyBackend(Backend):
 
     name: ClassVar[str] = "cupy"
     kinds: ClassVar[frozenset[Kind]] = frozenset({"cupy", "numba", "numpy"})
+    builds_subspace: ClassVar[bool] = True
 
-    def attention(self, problem: Problem, q: Any, k: Any, v: Any, out: Any) -> tuple[Any, Any]:
+    def attention(self, problem: Problem, q: Any, k: Any, v: Any, out: Any) -> tuple[Any, Any, Maps]:
         """Compute one call on the device that holds ``q`` (the current one for NumPy arrays)."""
         with _device_of(q):
+            if isinstance(problem.grouping, Subspace) and not uses_tensor_cores(problem, capability()):
+                rule = (
+                    "'subspace' takes float16 and bfloat16 on sm_80 and up, and a positive scale, on the cupy backend"
+                )
+                raise NotImplementedError(
+                    f"method: {rule}, got {describe(q)}, scale {problem.scale:g}, sm_{capability()}"
+                )
             return super().attention(problem, q, k, v, out)
 
     # ---- arrays ----
@@ -113,17 +140,26 @@ class CupyBackend(Backend):
         _launch("group_channels", {}, words.size // words.shape[3], 256, words, channels, words.shape[3])
         return channels
 
-    def group_maps(self, problem: Problem, Q: Any, K: Any) -> GroupMaps | None:
-        grouping = problem.grouping
-        if grouping is None or problem.blocks == 0:
+    def group_maps(self, problem: Problem, Q: Any, K: Any) -> Maps:
+        if problem.blocks == 0 or problem.keys == 0:
             return None
+        match problem.grouping:
+            case Subspace() as subspace:
+                return self._subspace_maps(problem, subspace, Q, K)
+            case Grouping() as grouping:
+                return self._lsh_maps(problem, grouping, Q, K)
+            case _:
+                return None
+
+    def _lsh_maps(self, problem: Problem, grouping: Grouping, Q: Any, K: Any) -> GroupMaps:
         X, Y = (Q, K) if grouping.by == "queries" else (K, Q)
         block_size = min(grouping.block_size, problem.grouped_rows)
         planes = _planes(grouping.seed, block_size, X.device.id)
         channels = self.group_channels(self.hash_channels(X, planes, block_size))
         if grouping.fusion == "sum":
             return GroupMaps(channels, None)
-        norms, direction = self._channel_norms(problem, Y)
+        segments = _segments_that_meet(problem, Y.shape[2])
+        norms = _channel_sums(Y, segments, power=2)
         gains = cupy.empty(channels.shape, np.float32)
         rows, width = X.shape[2:]
         _launch(
@@ -131,46 +167,81 @@ class CupyBackend(Backend):
             gains_defines(_element(X), grouping.group_size),
             channels.size // width,
             None,
-            *(X, norms, channels, gains, rows, width, block_size, X.shape[1], Y.shape[1], norms.shape[2], direction),
+            *(X, norms, channels, gains, rows, width, block_size, X.shape[1], Y.shape[1]),
+            *(segments.count, _SIGNS[segments.direction]),
             *_strides(X),
         )
         return GroupMaps(channels, gains)
 
-    def _channel_norms(self, problem: Problem, Y: Any) -> tuple[Any, int]:
-        """Return squared channel lengths of Y by segments (B, H_y, S, D), and which of them meet block c.
+    def key_mean(self, K: Any) -> Any:
+        """Return the mean of K (B, H_kv, M, D) over M as (B, H_kv, D) float32, rounded to K's dtype.
 
-        Without a causal limit one segment, all rows. With one, segment c holds the keys that block c sees and block
-        c - 1 does not (+1: block c meets the segments up to c), or the queries that see block c and not block c + 1
-        (-1: it meets the segments from c on).
+        Rounded, so that what is subtracted from a key is one of its own numbers; any vector may be.
         """
-        assert problem.grouping is not None
-        batch, heads, rows, width = Y.shape
-        offset, step = problem.causal_offset, problem.grouping.block_size
-        if offset is None:
-            segments, shift, lower, upper, direction = 1, 0, 0, rows, 0
-        elif problem.grouping.by == "queries":
-            # block c sees up to min((c + 1) L, N) + offset keys
-            segments, shift, lower, direction = problem.blocks, offset, 0, 1
-            upper = min(max(problem.queries + offset, 0), rows)
-        else:
-            segments, shift, upper, direction = problem.blocks, -offset, rows, -1
-            lower = min(max(-offset, 0), rows)
-        norms = cupy.empty((batch, heads, segments, width), np.float64 if Y.dtype == np.float64 else np.float32)
+        batch, heads, rows, width = K.shape
+        segments = _equal_segments(rows, batch * heads)
+        sums = _channel_sums(K, segments, power=1)
+        return _sum_segments(sums, segments, factor=1 / rows, element=_element(K)).reshape(batch, heads, width)
+
+    def grams(self, X: Any, mean: Any | None, segments: _Segments, heads_per_gram: int = 1) -> Any:
+        """Return the Gram matrices of X less ``mean`` as (B, H / heads_per_gram, C, D, D) float32, D padded (eq. 11).
+
+        C counts the blocks of ``segments``, 1 where all rows meet all blocks.
+        """
+        batch, heads, _, width = X.shape
+        count = batch * heads // heads_per_gram
+        parts = segments.split(count)
+        sums = cupy.empty((batch, heads // heads_per_gram, parts.count, pad(width), pad(width)), np.float32)
         _launch(
-            "channel_norms",
-            norms_defines(_element(Y), _vector(Y)),
-            segments * heads * batch,
-            None,
-            *(Y, norms, heads, segments, rows, width, min(step, _NO_LIMIT), shift, lower, upper),
-            *_strides(Y),
+            "gram",
+            gram_defines(element=_element(X), width=width, centred=mean is not None, aligned=_vector(X) == 8),
+            count * parts.count * gram_blocks(width),
+            gram_threads(width),
+            *(X, _NULL if mean is None else mean, sums, heads // heads_per_gram, heads_per_gram),
+            *(parts.count, min(parts.rows, _NO_LIMIT), parts.shift, parts.lower, parts.upper),
+            *_strides(X),
         )
-        return norms, direction
+        return _sum_segments(sums, parts)
+
+    def _subspace_maps(self, problem: Problem, grouping: Subspace, Q: Any, K: Any) -> SubspaceMaps:
+        batch, heads, blocks = problem.batch, problem.grouped_heads, problem.blocks
+        block_size = min(grouping.block_size, problem.grouped_rows)
+        mean = self.key_mean(K)
+        by_keys = grouping.by == "keys"
+        X, Y = (K, Q) if by_keys else (Q, K)
+        heads_per_gram = problem.heads_per_kv_head if by_keys else 1
+        meeting = _segments_that_meet(problem, Y.shape[2])
+        own = _Segments(blocks, block_size, 0, 0, X.shape[2], OWN)
+        x_grams = self.grams(X, mean if by_keys else None, own)
+        y_grams = self.grams(Y, None if by_keys else mean, meeting, heads_per_gram)
+
+        columns, width = problem.rank, problem.width
+        defines = maps_defines(width, columns, _shared_memory_limit(Q.device.id))
+        sampling, fusion = (cupy.empty((batch, heads, blocks, pad(columns), pad(width)), np.float32) for _ in range(2))
+        ranks = cupy.empty((batch, heads, blocks), np.int32)
+        score_errors = cupy.empty(ranks.shape, np.float32)
+        rows_bytes = 0 if defines["IN_SHARED"] else ranks.size * pad(columns) * maps_pitch(width, columns)
+        _launch(
+            "subspace_maps",
+            defines,
+            ranks.size,
+            None,
+            *(x_grams, y_grams, sampling, fusion, ranks, score_errors, cupy.empty(rows_bytes, np.float32)),
+            *(grouping.refine, np.float32(-1 if grouping.score_tol is None else grouping.score_tol)),
+            *(np.float32(problem.scale), heads, y_grams.shape[1], blocks, X.shape[2], block_size),
+            *(Y.shape[2], heads_per_gram, _SIGNS[meeting.direction], problem.causal_offset or 0),
+            shared=defines["LAUNCH_SHARED_BYTES"],
+        )
+        sampling, fusion = (x[..., :columns, :width].swapaxes(-1, -2) for x in (sampling, fusion))
+        return SubspaceMaps(sampling, fusion, mean, ranks, score_errors)
 
     # ---- attention ----
 
-    def attend(self, problem: Problem, Q: Any, K: Any, V: Any, O: Any, lse: Any, maps: GroupMaps | None) -> None:
-        if maps is not None:
+    def attend(self, problem: Problem, Q: Any, K: Any, V: Any, O: Any, lse: Any, maps: Maps) -> None:
+        if isinstance(maps, GroupMaps):
             maps = GroupMaps(_contiguous(maps.channels), None if maps.gains is None else _contiguous(maps.gains))
+        elif isinstance(maps, SubspaceMaps):
+            maps = _DenseMaps.of(maps, K)
         forward = _Forward(problem, Q, K, V, O, lse, maps)
         if uses_tensor_cores(problem, capability()):
             forward.on_tensor_cores()
@@ -194,6 +265,130 @@ def capability() -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class _Segments:
+    """Rows cut into segments that are summed apart, ``count`` of them; their edges are those of channel_norms.cu."""
+
+    count: int
+    rows: int
+    """Of a segment."""
+    shift: int
+    lower: int
+    upper: int
+    direction: int
+    """Which of them meet a block, as in sum_segments.cu."""
+    per_block: int = 1
+
+    def split(self, sums: int) -> _Segments:
+        """Return smaller segments, where the device has more room than for ``sums`` times as many thread blocks."""
+        if self.direction == ALL:
+            return _equal_segments(self.upper, sums)
+        parts = 1
+        while sums * self.count * parts < _thread_blocks() // 2 and self.rows % (2 * parts) == 0:
+            if self.rows // (2 * parts) < _LEAST_SEGMENT_ROWS:
+                break
+            parts *= 2
+        return replace(self, count=self.count * parts, rows=self.rows // parts, per_block=parts)
+
+
+def _equal_segments(rows: int, sums: int) -> _Segments:
+    """Return segments of rows that are all wanted in one sum; ``sums`` says how many such sums a launch makes."""
+    wanted = ceil_div(_thread_blocks(), max(sums, 1))
+    size = max(ceil_div(rows, wanted), _LEAST_SEGMENT_ROWS)
+    return _Segments(ceil_div(rows, size), size, 0, 0, rows, ALL)
+
+
+def _segments_that_meet(problem: Problem, rows: int) -> _Segments:
+    """Return which of ``rows`` rows of the side that is not cut into blocks meet the blocks of the other.
+
+    Without a causal limit all of them. With one, segment c holds the keys that block c sees and block c - 1 does not
+    (block c meets the segments up to c), or the queries that see block c and not block c + 1 (from c on).
+    """
+    assert problem.grouping is not None
+    offset, step = problem.causal_offset, problem.grouping.block_size
+    if offset is None:
+        return _Segments(1, rows, 0, 0, rows, ALL)
+    if problem.grouping.by == "queries":
+        # block c sees up to min((c + 1) L, N) + offset keys
+        upper = min(max(problem.queries + offset, 0), rows)
+        return _Segments(problem.blocks, step, offset, 0, upper, UP_TO)
+    lower = min(max(-offset, 0), rows)
+    return _Segments(problem.blocks, step, -offset, lower, rows, FROM)
+
+
+_SIGNS = {ALL: 0, UP_TO: 1, FROM: -1}
+"""How fusion_gains.cu and subspace_maps.cu name the directions."""
+
+
+def _channel_sums(Y: Any, segments: _Segments, power: int) -> Any:
+    """Return sums of powers of Y's channels by segments, (B, H_y, S, D)."""
+    batch, heads, rows, width = Y.shape
+    sums = cupy.empty((batch, heads, segments.count, width), np.float64 if Y.dtype == np.float64 else np.float32)
+    _launch(
+        "channel_norms",
+        norms_defines(_element(Y), _vector(Y), power),
+        segments.count * heads * batch,
+        None,
+        *(Y, sums, heads, segments.count, rows, width),
+        *(min(segments.rows, _NO_LIMIT), segments.shift, segments.lower, segments.upper),
+        *_strides(Y),
+    )
+    return sums
+
+
+def _sum_segments(sums: Any, segments: _Segments, factor: float = 1, element: int | None = None) -> Any:
+    """Return (B, H, C, ...) float32 for sums by segments (B, H, S, ...); rounded to ``element`` where that is named."""
+    blocks = 1 if segments.direction == ALL else segments.count // segments.per_block
+    is_summed = segments.count == 1 or (segments.direction == OWN and segments.per_block == 1)
+    if is_summed and factor == 1 and element is None:
+        return sums
+    batch, heads = sums.shape[:2]
+    width = math.prod(sums.shape[3:])
+    out = cupy.empty((batch, heads, blocks, *sums.shape[3:]), np.float32)
+    defines = sum_defines(element or ELEMENTS["float16"], segments.direction, to_element=element is not None)
+    _launch(
+        "sum_segments",
+        defines,
+        batch * heads * ceil_div(width, defines["THREADS"]),
+        None,
+        *(sums, out, segments.count, width, segments.per_block, np.float32(factor)),
+    )
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class _DenseMaps:
+    """Subspace maps as the tensor cores read them."""
+
+    sampling: Any  # (B, H_x, C, R padded, D padded), K's dtype
+    fusion: Any
+    mean: Any  # (B, H_kv, D) float32, of K's precision
+
+    @classmethod
+    def of(cls, maps: SubspaceMaps, K: Any) -> _DenseMaps:
+        """Return ``maps`` rounded to the dtype of K."""
+        mean = _contiguous(maps.key_mean).astype(np.float32, copy=False)
+        whole = _Segments(1, 1, 0, 0, 1, ALL)
+        rounded = _sum_segments(mean[:, :, None], whole, element=_element(K)).reshape(mean.shape)
+        return cls(cls._narrow(maps.sampling, K), cls._narrow(maps.fusion, K), rounded)
+
+    @staticmethod
+    def _narrow(maps: Any, like: Any) -> Any:
+        *blocks, width, rank = maps.shape
+        flat = cupy.asarray(maps).astype(np.float32, copy=False).reshape(-1, width, rank)
+        narrow = cupy.empty((*blocks, pad(rank), pad(width)), like.dtype)
+        defines = narrow_defines(_element(like))
+        _launch(
+            "narrow_maps",
+            defines,
+            len(flat) * ceil_div(pad(rank) * pad(width), defines["THREADS"]),
+            None,
+            *(flat, narrow, width, rank, pad(rank), pad(width)),
+            *_strides(flat),
+        )
+        return narrow
+
+
+@dataclass(frozen=True, slots=True)
 class _Forward:
     """One forward on one device: how its arrays reach the kernels."""
 
@@ -203,7 +398,7 @@ class _Forward:
     V: Any
     O: Any
     lse: Any
-    maps: GroupMaps | None
+    maps: GroupMaps | _DenseMaps | None
 
     @property
     def by(self) -> str | None:
@@ -212,7 +407,18 @@ class _Forward:
 
     @property
     def group_size(self) -> int:
-        return 1 if self.by is None or self.problem.grouping is None else self.problem.grouping.group_size
+        grouping = self.problem.grouping
+        return 1 if self.maps is None or not isinstance(grouping, Grouping) else grouping.group_size
+
+    @property
+    def dense_maps(self) -> _DenseMaps | None:
+        """The maps, where they are of the subspace method."""
+        return self.maps if isinstance(self.maps, _DenseMaps) else None
+
+    @property
+    def gains(self) -> Any | None:
+        """Factors of the members of groups, where there are any."""
+        return self.maps.gains if isinstance(self.maps, GroupMaps) else None
 
     @property
     def block_size(self) -> int:
@@ -222,7 +428,7 @@ class _Forward:
 
     @property
     def rank(self) -> int:
-        return self.problem.width // self.group_size
+        return self.problem.rank if self.dense_maps else self.problem.width // self.group_size
 
     def sizes(self, first_item: int) -> tuple[int, ...]:
         """Return H to causal_offset of the forwards' arguments."""
@@ -249,7 +455,7 @@ class _Forward:
             value_width=problem.value_width,
             group_size=self.group_size,
             group_by=self.by,
-            with_gains=self.maps is not None and self.maps.gains is not None,
+            with_gains=self.gains is not None,
             causal=problem.causal_offset is not None,
         )
         scale = np.float64(problem.scale) if problem.dtype == np.float64 else np.float32(problem.scale)
@@ -263,31 +469,38 @@ class _Forward:
             *(self.Q, self.K, self.V, *self._map_arrays(), self.O, self.lse),
             *sizes,
             scale,
-            *self._strides(self.K),
+            *self._strides(self.Q, self.K),
         )
 
     def on_tensor_cores(self) -> None:
         """Launch forward_sm90.cu or forward_mma.cu; for blocks over queries in turns with the fusion of their keys."""
         heads = self.problem.batch * self.problem.heads
-        on_hopper = self._runs_on_hopper()
+        on_hopper, is_dense = self._runs_on_hopper(), self.dense_maps is not None
         if self.by == "queries":
-            Q = self._sample(self.Q) if on_hopper else self.Q
+            is_sampled = on_hopper or is_dense
+            Q = self._sample(self.Q) if is_sampled else self.Q
             items = heads * self.problem.blocks
             launch_items = self._items_per_launch(items, on_hopper)
             workspace = cupy.empty((launch_items, self.problem.keys, pad(self.rank)), self.K.dtype)
             for first in range(0, items, launch_items):
                 count = min(launch_items, items - first)
-                self._launch_fuse(self.K, workspace, first, count)
+                self._fuse(self.K, workspace, first, count)
                 if on_hopper:
                     self._launch_sm90(Q, workspace[None], first, count)
                 else:
-                    self._launch_mma(workspace, SAMPLE, first, count)
+                    self._launch_mma(Q, workspace, NO_MAP if is_sampled else SAMPLE, first, count)
         elif self.by == "keys":
-            self._launch_mma(self._sample(self.K), FUSE, 0, heads)
+            K = self._sample(self.K)
+            if on_hopper:
+                self._launch_sm90(self.Q, K, 0, heads)
+            else:
+                self._launch_mma(self.Q, K, DENSE if is_dense else FUSE, 0, heads)
         elif on_hopper:
             self._launch_sm90(self.Q, self.K, 0, heads)
         else:
-            self._launch_mma(self.K, NO_MAP, 0, heads)
+            self._launch_mma(self.Q, self.K, NO_MAP, 0, heads)
+        if self.dense_maps is not None:
+            self._add_mean_scores(self.dense_maps.mean)
 
     def _items_per_launch(self, items: int, on_hopper: bool) -> int:
         """Return how many query blocks one launch takes: what fits the workspace, in whole waves of the device."""
@@ -301,24 +514,31 @@ class _Forward:
 
     def _runs_on_hopper(self) -> bool:
         """Whether forward_sm90.cu takes this problem: what it multiplies must suit wgmma and the copy engine."""
-        read_by_copies = (self.V,) if self.by else (self.Q, self.K, self.V)
+        read_by_copies = {None: (self.Q, self.K, self.V), "queries": (self.V,), "keys": (self.Q, self.V)}[self.by]
         return (
             hopper_is_usable()
-            and self.by != "keys"
+            and (self.by != "keys" or self._maps_queries_on_hopper())
             and self.problem.keys > 0
             and pad(self.rank) in SM90_WIDTHS
             and self.problem.value_width in SM90_WIDTHS
-            and (self.by is not None or self.problem.width in SM90_WIDTHS)
+            and (self.by == "queries" or self.problem.width in SM90_WIDTHS)
             and all(can_be_mapped(x.data.ptr, x.shape, x.strides) for x in read_by_copies)
             and _vector(self.O) == 8
         )
+
+    def _maps_queries_on_hopper(self) -> bool:
+        """Whether forward_sm90.cu takes these blocks over keys: dense maps, and whole tiles of keys in a block."""
+        return self.dense_maps is not None and self.block_size % SM90_KEY_MAP_TILES.block_kv == 0
 
     def _launch_sm90(self, Q: Any, K: Any, first_item: int, items: int) -> None:
         """Launch forward_sm90.cu; K is (B, H_kv, M, R), or (1, items of this launch, M, R) where fused for items."""
         problem = self.problem
         rank, dtype = K.shape[3], problem.dtype.name
         sizes = self.sizes(first_item)
-        tiles = sm90_tiles(rank, problem.value_width, sizes[5])
+        # the queries of blocks over keys come as they are, and the kernel maps them for each block
+        Z = self.dense_maps.fusion if self.by == "keys" and self.dense_maps else None
+        tiles = sm90_tiles(rank, problem.value_width, sizes[5]) if Z is None else SM90_KEY_MAP_TILES
+        mapped_width = None if Z is None else problem.width
         defines = sm90_defines(
             tiles,
             element=_element(self.Q),
@@ -326,15 +546,22 @@ class _Forward:
             value_width=problem.value_width,
             keys_per_item=self.by == "queries",
             causal=problem.causal_offset is not None,
+            mapped_width=mapped_width,
         )
         launch = forward_sm90_launch(
-            rank, problem.value_width, block_q=tiles.block_q, block_kv=tiles.block_kv, stages=tiles.stages
+            rank,
+            problem.value_width,
+            mapped_width=mapped_width,
+            block_q=tiles.block_q,
+            block_kv=tiles.block_kv,
+            stages=tiles.stages,
         )
-        heads, heads_per_kv_head, N, M, query_blocks, query_block_size, _, first, offset = sizes
-        maps = [
-            encode_tensor_map(x.data.ptr, x.shape, x.strides, dtype, box)
-            for x, box in ((Q, launch.q_box), (K, launch.k_box), (self.V, launch.v_box))
-        ]
+        heads, heads_per_kv_head, N, M, query_blocks, query_block_size, key_block_size, first, offset = sizes
+        shown = [(Q, launch.q_box), (K, launch.k_box), (self.V, launch.v_box)]
+        if Z is not None:
+            batch, kv_heads, blocks = Z.shape[:3]
+            shown.append((Z.reshape(batch, kv_heads, blocks * rank, problem.width), launch.z_box))
+        maps = [encode_tensor_map(x.data.ptr, x.shape, x.strides, dtype, box) for x, box in shown]
         _launch(
             "forward_sm90",
             defines,
@@ -343,25 +570,73 @@ class _Forward:
             *(*maps, self.O, self.lse, heads, heads_per_kv_head, N, M, query_blocks, query_block_size, first, offset),
             np.float32(problem.scale * math.log2(math.e)),
             *_strides(self.O),
+            *(() if Z is None else (key_block_size,)),
             shared=launch.shared_bytes,
         )
 
     def _sample(self, X: Any) -> Any:
         """Return X W (B, H_x, rows, R padded), X the side that is cut into blocks."""
         sampled = cupy.empty((*X.shape[:3], pad(self.rank)), X.dtype)
-        self._launch_fuse(X, sampled, 0, X.shape[0] * X.shape[1] * self.problem.blocks, sample=True)
+        self._fuse(X, sampled, 0, X.shape[0] * X.shape[1] * self.problem.blocks, sample=True)
         return sampled
 
-    def _launch_fuse(self, Y: Any, out: Any, first_item: int, items: int, *, sample: bool = False) -> None:
-        """Launch fuse_channels.cu: Y Z for ``items`` query blocks from the first one on, or X W of all blocks."""
-        assert self.maps is not None
+    def _fuse(self, Y: Any, out: Any, first_item: int, items: int, *, sample: bool = False) -> None:
+        """Write Y Z for ``items`` query blocks from the first one on, or X W of all blocks (``sample``)."""
+        if self.dense_maps is None:
+            self._launch_fuse(Y, out, first_item, items, sample=sample)
+        else:
+            self._launch_reduce(self.dense_maps, Y, out, first_item, items, sample=sample)
+
+    def _launch_reduce(self, maps: _DenseMaps, Y: Any, out: Any, first_item: int, items: int, *, sample: bool) -> None:
+        """Launch reduce_rows.cu; the side that holds keys is centred."""
+        problem = self.problem
+        rows, width = Y.shape[2:]
+        holds_keys = sample == (self.by == "keys")
+        defines = reduce_defines(
+            element=_element(Y),
+            width=width,
+            rank=self.rank,
+            centred=holds_keys,
+            rows_from_block=sample,
+            aligned=_vector(Y) == 8,
+        )
+        row_tiles = ceil_div(self.block_size if sample else rows, REDUCE_ROW_TILE)
+        _launch(
+            "reduce_rows",
+            defines,
+            row_tiles * ceil_div(items, defines["ITEMS_PER_BLOCK"]),
+            REDUCE_THREADS,
+            *(Y, maps.mean, maps.sampling if sample else maps.fusion, out),
+            *(rows, problem.grouped_heads, Y.shape[1], problem.blocks, first_item, items),
+            *(self.block_size, problem.grouped_rows, rows if problem.causal_offset is None else problem.causal_offset),
+            *_strides(Y),
+            shared=defines["LAUNCH_SHARED_BYTES"],
+        )
+
+    def _add_mean_scores(self, mean: Any) -> None:
+        """Give lse back what centring the keys took (eq. 12)."""
+        problem = self.problem
+        defines = mean_scores_defines(_element(self.Q), problem.width, _vector(self.Q))
+        rows = defines["THREADS"] // defines["LANES"]
+        _launch(
+            "add_mean_scores",
+            defines,
+            problem.batch * problem.heads * ceil_div(problem.queries, rows),
+            None,
+            *(self.Q, mean, self.lse, problem.heads, problem.kv_heads, problem.queries, problem.width),
+            np.float32(problem.scale),
+            *_strides(self.Q),
+        )
+
+    def _launch_fuse(self, Y: Any, out: Any, first_item: int, items: int, *, sample: bool) -> None:
+        """Launch fuse_channels.cu."""
         problem = self.problem
         rows, width = Y.shape[2:]
         defines = fuse_defines(
             element=_element(Y),
             group_size=self.group_size,
             rank=self.rank,
-            with_gains=self.maps.gains is not None and not sample,
+            with_gains=self.gains is not None and not sample,
             sample=sample,
             vector=_vector(Y),
         )
@@ -378,20 +653,23 @@ class _Forward:
             *_strides(Y),
         )
 
-    def _launch_mma(self, K: Any, query_map: int, first_item: int, items: int) -> None:
+    def _launch_mma(self, Q: Any, K: Any, query_map: int, first_item: int, items: int) -> None:
+        """Launch forward_mma.cu; without a query map, Q is as wide as what stands for the keys."""
         problem = self.problem
         limit = _shared_memory_limit(cupy.cuda.Device().id)
-        tiles = mma_tiles(problem.width, self.rank, problem.value_width, query_map, limit)
-        user_arrays = (self.Q, self.V, self.O) if self.by else (self.Q, self.K, self.V, self.O)
+        width = Q.shape[3]
+        rank = width if query_map == NO_MAP else self.rank
+        tiles = mma_tiles(width, rank, problem.value_width, query_map, limit)
+        user_arrays = (Q, self.V, self.O) if self.by else (Q, K, self.V, self.O)
         defines = mma_defines(
             tiles,
             element=_element(self.Q),
-            width=problem.width,
-            rank=self.rank,
+            width=width,
+            rank=rank,
             value_width=problem.value_width,
             query_map=query_map,
             group_size=self.group_size,
-            with_gains=self.maps is not None and self.maps.gains is not None,
+            with_gains=self.gains is not None,
             keys_per_item=self.by == "queries",
             causal=problem.causal_offset is not None,
             aligned=all(_vector(x) == 8 for x in user_arrays),
@@ -402,24 +680,40 @@ class _Forward:
             defines,
             items * ceil_div(sizes[5], tiles.block_q),
             32 * tiles.num_warps,
-            *(self.Q, K, self.V, *self._map_arrays(), self.O, self.lse),
+            *(Q, K, self.V, *self._map_arrays(), self.O, self.lse),
             *sizes,
             np.float32(problem.scale * math.log2(math.e)),
-            *self._strides(K if self.by != "queries" else self.K),
+            *self._strides(Q, self.K if self.by == "queries" else K),
             shared=defines["LAUNCH_SHARED_BYTES"],
         )
 
     def _map_arrays(self) -> tuple[Any, Any]:
-        """Return channels and gains as kernel arguments: null pointers where there are none."""
-        if self.maps is None:
-            return _NULL, _NULL
-        return self.maps.channels, _NULL if self.maps.gains is None else self.maps.gains
+        """Return channels, or maps of queries, and gains as kernel arguments; null pointers where there are none."""
+        match self.maps:
+            case GroupMaps(channels, gains):
+                return channels, _NULL if gains is None else gains
+            case _DenseMaps(fusion=fusion):
+                return fusion, _NULL
+            case _:
+                return _NULL, _NULL
 
-    def _strides(self, K: Any) -> tuple[np.int64, ...]:
-        return (*_strides(self.Q), *_strides(K), *_strides(self.V), *_strides(self.O))
+    def _strides(self, Q: Any, K: Any) -> tuple[np.int64, ...]:
+        return (*_strides(Q), *_strides(K), *_strides(self.V), *_strides(self.O))
 
 
 _NULL = np.uint64(0)
+
+
+@cache
+def _multiprocessors(device: int) -> int:
+    """Return how many thread blocks the device can at least run side by side."""
+    count: int = cupy.cuda.Device(device).attributes["MultiProcessorCount"]
+    return count
+
+
+def _thread_blocks() -> int:
+    """Return how many thread blocks keep the current device busy with reading memory: two a multiprocessor."""
+    return 2 * _multiprocessors(cupy.cuda.Device().id)
 
 
 @cache
@@ -427,12 +721,6 @@ def _shared_memory_limit(device: int) -> int:
     """Return the most bytes of shared memory that a block of the device can ask for."""
     limit: int = cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"]
     return limit
-
-
-@cache
-def _multiprocessors(device: int) -> int:
-    count: int = cupy.cuda.Device(device).attributes["MultiProcessorCount"]
-    return count
 
 
 def _device_of(array: Any) -> AbstractContextManager[Any]:

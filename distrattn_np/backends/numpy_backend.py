@@ -17,34 +17,44 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import numpy as np
 
 from .. import reference
-from ..problem import Grouping, GroupMaps, Layout, Problem, block_edges, ceil_div
+from ..problem import Grouping, GroupMaps, Layout, Problem, Subspace, SubspaceMaps, block_edges, ceil_div
 from ..reference.distr_attention import rows_that_meet
-from . import Backend
+from . import Backend, Maps
 
 QUERY_TILE = 512
 KEY_TILE = 512
 SCRATCH_BYTES = 56 << 20
 """What all workers together may hold: where their tiles need more, fewer workers run."""
+STACK_BYTES = 1 << 19
+"""What the Gram matrices of the blocks that are solved together take: small matrices are quick only in stacks."""
 THREADED_WORK = 1 << 21
 """Multiply-adds of a task below which handing the interpreter lock over costs more than a second thread gives."""
 
 
 class NumpyBackend(Backend):
-    """Host arrays. The arithmetic is float32; float64 for float64 arrays, and for hashes and gains."""
+    """Host arrays. The arithmetic is float32; float64 for float64 arrays, and for hashes, gains and subspace maps."""
 
     name = "numpy"
     kinds = frozenset({"numpy"})
+    builds_subspace: ClassVar[bool] = True
 
-    def group_maps(self, problem: Problem, Q: np.ndarray, K: np.ndarray) -> GroupMaps | None:
-        """Return the maps of every block; the gains have the precision of the scores."""
-        grouping = problem.grouping
-        if grouping is None:
-            return None
+    def group_maps(self, problem: Problem, Q: np.ndarray, K: np.ndarray) -> Maps:
+        """Return the maps of every block; what multiplies has the precision of the scores."""
+        match problem.grouping:
+            case Grouping() as grouping:
+                return self._lsh_maps(problem, grouping, Q, K)
+            case Subspace() as grouping:
+                return self._subspace_maps(problem, grouping, Q, K)
+            case _:
+                return None
+
+    def _lsh_maps(self, problem: Problem, grouping: Grouping, Q: np.ndarray, K: np.ndarray) -> GroupMaps:
         X, Y = (Q, K) if grouping.by == "queries" else (K, Q)
         block_rows = min(grouping.block_size, problem.grouped_rows)
         # a shorter draw has the same first rows, so no planes are drawn for rows that are not there
@@ -55,14 +65,64 @@ class NumpyBackend(Backend):
         gains = np.empty(channels.shape, dtype=_compute_dtype(problem))
 
         def weigh_head(b: int, h: int) -> None:
-            shared = problem.heads_per_kv_head
-            partners = Y[b, h // shared][None] if grouping.by == "queries" else Y[b, h * shared : (h + 1) * shared]
-            _weigh_members(problem, grouping, X[b, h], partners, channels[b, h], gains[b, h])
+            _weigh_members(problem, grouping, X[b, h], Y[b, _heads_that_meet(problem, h)], channels[b, h], gains[b, h])
 
         # a block in float64, its columns in the order of their groups, and a tile of the other side
         memory = 8 * problem.width * (2 * block_rows + KEY_TILE)
         _run_tasks(weigh_head, channels.shape[:2], memory=memory, work=16 * problem.width * problem.grouped_rows)
         return GroupMaps(channels, gains)
+
+    def _subspace_maps(self, problem: Problem, grouping: Subspace, Q: np.ndarray, K: np.ndarray) -> SubspaceMaps:
+        X, Y = (Q, K) if grouping.by == "queries" else (K, Q)
+        dtype, D = _compute_dtype(problem), problem.width
+        blocks = (problem.batch, problem.grouped_heads, problem.blocks)
+        key_mean = np.empty((problem.batch, problem.kv_heads, D), dtype)
+        maps = SubspaceMaps(
+            sampling=np.empty((*blocks, D, problem.rank), dtype),
+            fusion=np.empty((*blocks, D, problem.rank), dtype),
+            key_mean=key_mean,
+            ranks=np.empty(blocks, np.int32),
+            score_errors=np.empty(blocks, dtype),
+        )
+
+        def average_head(b: int, h: int) -> None:
+            key_mean[b, h] = _column_sums(K[b, h]) / max(problem.keys, 1)
+
+        def solve_head(b: int, h: int) -> None:
+            meeting = _heads_that_meet(problem, h)
+            if grouping.by == "queries":
+                x_shift, y_shift = np.zeros(D), key_mean[b, meeting.start]
+            else:
+                x_shift, y_shift = key_mean[b, h], np.zeros(D)
+            sums_of_y = partial(_gram_of_rows, Y[b, meeting], y_shift)
+            heads = meeting.stop - meeting.start
+            blocks_left = (
+                (c, _gram_of_rows(X[b, h : h + 1], x_shift, start, stop), gram_of_y, stop - start, heads * y_rows)
+                for c, start, stop, gram_of_y, y_rows in _blocks_with_sums(
+                    problem, grouping, sums_of_y, np.zeros((D, D))
+                )
+            )
+            while stack := list(itertools.islice(blocks_left, stacked)):
+                c, A, B, x_rows, y_rows = (np.array(column) for column in zip(*stack, strict=True))
+                maps.sampling[b, h, c], maps.fusion[b, h, c], maps.ranks[b, h, c], maps.score_errors[b, h, c] = (
+                    reference.subspace_maps(
+                        A,
+                        B,
+                        x_rows=x_rows,
+                        y_rows=y_rows,
+                        scale=problem.scale,
+                        rank=grouping.rank,
+                        score_tol=grouping.score_tol,
+                        refine=grouping.refine,
+                    )
+                )
+
+        stacked = min(max(STACK_BYTES // (8 * D * D), 1), problem.blocks)
+        # a tile in float64, once more when its mean is subtracted; some twelve matrices a block
+        memory = 8 * D * (2 * KEY_TILE + 12 * stacked * D)
+        _run_tasks(average_head, key_mean.shape[:2], memory=memory, work=problem.keys * D)
+        _run_tasks(solve_head, blocks[:2], memory=memory, work=problem.grouped_rows * D * D)
+        return maps
 
     def hash_channels(self, x: np.ndarray, planes: np.ndarray, block_size: int) -> np.ndarray:
         """Return the words (B, H, C, D) uint16 of every block of ``x`` (B, H, rows, D), eq. 5."""
@@ -93,7 +153,7 @@ class NumpyBackend(Backend):
         V: np.ndarray,
         O: np.ndarray,
         lse: np.ndarray,
-        maps: GroupMaps | None,
+        maps: Maps,
     ) -> None:
         """Write attention into O (B, H, N, E) and its log-sum-exp into lse (B, H, N), a tile of queries at a time."""
         N, grouping = problem.queries, problem.grouping
@@ -104,11 +164,7 @@ class NumpyBackend(Backend):
 
         def attend_tile(b: int, h: int, t: int) -> None:
             h_kv = h // problem.heads_per_kv_head
-            head_maps = None
-            if grouping is not None and maps is not None:
-                h_x = h if by_queries else h_kv
-                gains = None if maps.gains is None else maps.gains[b, h_x]
-                head_maps = _HeadMaps(grouping, maps.channels[b, h_x], gains)
+            head_maps = _maps_of_head(problem, maps, b, h, h_kv)
             _Head(problem, Q[b, h], K[b, h_kv], V[b, h_kv], O[b, h], lse[b, h], head_maps).attend(*tiles[t])
 
         rows = max(stop - start for start, stop in tiles)
@@ -145,12 +201,13 @@ class NumpyBackend(Backend):
 
 
 @dataclass(frozen=True, slots=True)
-class _HeadMaps:
-    """The maps of one head of the side that is cut into blocks."""
+class _LshHeadMaps:
+    """The groups of one head of the side that is cut into blocks."""
 
     grouping: Grouping
     channels: np.ndarray  # (C, D)
     gains: np.ndarray | None  # (C, D)
+    key_mean: None = None
 
     def sample(self, X: np.ndarray, block: int) -> np.ndarray:
         return reference.sample_channels(X, self.channels[block], self.grouping.group_size)
@@ -158,6 +215,41 @@ class _HeadMaps:
     def fuse(self, Y: np.ndarray, block: int) -> np.ndarray:
         gains = None if self.gains is None else self.gains[block]
         return reference.fuse_channels(Y, self.channels[block], gains, self.grouping.group_size)
+
+
+@dataclass(frozen=True, slots=True)
+class _SubspaceHeadMaps:
+    """The maps of one head of the side that is cut into blocks, and the mean of its keys."""
+
+    grouping: Subspace
+    sampling: np.ndarray  # (C, D, R)
+    fusion: np.ndarray  # (C, D, R)
+    ranks: np.ndarray  # (C,)
+    key_mean: np.ndarray  # (D,), subtracted from every key before it is sampled or fused
+
+    def sample(self, X: np.ndarray, block: int) -> np.ndarray:
+        sampled: np.ndarray = X @ self.sampling[block, :, : self.ranks[block]]
+        return sampled
+
+    def fuse(self, Y: np.ndarray, block: int) -> np.ndarray:
+        fused: np.ndarray = Y @ self.fusion[block, :, : self.ranks[block]]
+        return fused
+
+
+_HeadMaps = _LshHeadMaps | _SubspaceHeadMaps
+
+
+def _maps_of_head(problem: Problem, maps: Maps, b: int, h: int, h_kv: int) -> _HeadMaps | None:
+    """Return what query head h and its key head are reduced with; None for exact attention."""
+    grouping = problem.grouping
+    h_x = h if grouping is not None and grouping.by == "queries" else h_kv
+    if isinstance(grouping, Subspace) and isinstance(maps, SubspaceMaps):
+        return _SubspaceHeadMaps(
+            grouping, maps.sampling[b, h_x], maps.fusion[b, h_x], maps.ranks[b, h_x], maps.key_mean[b, h_kv]
+        )
+    if isinstance(grouping, Grouping) and isinstance(maps, GroupMaps):
+        return _LshHeadMaps(grouping, maps.channels[b, h_x], None if maps.gains is None else maps.gains[b, h_x])
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +279,8 @@ class _Head:
             return
 
         X = _tile(self.Q, first, stop, dtype) * dtype.type(problem.scale)
+        key_mean = None if self.maps is None else self.maps.key_mean
+        lse_shift = 0 if key_mean is None else X @ key_mean
         block = None
         if self.maps is not None and self.maps.grouping.by == "queries":
             block = start // self.maps.grouping.block_size
@@ -197,12 +291,13 @@ class _Head:
             m_stop = min(m + KEY_TILE, keys)
             unseen = 0 if offset is None else max(m - offset - first, 0)  # the rows before it see nothing of this tile
             S = buffer[: (stop - first - unseen) * (m_stop - m)].reshape(-1, m_stop - m)
-            self._write_scores(S, X[unseen:], _tile(self.K, m, m_stop, dtype), m, block)
+            Y = _tile(self.K, m, m_stop, dtype)
+            self._write_scores(S, X[unseen:], Y if key_mean is None else Y - key_mean, m, block)
             if offset is not None and first + unseen + offset < m_stop - 1:
                 last_seen = np.arange(first + unseen, stop)[:, None] + offset
                 np.copyto(S, -np.inf, where=np.arange(m, m_stop) > last_seen)
             softmax.add(unseen, S, _tile(self.V, m, m_stop, dtype))
-        softmax.write(self.O[first:stop], self.lse[first:stop])
+        softmax.write(self.O[first:stop], self.lse[first:stop], lse_shift)
 
     def _write_scores(self, S: np.ndarray, X: np.ndarray, Y: np.ndarray, m: int, block: int | None) -> None:
         """Write the scores (eq. 4) of scaled queries X, sampled if they are of a ``block``, and keys Y from m on."""
@@ -241,12 +336,16 @@ class _RunningSoftmax:
             O *= rescale
         O += np.matmul(S, V, out=product)
 
-    def write(self, O: np.ndarray, lse: np.ndarray) -> None:
-        """Divide by the row sums; a row without weight gives zero and an lse of minus infinity."""
-        self.O /= self.row_sum
-        np.copyto(self.O, 0, where=self.row_sum == 0)
+    def write(self, O: np.ndarray, lse: np.ndarray, lse_shift: np.ndarray | float) -> None:
+        """Divide by the row sums; a row without weight gives zero and an lse of minus infinity.
+
+        ``lse_shift`` (rows,) is what every score of a row was lowered by (eq. 12).
+        """
+        empty = self.row_sum == 0
+        np.divide(self.O, self.row_sum, out=self.O, where=~empty)
+        np.copyto(self.O, 0, where=empty)
         O[...] = self.O
-        lse[...] = (np.log(self.row_sum) + _finite_shift(self.row_max))[:, 0]
+        lse[...] = (np.log(self.row_sum) + _finite_shift(self.row_max))[:, 0] + lse_shift
 
 
 def _finite_shift(row_max: np.ndarray) -> np.ndarray:
@@ -259,12 +358,33 @@ def _weigh_members(
 ) -> None:
     """Move the sampled member of every group of one head to its front and write all gains (eq. 9).
 
-    X is (rows, D), channels and gains are (C, D), Y holds the heads that meet X: (heads, rows, D). In a causal call the
-    rows of Y that meet a block grow from block to block, over keys from the last block to the first; so |y_j|^2 is
-    summed up on the way and no row is read twice.
+    X is (rows, D), channels and gains are (C, D), Y holds the heads that meet X: (heads, rows, D).
     """
-    edges = list(enumerate(block_edges(len(X), grouping.block_size)))
-    y_norms = np.zeros(problem.width)
+    sums = _blocks_with_sums(problem, grouping, partial(_channel_norms, Y), np.zeros(problem.width))
+    for c, start, stop, y_norms, _ in sums:
+        channels[c], gains[c] = reference.fusion_gains(
+            X[start:stop].astype(np.float64), channels[c], y_norms, grouping.group_size
+        )
+
+
+def _heads_that_meet(problem: Problem, h: int) -> slice:
+    """Return the heads of the other side that meet head h of the side that is cut into blocks."""
+    shared = problem.heads_per_kv_head
+    grouping = problem.grouping
+    if grouping is not None and grouping.by == "queries":
+        return slice(h // shared, h // shared + 1)
+    return slice(h * shared, (h + 1) * shared)
+
+
+def _blocks_with_sums(
+    problem: Problem, grouping: Grouping | Subspace, sum_rows: Callable[[int, int], np.ndarray], total: np.ndarray
+) -> Iterator[tuple[int, int, int, np.ndarray, int]]:
+    """Yield every block: number, first and past-the-last row, ``sum_rows`` over the rows that meet it, their count.
+
+    In a causal call the rows that meet a block grow from block to block, over keys from the last block to the first; so
+    the sum, which starts as ``total``, grows on the way, and no row is read twice.
+    """
+    edges = list(enumerate(block_edges(problem.grouped_rows, grouping.block_size)))
     first = last = 0 if grouping.by == "queries" else problem.queries
     for c, (start, stop) in edges if grouping.by == "queries" else reversed(edges):
         meet = rows_that_meet(
@@ -276,20 +396,40 @@ def _weigh_members(
             causal_offset=problem.causal_offset,
         )
         for new_first, new_last in ((meet[0], first), (last, meet[1])):
-            y_norms += _channel_norms(Y, new_first, new_last)
+            total = total + sum_rows(new_first, new_last)
         first, last = meet
-        channels[c], gains[c] = reference.fusion_gains(
-            X[start:stop].astype(np.float64), channels[c], y_norms, grouping.group_size
-        )
+        yield c, start, stop, total, last - first
+
+
+def _tiles_of_rows(first: int, last: int) -> Iterator[slice]:
+    for start in range(first, last, KEY_TILE):
+        yield slice(start, min(start + KEY_TILE, last))
+
+
+def _column_sums(X: np.ndarray) -> np.ndarray:
+    """Return the sum of the rows of X (rows, D), in float64."""
+    total = np.zeros(X.shape[1])
+    for rows in _tiles_of_rows(0, len(X)):
+        total += X[rows].sum(axis=0, dtype=np.float64)
+    return total
 
 
 def _channel_norms(Y: np.ndarray, first: int, last: int) -> np.ndarray:
     """Return |y_j|^2 over rows ``first`` to ``last - 1`` of all heads of Y (heads, rows, D), in float64."""
     norms = np.zeros(Y.shape[2])
     for head in Y:
-        for start in range(first, last, KEY_TILE):
-            norms += reference.channel_norms(head[start : min(start + KEY_TILE, last)].astype(np.float64))
+        for rows in _tiles_of_rows(first, last):
+            norms += reference.channel_norms(head[rows].astype(np.float64))
     return norms
+
+
+def _gram_of_rows(Y: np.ndarray, shift: np.ndarray, first: int, last: int) -> np.ndarray:
+    """Return the Gram matrix of Y - shift over rows ``first`` to ``last - 1`` of all heads of Y, in float64."""
+    total = np.zeros((Y.shape[2], Y.shape[2]))
+    for head in Y:
+        for rows in _tiles_of_rows(first, last):
+            total += reference.gram(head[rows].astype(np.float64) - shift)
+    return total
 
 
 def _compute_dtype(problem: Problem) -> np.dtype[Any]:
@@ -310,8 +450,8 @@ def _tile_bytes(problem: Problem, rows: int) -> int:
     itemsize = _compute_dtype(problem).itemsize
     keys = min(KEY_TILE, problem.keys)
     scores = rows * keys * (itemsize + 1)  # and the causal mask
-    # X, O and the product; K and V converted; a sampled side, a fused side and what is being added to it
-    return scores + itemsize * (rows * (D + 2 * E) + keys * (D + E) + 3 * R * max(rows, keys))
+    # X, O and the product; K and V converted, K centred; a sampled side, a fused side and what is being added to it
+    return scores + itemsize * (rows * (D + 2 * E) + keys * (2 * D + E) + 3 * R * max(rows, keys))
 
 
 class _BlasThreads:

@@ -236,19 +236,42 @@ WRONG_OPTIONS = {
     "backend-module": ({"backend": 3}, "backend: must be 'numpy', 'cupy' or 'numba', got 3"),
 }
 
+SCORE_TOL = "score_tol: must be a positive finite number in the range of float32, got"
+SCORE_TOLS = [0, -0.5, float("nan"), float("inf"), 1e39, True, "0.1", 1j]
+
 WRONG_GROUPING = {
-    "method": ({"method": "subspace!"}, "method: must be 'lsh', got 'subspace!'"),
-    "fusion": ({"fusion": "mean"}, "fusion: must be 'sum' or 'lstsq', got 'mean'"),
-    "fusion-none": ({"fusion": None}, "fusion: must be 'sum' or 'lstsq', got None"),
+    "method": ({"method": "subspace!"}, "method: must be 'subspace' or 'lsh', got 'subspace!'"),
+    "method-none": ({"method": None}, "method: must be 'subspace' or 'lsh', got None"),
+    "fusion": ({"method": "lsh", "fusion": "mean"}, "fusion: must be 'sum' or 'lstsq', got 'mean'"),
+    "fusion-of-subspace": ({"fusion": "sum"}, "fusion: must be None with method='subspace', got 'sum'"),
+    "rank-of-lsh": ({"method": "lsh", "rank": 3}, "rank: must be None with method='lsh', got 3"),
+    "score_tol-of-lsh": ({"method": "lsh", "score_tol": 0.1}, "score_tol: must be None with method='lsh', got 0.1"),
+    "rank-and-group_size": ({"group_size": 2, "rank": 3}, "rank: must be None with group_size, got 3"),
+    "score_tol-and-group_size": (
+        {"group_size": 2, "score_tol": 0.1},
+        "score_tol: must be None with group_size, got 0.1",
+    ),
+    "score_tol-and-rank": ({"rank": 3, "score_tol": 0.1}, "score_tol: must be None with rank, got 0.1"),
+    "rank-too-large": ({"rank": 7}, "rank: must be at most the width 6, got 7"),
+    **{f"score_tol-{str(x)[:5]}": ({"score_tol": x}, f"{SCORE_TOL} {x!r}") for x in SCORE_TOLS},
+    "score_tol-array": (
+        {"score_tol": np.ones(2)},
+        f"{SCORE_TOL} numpy array of shape (2,) and dtype float64",
+    ),
     "group_by": ({"group_by": "values"}, "group_by: must be 'queries' or 'keys', got 'values'"),
     "group_size-not-a-divisor": ({"group_size": 4}, "group_size: must divide the width 6, got 4"),
     "group_size-too-large": ({"group_size": 12}, "group_size: must divide the width 6, got 12"),
+    "group_size-of-lsh": ({"method": "lsh", "group_size": 4}, "group_size: must divide the width 6, got 4"),
+    "group_size-default": (
+        {"q": normal(2, 4, 5, 7), "k": normal(2, 2, 7, 7)},
+        "group_size: must divide the width 7, got 2",
+    ),
     **{
         f"{name}-{value}": ({name: value}, f"{name}: must be an integer of at least {least}, got {value!r}")
-        for name, least in (("group_size", 1), ("block_size", 1), ("seed", 0))
+        for name, least in (("group_size", 1), ("rank", 1), ("refine", 0), ("block_size", 1), ("seed", 0))
         for value in (least - 1, True, 2.0, "2", np.True_)
     },
-    "group_size-none": ({"group_size": None}, "group_size: must be an integer of at least 1, got None"),
+    "refine-none": ({"refine": None}, "refine: must be an integer of at least 0, got None"),
     "seed-none": ({"seed": None}, "seed: must be an integer of at least 0, got None"),
 }
 
@@ -327,11 +350,21 @@ def test_numpy_bool_is_a_bool(causal: bool) -> None:
 
 def test_numpy_numbers_are_numbers() -> None:
     q, k, v = (normal(1, 1, 4, 4) for _ in range(3))
-    options = {"group_size": 2, "block_size": 3, "seed": 5}
-    got = distrattn_np.distr_attention(
-        q, k, v, scale=np.float32(0.5), **{name: np.uint8(value) for name, value in options.items()}
-    )
-    assert_same_bits(got, distrattn_np.distr_attention(q, k, v, scale=0.5, **options))
+    for options in (
+        {"group_size": 2, "block_size": 3, "seed": 5},
+        {"rank": 3, "refine": 2},
+    ):
+        given = {name: np.uint8(value) for name, value in options.items()}
+        got = distrattn_np.distr_attention(q, k, v, scale=np.float32(0.5), **given)
+        assert_same_bits(got, distrattn_np.distr_attention(q, k, v, scale=0.5, **options))
+    got = distrattn_np.distr_attention(q, k, v, score_tol=np.float32(0.5))
+    assert_same_bits(got, distrattn_np.distr_attention(q, k, v, score_tol=0.5))
+
+
+def test_backend_that_does_not_build_the_method_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends.load_by_name("numpy"), "builds_subspace", False)
+    message = f"method: 'subspace' is not built for the numpy backend yet, got {Q} float32"
+    assert_refused(distrattn_np.distr_attention, {}, NotImplementedError, message)
 
 
 def test_read_only_inputs_are_accepted() -> None:

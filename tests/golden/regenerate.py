@@ -13,34 +13,50 @@ import numpy as np
 from distrattn_np import reference
 
 HERE = Path(__file__).parent
+LSH = {"method": "lsh", "block_size": 1024, "group_by": "queries", "seed": 0}
+SUBSPACE = {"method": "subspace", "block_size": 128, "group_by": "keys", "refine": 1}
 CASES = {
-    "exact": {"group_size": 1, "fusion": "sum"},
-    "lsh_g2": {"group_size": 2, "fusion": "sum"},
-    "lsh_g4": {"group_size": 4, "fusion": "sum"},
-    "lsh_g2_lstsq": {"group_size": 2, "fusion": "lstsq"},
+    "exact": LSH | {"group_size": 1, "fusion": "sum"},
+    "subspace_g2": SUBSPACE | {"group_size": 2},
+    "subspace_g4": SUBSPACE | {"group_size": 4},
+    "lsh_g2": LSH | {"group_size": 2, "fusion": "sum"},
+    "lsh_g4": LSH | {"group_size": 4, "fusion": "sum"},
+    "lsh_g2_lstsq": LSH | {"group_size": 2, "fusion": "lstsq"},
 }
-COMMON = {"block_size": 1024, "group_by": "queries", "seed": 0}
 ROWS = [0, 1, 1023, 1024, 1535]  # first, second, both sides of the edge between the blocks, last
 
 
-def attention_matrices(q, k, scale, group_size, fusion):
+def lsh_scores(q, k, **options):
+    """Yield the unscaled scores of every head, (N, M); blocks over queries, causal."""
+    H, H_kv = q.shape[1], k.shape[1]
+    channels, gains = reference.group_maps(q, k, causal_offset=k.shape[2] - q.shape[2], **options)
+    sizes = {name: options[name] for name in ("group_size", "block_size", "group_by")}
+    for b, h in np.ndindex(q.shape[:2]):
+        gain = None if gains is None else gains[b, h]
+        yield reference.fused_scores(q[b, h], k[b, h * H_kv // H], channels[b, h], gain, **sizes)
+
+
+def subspace_scores(q, k, scale, group_size, **options):
+    """Yield the unscaled scores of every head, (N, M); blocks over keys, causal."""
+    H, H_kv, D = q.shape[1], k.shape[1], q.shape[3]
+    offset = k.shape[2] - q.shape[2]
+    rank = D // group_size
+    maps = reference.make_maps(q, k, scale=scale, rank=rank, score_tol=None, causal_offset=offset, **options)
+    sizes = {name: options[name] for name in ("block_size", "group_by")}
+    for b, h in np.ndindex(q.shape[:2]):
+        h_kv = h * H_kv // H
+        K = k[b, h_kv] - maps.key_mean[b, h_kv]
+        yield reference.subspace_scores(q[b, h], K, maps.sampling[b, h_kv], maps.fusion[b, h_kv], **sizes)
+
+
+def attention_matrices(q, k, scale, method, **options):
     """Return P of every head, (B, H, N, M) float64, from the reference's scores; causal."""
     B, H, N, _ = q.shape
     M = k.shape[2]
-    maps = reference.group_maps(q, k, group_size=group_size, fusion=fusion, **COMMON, causal_offset=M - N)
-    channels, gains = maps
+    scores = lsh_scores(q, k, **options) if method == "lsh" else subspace_scores(q, k, scale, **options)
     seen = reference.visible_keys(N, M, M - N)
     P = np.zeros((B, H, N, M))
-    for b, h in np.ndindex(B, H):
-        S = reference.fused_scores(
-            q[b, h],
-            k[b, h * k.shape[1] // H],
-            channels[b, h],
-            None if gains is None else gains[b, h],
-            group_size=group_size,
-            block_size=COMMON["block_size"],
-            group_by=COMMON["group_by"],
-        )
+    for (b, h), S in zip(np.ndindex(B, H), scores, strict=True):
         P[b, h] = np.exp(np.where(seen, scale * S, -np.inf))
         P[b, h] /= P[b, h].sum(axis=1, keepdims=True)
     return P
@@ -71,7 +87,6 @@ def main():
         "python": platform.python_version(),
         "sample_sha256": origin["sha256"],
         "cases": CASES,
-        "common": COMMON,
         "rows": ROWS,
     }
     (HERE / "sample.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")

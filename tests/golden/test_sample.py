@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import distrattn_np
-from distrattn_np import demo
+from distrattn_np import checks, demo
 
 HERE = Path(__file__).parent
 ABOUT = json.loads((HERE / "sample.json").read_text(encoding="utf-8"))
@@ -36,7 +36,7 @@ def test_the_sample_is_the_one_the_numbers_were_made_of():
 
 def outputs(sample, name, dtype):
     q, k, v = (array.astype(dtype) for array in (sample.q, sample.k, sample.v))
-    options = ABOUT["cases"][name] | ABOUT["common"]
+    options = ABOUT["cases"][name]
     return distrattn_np.distr_attention(q, k, v, causal=sample.causal, scale=sample.scale, **options)
 
 
@@ -63,7 +63,7 @@ def test_total_variation_of_every_head(sample, golden):
     maps = [demo.head_maps(plan.inputs, problem) for problem in plan.problems]
     found = demo.compare_rows(plan, maps, lambda _: None, compared=sample.q.shape[2])
     wanted = [golden[f"{name}_total_variation"] for name in CASES]
-    assert [(case.group_size, case.fusion) for case in demo.CASES] == [
-        (case["group_size"], case["fusion"]) for case in ABOUT["cases"].values()
-    ]
+    assert len(plan.problems) == len(CASES)
+    for problem, options in zip(plan.problems, ABOUT["cases"].values(), strict=True):
+        assert problem.grouping == checks.check_grouping(sample.q, **options)
     np.testing.assert_allclose(found, wanted, rtol=1e-4)

@@ -83,6 +83,8 @@ class Limits:
     rows: tuple[int, ...]
     widths: tuple[int, ...]
     dtypes: tuple[str, ...]
+    methods: tuple[str, ...] = ("lsh",)
+    """Those that the backend builds."""
 
 
 # the sizes straddle the tile edges of every kernel: a tile has 16, 32, 64 or 128 rows
@@ -90,7 +92,15 @@ ROWS = (1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129)
 HEADS = ((1, 1), (2, 2), (2, 1), (6, 2))
 ANY_FLOAT = ("float16", "float32", "float64")
 LIMITS = {
-    "numpy": Limits(None, (1, 2), HEADS, ROWS, (1, 2, 3, 7, 8, 16, 33, 40, 64, 96), (*ANY_FLOAT, "bfloat16")),
+    "numpy": Limits(
+        None,
+        (1, 2),
+        HEADS,
+        ROWS,
+        (1, 2, 3, 7, 8, 16, 33, 40, 64, 96),
+        (*ANY_FLOAT, "bfloat16"),
+        ("lsh", "subspace"),
+    ),
     "cupy": Limits(12, (1, 2), HEADS, ROWS, (7, 64), ("float16", "float32")),
     "numba": Limits(5, (1, 2), HEADS, ROWS, (6, 32), ("float32",)),
     # one operating-system thread plays each CUDA thread

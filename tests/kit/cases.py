@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -10,7 +11,8 @@ import numpy as np
 from distrattn_np.reference.distr_attention import rows_that_meet
 
 from distrattn_np import checks, reference
-from distrattn_np.problem import GroupMaps, Problem, block_edges
+from distrattn_np.backends import Maps
+from distrattn_np.problem import Grouping, GroupMaps, Problem, Subspace, SubspaceMaps, block_edges
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -36,6 +38,12 @@ class Case:
     L: int = 128
     by: str = "queries"
     fusion: str = "sum"
+    method: str = "lsh"
+    rank: int | None = None
+    """Instead of G."""
+    score_tol: float | None = None
+    """Instead of G and rank."""
+    refine: int = 1
     causal: bool | str = False
     scale: float | None = None
     layout: str = "bhnd"
@@ -65,13 +73,14 @@ class Case:
     @property
     def options(self) -> dict[str, Any]:
         """Keywords of `distr_attention`."""
-        return self.attention_options | {
-            "group_size": self.G,
-            "block_size": self.L,
-            "group_by": self.by,
-            "fusion": self.fusion,
-            "seed": self.seed,
-        }
+        common = self.attention_options | {"method": self.method, "block_size": self.L, "group_by": self.by}
+        if self.method == "lsh":
+            return common | {"group_size": self.G, "fusion": self.fusion, "seed": self.seed}
+        if self.score_tol is not None:
+            return common | {"score_tol": self.score_tol, "refine": self.refine}
+        if self.rank is not None:
+            return common | {"rank": self.rank, "refine": self.refine}
+        return common | {"group_size": self.G, "refine": self.refine}
 
     def problem(self, q: Any, k: Any, v: Any) -> Problem:
         """Return the checked problem for arrays in this case's layout."""
@@ -84,10 +93,8 @@ class Case:
 
 def problem_of(q: Any, k: Any, v: Any, **options: Any) -> Problem:
     """Return what `distr_attention` would hand to its backend."""
-    defaults = {"group_size": 2, "block_size": None, "group_by": None, "fusion": "sum", "seed": 0}
-    grouping = checks.check_grouping(
-        q, method="lsh", **{key: options.pop(key, value) for key, value in defaults.items()}
-    )
+    of_grouping = set(inspect.signature(checks.check_grouping).parameters) & set(options)
+    grouping = checks.check_grouping(q, **{name: options.pop(name) for name in of_grouping})
     defaults = {"causal": False, "scale": None, "layout": "bhnd", "out": None}
     return checks.check_attention(q, k, v, grouping=grouping, **(defaults | options))
 
@@ -120,7 +127,7 @@ def make_inputs(case: Case) -> Inputs:
     v = draw(case.B, case.H_kv, case.M, case.E)
     problem = case.native_problem(Inputs(q, k, v))
     for _ in range(100):
-        unsafe = [] if problem.grouping is None else unsafe_channels(problem, q, k)
+        unsafe = unsafe_channels(problem, q, k)
         if not unsafe:
             return Inputs(q, k, v)
         grouped = q if case.by == "queries" else k
@@ -132,7 +139,8 @@ def make_inputs(case: Case) -> Inputs:
 def unsafe_channels(problem: Problem, q: np.ndarray, k: np.ndarray) -> list[tuple[int, int, slice, int]]:
     """Return (batch, head, rows of the block, channel) wherever rounding could change a group or its first member."""
     g = problem.grouping
-    assert g is not None
+    if not isinstance(g, Grouping):
+        return []
     planes = reference.hyperplanes(g.seed, g.block_size).astype(np.float64)
     grouped = q if g.by == "queries" else k
     found = []
@@ -175,11 +183,24 @@ def unsafe_firsts(X: np.ndarray, Y: np.ndarray, order: np.ndarray, group_size: i
     return np.take_along_axis(groups, weights[tied].argmax(axis=1)[:, None], axis=1)[:, 0]
 
 
-def reference_maps(problem: Problem, q: np.ndarray, k: np.ndarray) -> GroupMaps | None:
-    """Return the reference's maps with float32 gains, as every backend holds them; None for exact attention."""
+def reference_maps(problem: Problem, q: np.ndarray, k: np.ndarray) -> Maps:
+    """Return the reference's maps in float32, as every backend holds them; None for exact attention."""
     g = problem.grouping
     if g is None:
         return None
+    if isinstance(g, Subspace):
+        maps = reference.make_maps(
+            q,
+            k,
+            scale=problem.scale,
+            rank=g.rank,
+            score_tol=g.score_tol,
+            refine=g.refine,
+            block_size=g.block_size,
+            group_by=g.by,
+            causal_offset=problem.causal_offset,
+        )
+        return SubspaceMaps(*(x if x.dtype == np.int32 else x.astype(np.float32) for x in maps))
     channels, gains = reference.group_maps(
         q,
         k,
@@ -193,13 +214,22 @@ def reference_maps(problem: Problem, q: np.ndarray, k: np.ndarray) -> GroupMaps 
     return GroupMaps(channels, None if gains is None else gains.astype(np.float32))
 
 
-def truth(
-    problem: Problem, q: np.ndarray, k: np.ndarray, v: np.ndarray, maps: GroupMaps | None
-) -> tuple[np.ndarray, np.ndarray]:
+def truth(problem: Problem, q: np.ndarray, k: np.ndarray, v: np.ndarray, maps: Maps) -> tuple[np.ndarray, np.ndarray]:
     """Return the reference's result and lse in float64 for these very inputs and maps."""
     g = problem.grouping
     if g is None or maps is None:
         return reference.exact_attention(q, k, v, scale=problem.scale, causal_offset=problem.causal_offset)
+    if isinstance(maps, SubspaceMaps):
+        return reference.subspace_attention(
+            q,
+            k,
+            v,
+            reference.Maps(maps.sampling, maps.fusion, maps.key_mean, maps.ranks, maps.score_errors),
+            scale=problem.scale,
+            block_size=g.block_size,
+            group_by=g.by,
+            causal_offset=problem.causal_offset,
+        )
     return reference.distr_attention(
         q,
         k,
@@ -215,9 +245,7 @@ def truth(
     )
 
 
-def plain(
-    problem: Problem, q: np.ndarray, k: np.ndarray, v: np.ndarray, maps: GroupMaps | None
-) -> tuple[np.ndarray, np.ndarray]:
+def plain(problem: Problem, q: np.ndarray, k: np.ndarray, v: np.ndarray, maps: Maps) -> tuple[np.ndarray, np.ndarray]:
     """Return the same in plain NumPy of the inputs' precision: float32 sums, every step's result rounded to the dtype.
 
     The yardstick of the 16-bit rule: nobody would call this computation wrong, so twice its error is not wrong either.
@@ -239,14 +267,13 @@ def plain(
         if g is None or maps is None:
             S[...] = q[b, h] @ k[b, h_kv].T
         else:
-            h_x = h if g.by == "queries" else h_kv
-            gains = np.ones_like(maps.channels[b, h_x], np.float32) if maps.gains is None else maps.gains[b, h_x]
-            for (start, stop), order, gain in zip(
-                block_edges(problem.grouped_rows, g.block_size), maps.channels[b, h_x], gains, strict=True
-            ):
-                X, Y = (q[b, h], k[b, h_kv]) if g.by == "queries" else (k[b, h_kv], q[b, h])
-                fused = rounded((Y[:, order] * gain).reshape(len(Y), problem.rank, g.group_size).sum(axis=2))
-                block = X[start:stop, order[:: g.group_size]] @ fused.T
+            K = k[b, h_kv]
+            if isinstance(maps, SubspaceMaps):
+                K = rounded(K - maps.key_mean[b, h_kv])
+            X, Y = (q[b, h], K) if g.by == "queries" else (K, q[b, h])
+            for c, (start, stop) in enumerate(block_edges(problem.grouped_rows, g.block_size)):
+                W, Z = dense_maps(problem, maps, b, h if g.by == "queries" else h_kv, c)
+                block = rounded(X[start:stop] @ W) @ rounded(Y @ Z).T
                 S[(slice(start, stop), slice(None)) if g.by == "queries" else (slice(None), slice(start, stop))] = (
                     block if g.by == "queries" else block.T
                 )
@@ -259,7 +286,21 @@ def plain(
         out[b, h] = P @ v[b, h_kv]
         with np.errstate(divide="ignore"):
             lse[b, h] = np.log(row_sum[:, 0]) + row_max[:, 0]
+        if isinstance(maps, SubspaceMaps):
+            lse[b, h] += np.float32(problem.scale) * (q[b, h] @ maps.key_mean[b, h_kv])
     return out.astype(dtype), lse
+
+
+def dense_maps(problem: Problem, maps: GroupMaps | SubspaceMaps, b: int, h: int, c: int) -> tuple[np.ndarray, ...]:
+    """Return W and Z of one block as matrices (D, R), float32, whatever the method (eq. 4)."""
+    if isinstance(maps, SubspaceMaps):
+        return maps.sampling[b, h, c], maps.fusion[b, h, c]
+    order, r = maps.channels[b, h, c], np.arange(problem.rank)
+    G = problem.width // problem.rank
+    W, Z = np.zeros((2, problem.width, problem.rank), np.float32)
+    W[order[::G], r] = 1
+    Z[order, np.repeat(r, G)] = 1 if maps.gains is None else maps.gains[b, h, c]
+    return W, Z
 
 
 def in_memory(array: np.ndarray, case: Case) -> np.ndarray:

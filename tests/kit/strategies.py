@@ -24,10 +24,14 @@ LSE_ROUNDING = SPACING["float32"]
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
 
-def law(body: Callable[[Runner, Draw], None]) -> Any:
-    """Make a test of ``body(backend, draw)``: every backend that runs here, as many examples as it can afford."""
+def law(body: Callable[[Runner, Draw], None], *, method: str = "lsh") -> Any:
+    """Make a test of ``body(backend, draw)``: every backend that runs here, as many examples as it can afford.
 
-    @pytest.mark.parametrize("backend", runners(), ids=lambda runner: runner.name)
+    ``method`` is one that the law needs; backends that do not build it are left out.
+    """
+    able = [runner for runner in runners() if method in runner.limits.methods]
+
+    @pytest.mark.parametrize("backend", able, ids=lambda runner: runner.name)
     def test(backend: Runner) -> None:
         def examples(data: st.DataObject) -> None:
             body(backend, data.draw)
@@ -69,6 +73,10 @@ def calls(draw: Draw, limits: Limits, *, hostile: bool = True, **fixed: Any) -> 
         L=pick("L", st.sampled_from([*limits.rows, 1024])),
         by=pick("by", st.sampled_from(["queries", "keys"])),
         fusion=pick("fusion", st.sampled_from(["sum", "lstsq"])),
+        method=pick("method", st.sampled_from(limits.methods)),
+        rank=pick("rank", st.sampled_from([None, *(r for r in (1, 2, 7, 16, 31) if r <= D)])),
+        score_tol=pick("score_tol", st.sampled_from([None, None, 0.1, 1.0])),
+        refine=pick("refine", st.integers(0, 2)),
         causal=pick("causal", st.sampled_from([False, True, "top-left"])),
         scale=pick("scale", st.sampled_from([None, 0.5, -0.25])),
         seed=pick("seed", st.integers(0, 3)),
@@ -94,11 +102,12 @@ def arrays(draw: Draw, shape: tuple[int, ...], dtype: np.dtype, *, hostile: bool
 def rounding(case: Case, inputs: Inputs) -> float:
     """Return a bound, in nats, of what rounding in the case's dtype does to the scores and the weights of values.
 
-    A score is a sum of D products, each at most max|q| max|k|; least-squares gains may add a factor sqrt(rows). An
-    error of d nats in the scores moves a result by at most about 2 d max|v|, and lse by d.
+    A score is a sum of D products, each at most max|q| max|k|; least-squares gains and maps may add a factor
+    sqrt(rows). An error of d nats in the scores moves a result by at most about 2 d max|v|, and lse by d.
     """
     scale = 1 / np.sqrt(case.D) if case.scale is None else abs(case.scale)
-    rows = max(case.N, case.M) if case.fusion == "lstsq" and case.G > 1 else 1
+    is_fitted = case.method == "subspace" or (case.fusion == "lstsq" and case.G > 1)
+    rows = max(case.N, case.M) if is_fitted else 1
     scores = scale * largest(inputs.q) * largest(inputs.k) * case.D * np.sqrt(rows)
     return 4 * SPACING[case.dtype] * (1 + scores) + sum_rounding(case)
 

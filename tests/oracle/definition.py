@@ -131,3 +131,56 @@ def attend(S: np.ndarray, v: np.ndarray, *, offset: int | None) -> tuple[np.ndar
         for m, weight in weights.items():
             out[b, h, n] += weight / total * v[b, h * H_kv // H, m]
     return out, lse
+
+
+def subspace_block(X: np.ndarray, Y: np.ndarray, rank: int, refine: int) -> tuple[np.ndarray, np.ndarray]:
+    """Eq. 13 to 15 from the rows themselves, by least squares: W and Z (D, R) in some basis of their spans."""
+    D = X.shape[1]
+    chosen: list[int] = []
+    for _ in range(rank):
+        weights = []
+        for j in range(D):
+            own = X[:, chosen]
+            outside = X[:, j] - own @ np.linalg.lstsq(own, X[:, j], rcond=None)[0]
+            weights.append(-1.0 if j in chosen else dot(outside, outside) * dot(Y[:, j], Y[:, j]))
+        chosen.append(weights.index(max(weights)))
+    W = np.zeros((D, rank))
+    for r, j in enumerate(chosen):
+        W[j, r] = 1
+    Z = np.linalg.lstsq(X @ W, X, rcond=None)[0].T
+    for _ in range(refine):
+        W = np.linalg.lstsq(Y @ Z, Y, rcond=None)[0].T
+        Z = np.linalg.lstsq(X @ W, X, rcond=None)[0].T
+    return W, Z
+
+
+def subspace_scores(
+    q: np.ndarray, k: np.ndarray, *, scale: float, offset: int | None, rank: int, refine: int, L: int, by: str
+) -> np.ndarray:
+    """Eq. 4 and 11 to 15 for every pair, what centring took away added back: (B, H, N, M)."""
+    B, H, N, _ = q.shape
+    H_kv, M = k.shape[1:3]
+    S = np.zeros((B, H, N, M))
+    for b, h in np.ndindex(B, H):
+        h_kv = h * H_kv // H
+        mean = sum(k[b, h_kv]) / M
+        K = k[b, h_kv] - mean
+        sharing = [other for other in range(H) if other * H_kv // H == h_kv]
+        for start in range(0, N if by == "queries" else M, L):
+            block = range(start, min(start + L, N if by == "queries" else M))
+            if by == "queries":
+                X = q[b, h, block.start : block.stop]
+                Y = np.array([K[m] for m in range(M) if any(sees(n, m, offset) for n in block)])
+            else:
+                X = K[block.start : block.stop]
+                met = [n for n in range(N) if any(sees(n, m, offset) for m in block)]
+                Y = np.array([q[b, s, n] for s in sharing for n in met])
+            if len(Y) == 0:
+                continue
+            W, Z = subspace_block(X, Y, rank, refine)
+            for x in block:
+                for y in range(M if by == "queries" else N):
+                    n, m = (x, y) if by == "queries" else (y, x)
+                    row, other = (q[b, h, n], K[m]) if by == "queries" else (K[m], q[b, h, n])
+                    S[b, h, n, m] = scale * (dot(row @ W, other @ Z) + dot(q[b, h, n], mean))
+    return S

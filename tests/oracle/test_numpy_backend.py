@@ -18,24 +18,36 @@ from kit.compare import assert_agrees, assert_no_worse_than_plain, assert_same_b
 from distrattn_np import distr_attention, exact_attention, reference
 from distrattn_np.backends import numpy_backend
 from distrattn_np.backends.numpy_backend import BACKEND, KEY_TILE, QUERY_TILE
-from distrattn_np.problem import Problem
+from distrattn_np.problem import Problem, Subspace
 
 GROUPINGS = [{"by": by, "fusion": fusion} for by in ("queries", "keys") for fusion in ("sum", "lstsq")]
+SUBSPACES = [{"method": "subspace", "by": by} for by in ("queries", "keys")]
 LONG = {"H": 1, "H_kv": 1, "D": 6, "E": 5}
 CASES = [
     # a tile and a bit on both sides; blocks that divide neither tile nor length; one block over everything
-    *(Case(N=QUERY_TILE + 9, M=KEY_TILE + 90, L=L, **LONG, **how) for L in (100, 700, 5000) for how in GROUPINGS),
+    *(
+        Case(N=QUERY_TILE + 9, M=KEY_TILE + 90, L=L, **LONG, **how)
+        for L in (100, 700, 5000)
+        for how in GROUPINGS + SUBSPACES
+    ),
     # the causal limit crosses tiles; rows that see nothing fill a tile, or part of one
     *(
         Case(N=N, M=M, causal=causal, **LONG, **how)
         for N, M in ((QUERY_TILE + 9, 2 * KEY_TILE + 1), (QUERY_TILE + 200, 150), (600, 600))
         for causal in ("bottom-right", "top-left")
-        for how in ({"G": 1}, GROUPINGS[1], GROUPINGS[3])
+        for how in ({"G": 1}, GROUPINGS[1], GROUPINGS[3], *SUBSPACES)
     ),
     # heads that share keys, a batch, odd widths, rows that do not lie one after another
     Case(B=2, H=6, H_kv=2, N=37, M=53, D=9, E=7, G=3, L=16, layout="bnhd", memory="strided", **GROUPINGS[1]),
     Case(B=2, H=6, H_kv=2, N=37, M=53, D=9, E=7, G=3, L=16, memory="strided", causal=True, **GROUPINGS[3]),
+    Case(B=2, H=6, H_kv=2, N=37, M=53, D=9, E=7, G=3, L=16, layout="bnhd", memory="strided", **SUBSPACES[0]),
+    Case(B=2, H=6, H_kv=2, N=37, M=53, D=9, E=7, rank=5, L=16, memory="strided", causal=True, **SUBSPACES[1]),
     Case(H=3, H_kv=1, N=40, M=41, D=256, E=256, G=4, **GROUPINGS[3]),
+    # ranks that differ between blocks: 16, 32 and all 40
+    *(
+        Case(N=600, M=700, D=40, E=5, L=150, score_tol=0.55, refine=2, scale=0.3, causal=True, **how)
+        for how in SUBSPACES
+    ),
     Case(N=70, M=90, D=1, E=1, G=1, layout="bnhd"),
     Case(N=1, M=900, D=8, E=8, **GROUPINGS[1]),
     Case(N=90, M=1, D=8, E=8, causal="top-left", **GROUPINGS[2]),
@@ -59,6 +71,13 @@ def test_float64_is_the_reference(case: Case) -> None:
         expected, expected_lse = reference.exact_attention(
             q, k, v, scale=problem.scale, causal_offset=problem.causal_offset
         )
+    elif isinstance(problem.grouping, Subspace):
+        g = problem.grouping
+        blocks = {"block_size": g.block_size, "group_by": g.by, "causal_offset": problem.causal_offset}
+        maps = reference.make_maps(
+            q, k, scale=problem.scale, rank=g.rank, score_tol=g.score_tol, refine=g.refine, **blocks
+        )
+        expected, expected_lse = reference.subspace_attention(q, k, v, maps, scale=problem.scale, **blocks)
     else:
         g = problem.grouping
         expected, expected_lse = reference.distr_attention(
@@ -107,6 +126,51 @@ def test_maps_are_those_of_the_reference(by: str) -> None:
     assert_agrees(maps.gains, expected.gains, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("score_tol", [None, 0.18])
+@pytest.mark.parametrize("by", ["queries", "keys"])
+def test_subspace_maps_are_those_of_the_reference(
+    by: str, score_tol: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More blocks than are solved in one stack, of several ranks."""
+    case = Case(
+        B=2, H=4, H_kv=2, N=1100, M=1300, D=24, L=32, method="subspace", by=by, causal=True, score_tol=score_tol
+    )
+    q, k, v = make_inputs(replace(case, dtype="float32"))
+    q[:, :, 500:] *= 0.25
+    k[:, :, 500:] *= 0.25
+    problem = native_problem(case, q, k, v)
+    monkeypatch.setattr(numpy_backend, "STACK_BYTES", 8 * case.D**2 * 10)
+    assert problem.blocks > 30
+    expected, maps = reference_maps(problem, q, k), BACKEND.group_maps(problem, q, k)
+    assert_same_bits(maps.ranks, expected.ranks)
+    if score_tol is not None:
+        assert set(np.unique(maps.ranks)) == {16, 24}
+    for name in ("sampling", "fusion", "key_mean", "score_errors"):
+        assert_agrees(getattr(maps, name), getattr(expected, name), rtol=1e-5, atol=1e-5, context=name)
+
+
+def test_info_of_a_call() -> None:
+    q, k, v = make_inputs(Case(N=300, M=500, D=64, dtype="float32"))
+    out, lse, info = distr_attention(q, k, v, return_lse=True, return_info=True)
+    assert out.shape == q.shape
+    assert lse.shape == (1, 2, 300)
+    assert (info.method, info.block_size) == ("subspace", 128)
+    assert info.reason.startswith("chosen: the smallest power of two")
+    assert info.ranks.shape == info.score_errors.shape == (1, 2, 4)
+    assert (info.ranks == 32).all()
+    assert (info.score_errors > 0).all()
+    _, info = distr_attention(q, k, v, return_info=True, block_size=200, score_tol=1e-9)
+    assert (info.block_size, info.reason) == (200, "given")
+    assert (info.ranks == 64).all()
+    assert (info.score_errors == 0).all()
+    _, info = distr_attention(q, k, v, return_info=True, method="lsh")
+    assert (info.method, info.block_size, info.reason) == ("lsh", 1024, "the default of lsh")
+    assert info.ranks is None
+    assert info.score_errors is None
+    _, info = distr_attention(q, k, v, return_info=True, group_size=1)
+    assert (info.method, info.block_size, info.ranks) == ("exact", None, None)
+
+
 def test_words_and_channels_are_those_of_the_reference() -> None:
     x = np.random.default_rng(0).standard_normal((2, 3, 70, 24), dtype=np.float32)
     planes = reference.hyperplanes(1, 32)
@@ -133,9 +197,10 @@ def allow_threads() -> Iterator[Callable[[int], None]]:
     set_threads(before)
 
 
+@pytest.mark.parametrize("method", ["lsh", "subspace"])
 @pytest.mark.parametrize("by", ["queries", "keys"])
 def test_the_number_of_threads_changes_no_bit(
-    by: str, allow_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+    by: str, method: str, allow_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used = set()
 
@@ -145,7 +210,7 @@ def test_the_number_of_threads_changes_no_bit(
             super().__init__(workers)
 
     monkeypatch.setattr(numpy_backend, "ThreadPoolExecutor", Pool)
-    case = replace(BIG, by=by)
+    case = replace(BIG, by=by, method=method)
     inputs = make_inputs(case)
     results = []
     for threads in (1, 2, 5):
@@ -185,11 +250,13 @@ def test_an_error_in_a_worker_reaches_the_caller(allow_threads: Callable[[int], 
     assert len(started) < 1000, "the other worker did all the tasks before the error was raised"
 
 
+@pytest.mark.parametrize("method", ["lsh", "subspace"])
 @pytest.mark.parametrize("by", ["queries", "keys"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("array", [0, 1, 2], ids="qkv")
-def test_a_bad_number_stays_in_its_head_and_warns_of_nothing(array: int, bad: float, by: str) -> None:
+def test_a_bad_number_stays_in_its_head_and_warns_of_nothing(array: int, bad: float, by: str, method: str) -> None:
     case = Case(H=4, H_kv=4, N=700, M=600, D=8, E=8, L=300, dtype="float32", by=by, fusion="lstsq", causal=True)
+    case = replace(case, method=method)
     inputs = make_inputs(case)
     expected, expected_lse = run(case, *inputs)
     broken = [x.copy() for x in inputs]

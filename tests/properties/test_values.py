@@ -116,7 +116,7 @@ def test_values_after_the_causal_limit_are_never_used(backend: Runner, draw: Dra
 def test_keys_after_the_causal_limit_are_never_used(backend: Runner, draw: Draw) -> None:
     """Blocks over queries, fusion "sum": there the groups do not depend on the keys either."""
     case, (q, k, v) = draw(
-        calls(backend.limits, causal=st.sampled_from([True, "top-left"]), by="queries", fusion="sum")
+        calls(backend.limits, causal=st.sampled_from([True, "top-left"]), method="lsh", by="queries", fusion="sum")
     )
     n = draw(st.integers(0, case.N - 1))
     changed = k.copy()

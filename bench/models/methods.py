@@ -1,0 +1,187 @@
+"""What attention is replaced by: the package's methods, and the training-free peers of ``bench/approximations``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from ... import checks
+from ...attention import distr_attention, exact_attention
+from ...problem import Problem, Subspace, block_edges
+from ...reference.distr_attention import rows_that_meet
+from ...work import visible_pairs, work_of
+from .. import approximations
+from .layers import to_host
+
+PEERS: dict[str, tuple[Callable[..., Any], Callable[..., int]]] = {
+    "hyper": (approximations.hyper_attention, approximations.hyper_flop),
+    "nystrom": (approximations.nystrom_attention, approximations.nystrom_flop),
+    "performer": (approximations.performer_attention, approximations.performer_flop),
+    "hydra": (approximations.hydra_attention, approximations.hydra_flop),
+    "int8": (approximations.int8_attention, approximations.int8_flop),
+}
+NAMES = ("exact", "lsh", "subspace", *PEERS)
+NOT_CAUSAL = frozenset({"nystrom"})
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A name of `NAMES` and the options of its call."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The name and the options, as `parse` takes them."""
+        options = ",".join(f"{name}={value}" for name, value in self.options.items())
+        return f"{self.name}:{options}" if options else self.name
+
+
+EXACT = Method("exact")
+
+
+def parse(text: str) -> list[Method]:
+    """Return the methods of one argument: ``name``, or ``name:option=value,option=value/value``; / gives one each."""
+    name, _, rest = text.partition(":")
+    if name not in NAMES:
+        raise ValueError(f"--methods: must be one of {', '.join(NAMES)}, got {name!r}")
+    options: dict[str, list[Any]] = {}
+    for part in filter(None, rest.split(",")):
+        option, equals, values = part.partition("=")
+        if not (option and equals and values):
+            raise ValueError(f"--methods: options are written name=value, got {part!r} in {text!r}")
+        options[option] = [_value(value) for value in values.split("/")]
+    return [Method(name, dict(zip(options, values, strict=True))) for values in product(*options.values())]
+
+
+class Meter:
+    """A method as the callable that a model takes; adds up time, floating-point operations and ranks over its calls."""
+
+    def __init__(self, method: Method, *, backend: str, dtype: str) -> None:
+        self.method = method
+        self.seconds = 0.0
+        self._backend, self._dtype = backend, dtype
+        self._calls: list[tuple[Problem, Any]] = []
+
+    def __call__(self, q: Any, k: Any, v: Any, *, causal: bool) -> Any:
+        """Return attention in float32, computed from ``dtype``."""
+        name, options = self.method.name, self.method.options
+        q, k, v = (x.astype(self._dtype, copy=False) for x in (q, k, v))
+        ranks = grouping = None
+        self.wait()
+        start = time.perf_counter()
+        if name == "subspace":
+            out, info = distr_attention(q, k, v, method=name, causal=causal, return_info=True, **options)
+            ranks = info.ranks
+        elif name == "lsh":
+            out = distr_attention(q, k, v, method=name, causal=causal, **options)
+        elif name == "exact":
+            out = exact_attention(q, k, v, causal=causal)
+        else:
+            out = PEERS[name][0](q, k, v, causal=causal, **options)
+        self.wait()
+        self.seconds += time.perf_counter() - start
+        if name in ("lsh", "subspace"):
+            grouping = checks.check_grouping(q, method=name, **options)
+        problem = checks.check_attention(q, k, v, causal=causal, scale=None, layout="bhnd", out=None, grouping=grouping)
+        self._calls.append((problem, ranks))  # counted later: the model's own time must not hold it
+        return out.astype(np.float32, copy=False)
+
+    @property
+    def exact_flop(self) -> int:
+        """FLOP that exact attention takes for the same calls."""
+        return sum(
+            2 * p.batch * p.heads * visible_pairs(p.queries, p.keys, p.causal_offset) * (p.width + p.value_width)
+            for p, _ in self._calls
+        )
+
+    @property
+    def flop(self) -> int:
+        """FLOP of the calls."""
+        return sum(self._count(problem, ranks) for problem, ranks in self._calls)
+
+    @property
+    def mean_rank(self) -> float | None:
+        """R, averaged over blocks, heads and layers; None for a method that has none."""
+        if self.method.name in PEERS:
+            return None
+        ranks = [np.array([problem.rank]) if own is None else to_host(own).ravel() for problem, own in self._calls]
+        return float(np.concatenate(ranks).mean())
+
+    def _count(self, problem: Problem, ranks: Any) -> int:
+        if self.method.name in PEERS:
+            count = PEERS[self.method.name][1]
+            sizes = (problem.queries, problem.keys, problem.width, problem.value_width)
+            causal = problem.causal_offset is not None
+            return problem.batch * problem.heads * count(*sizes, causal=causal, **self.method.options)
+        return work_of(problem).executed_flop if ranks is None else subspace_flop(problem, to_host(ranks))
+
+    def wait(self) -> None:
+        """Wait until the device has done what was asked of it."""
+        if self._backend != "numpy":
+            import cupy
+
+            cupy.cuda.get_current_stream().synchronize()
+
+
+def subspace_flop(problem: Problem, ranks: np.ndarray) -> int:
+    """Return the FLOP of a call whose blocks have these ranks (B, H_x, C).
+
+    Counted are the two products; X W, and Y Z for every row that meets the block (docs/math.md, eq. 4); the Gram
+    matrices (11), each row once for a head that it is pooled in; and the small matrices of every block: the choice of
+    channels (15), the half-steps (16), column scaling and predicted error (17, 18). A block of rank D needs no X W and
+    no Y Z.
+    """
+    grouping = problem.grouping
+    if not isinstance(grouping, Subspace):
+        raise TypeError(f"problem: must be one of the subspace method, got {grouping}")
+    D, E, N, M = problem.width, problem.value_width, problem.queries, problem.keys
+    batch, map_heads, _ = ranks.shape
+    shared = problem.heads // map_heads  # query heads that share a map
+    flop: int = batch * map_heads * (shared * N + M) * (2 * D * D + D)
+    for c, (start, stop) in enumerate(block_edges(problem.grouped_rows, grouping.block_size)):
+        first, last = rows_that_meet(start, stop, group_by=grouping.by, N=N, M=M, causal_offset=problem.causal_offset)
+        mapped_rows = stop - start + shared * (last - first)
+        pairs = shared * _block_pairs(problem, grouping.by, start, stop)
+        for R in map(int, ranks[:, :, c].ravel()):
+            columns = D if grouping.rank is None else R  # ranks are chosen among the columns made for R = D
+            flop += _map_flop(D, columns, grouping.refine)
+            flop += 2 * pairs * (R + E) + (2 * mapped_rows * D * R if R < D else 0)
+    return flop
+
+
+def _map_flop(D: int, R: int, refine: int) -> int:
+    """Return the FLOP of a block's maps from its Gram matrices; a triangular solve is half a product."""
+    half_step = 2 * D * D * R + 2 * D * R**2 + R**3 // 3 + 2 * D * R**2
+    choice, scaling_and_error = D * R**2, 2 * (2 * D * D * R + 2 * D * R**2)
+    return choice + (1 + 2 * refine) * half_step + scaling_and_error
+
+
+def _block_pairs(problem: Problem, by: str, start: int, stop: int) -> int:
+    """Return the visible pairs of one head that lie in a block."""
+    offset = problem.causal_offset
+    if by == "queries":
+        return visible_pairs(stop - start, problem.keys, None if offset is None else start + offset)
+    return visible_pairs(problem.queries, stop, offset) - visible_pairs(problem.queries, start, offset)
+
+
+def expand(texts: Sequence[str]) -> Iterator[Method]:
+    """Yield exact attention, which all others are compared with, and then the other methods of these arguments."""
+    yield EXACT
+    for text in texts:
+        yield from (method for method in parse(text) if method != EXACT)
+
+
+def _value(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

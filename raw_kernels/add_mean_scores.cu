@@ -1,0 +1,47 @@
+// add_mean_scores.cu - gives back what centring the keys took from the log-sum-exp.
+//
+//   lse_n += scale * q_n . mean                                                  docs/math.md (eq. 12)
+//
+// Launcher  : distrattn_np/backends/cupy_backend.py      Tests : tests/agreement/test_gpu_subspace.py
+//
+// Grid      : B * H * ceil_div(N, THREADS / LANES), rows fastest; LANES neighbouring threads share a row
+// Block     : THREADS
+// Assumes   : 1 <= D <= 256; VECTOR divides D, and Q and its strides are aligned to VECTOR elements. Sums are float32.
+//             Minus infinity stays.
+// Alone     : nvcc -cubin -arch=sm_80 raw_kernels/add_mean_scores.cu
+
+#include "element.cuh"
+
+// ---- the launcher sets these with -D; the defaults let the file compile alone ----
+#ifndef VECTOR  // elements per load: 1, or as many as fit 16 bytes
+#define VECTOR 8
+#endif
+#ifndef LANES  // a power of two; as many as a row has loads
+#define LANES 16
+#endif
+#ifndef THREADS
+#define THREADS 256
+#endif
+static_assert(LANES >= 1 && LANES <= 32 && (LANES & (LANES - 1)) == 0, "the threads of a row lie in one warp");
+
+extern "C" __global__ __launch_bounds__(THREADS)
+void add_mean_scores(const element_t* __restrict__ Q,  // [B, H, N, D]
+                     const float* __restrict__ mean,   // [B, H_kv, D]
+                     float* __restrict__ lse,          // [B, H, N]
+                     int H, int H_kv, int N, int D, float scale, long long stride_q_b, long long stride_q_h,
+                     long long stride_q_n) {
+  constexpr int ROWS = THREADS / LANES;
+  const int tiles = (N + ROWS - 1) / ROWS, h = blockIdx.x / tiles % H, b = blockIdx.x / tiles / H;
+  const int n = blockIdx.x % tiles * ROWS + threadIdx.x / LANES;
+  const element_t* const row = Q + b * stride_q_b + h * stride_q_h + min(n, N - 1) * stride_q_n;
+  const float* const centre = mean + (static_cast<long long>(b) * H_kv + h * H_kv / H) * D;
+  float sum = 0.0f;
+  for (int d = threadIdx.x % LANES * VECTOR; d < D; d += LANES * VECTOR) {
+    const Elements<VECTOR> q = *reinterpret_cast<const Elements<VECTOR>*>(row + d);
+#pragma unroll
+    for (int v = 0; v < VECTOR; v++) sum += static_cast<float>(to_accumulate(q.at[v])) * centre[d + v];
+  }
+#pragma unroll
+  for (int distance = LANES / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+  if (n < N && threadIdx.x % LANES == 0) lse[(static_cast<long long>(b) * H + h) * N + n] += scale * sum;
+}

@@ -1,0 +1,64 @@
+// sum_segments.cu - adds up what was summed segment by segment: over all segments, or over those that meet each block.
+//
+//   out_c = factor * sum over the segments s that meet block c of sums_s         docs/math.md (eq. 11, 12)
+//
+// Block c is made of the segments c * segments_per_block and on. DIRECTION says which of all segments meet it:
+//   OWN  : those that it is made of
+//   ALL  : every one; there is one result, not one for each block
+//   UP_TO: its own and those before, as keys that a block of queries sees in a causal call
+//   FROM : its own and those behind, as queries that see a block of keys
+//
+// Launcher  : distrattn_np/backends/cupy_backend.py      Tests : tests/agreement/test_gpu_subspace.py
+//
+// Grid      : (B * H * ceil_div(width, THREADS)), places in a row of sums fastest
+// Block     : THREADS, one number of the sum each
+// Assumes   : segments_per_block divides S. Sums run in float32, in the order of the segments (FROM: backwards).
+//             TO_ELEMENT: the results are rounded to the element type
+// Alone     : nvcc -cubin -arch=sm_80 raw_kernels/sum_segments.cu
+
+#include "element.cuh"
+
+#define OWN 0
+#define ALL 1
+#define UP_TO 2
+#define FROM 3
+
+// ---- the launcher sets these with -D; the defaults let the file compile alone ----
+#ifndef DIRECTION
+#define DIRECTION ALL
+#endif
+#ifndef TO_ELEMENT
+#define TO_ELEMENT 0
+#endif
+#ifndef THREADS
+#define THREADS 128
+#endif
+static_assert(DIRECTION >= OWN && DIRECTION <= FROM, "DIRECTION is OWN, ALL, UP_TO or FROM");
+
+extern "C" __global__ __launch_bounds__(THREADS)
+void sum_segments(const float* __restrict__ sums,  // [B * H, S, width]
+                  float* __restrict__ out,         // [B * H, C, width], C = S / segments_per_block; ALL: C = 1
+                  int S, int width, int segments_per_block, float factor) {
+  const int blocks_per_head = (width + THREADS - 1) / THREADS, head = blockIdx.x / blocks_per_head;
+  const int i = blockIdx.x % blocks_per_head * THREADS + threadIdx.x;
+  if (i >= width) return;
+  const int C = DIRECTION == ALL ? 1 : S / segments_per_block;
+  const float* const column = sums + static_cast<long long>(head) * S * width + i;
+  float* const result = out + static_cast<long long>(head) * C * width + i;
+  float sum = 0.0f;
+#pragma unroll 8
+  for (int step = 0; step < S; ++step) {
+    const int s = DIRECTION == FROM ? S - 1 - step : step;
+    const int place = s % segments_per_block;  // within its block
+    if (DIRECTION == OWN && place == 0) sum = 0.0f;
+    sum += column[static_cast<long long>(s) * width];
+    const bool is_complete = DIRECTION == ALL    ? step == S - 1
+                             : DIRECTION == FROM ? place == 0
+                                                 : place == segments_per_block - 1;
+    if (is_complete) {
+      const float scaled = factor * sum;
+      const int c = DIRECTION == ALL ? 0 : s / segments_per_block;
+      result[static_cast<long long>(c) * width] = TO_ELEMENT ? to_accumulate(to_element(scaled)) : scaled;
+    }
+  }
+}

@@ -1,0 +1,120 @@
+"""The subspace method, block by block, in float64 (docs/math.md, eq. 11 to 19)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .distr_attention import rows_that_meet
+from .exact_attention import softmax_attention, visible_keys
+from .gram import gram
+from .subspace_maps import subspace_maps
+
+
+class Maps(NamedTuple):
+    """What ``SubspaceMaps`` describes, in float64."""
+
+    sampling: np.ndarray  # (B, H_x, C, D, R)
+    fusion: np.ndarray  # (B, H_x, C, D, R)
+    key_mean: np.ndarray  # (B, H_kv, D)
+    ranks: np.ndarray  # (B, H_x, C) int32
+    score_errors: np.ndarray  # (B, H_x, C)
+
+
+def key_mean(k: np.ndarray) -> np.ndarray:
+    """Return the mean over M of the keys (B, H_kv, M, D), shape (B, H_kv, D), float64; zero without keys (eq. 12)."""
+    mean: np.ndarray = k.sum(axis=2, dtype=np.float64) / max(k.shape[2], 1)
+    return mean
+
+
+def make_maps(
+    q: np.ndarray,
+    k: np.ndarray,
+    *,
+    scale: float,
+    rank: int | None,
+    score_tol: float | None,
+    refine: int,
+    block_size: int,
+    group_by: str,
+    causal_offset: int | None = None,
+) -> Maps:
+    """Return the maps of every block. H_x is H for blocks over queries and H_kv for blocks over keys."""
+    B, H, N, D = q.shape
+    H_kv, M = k.shape[1:3]
+    mean = key_mean(k)
+    centred = k.astype(np.float64) - mean[:, :, np.newaxis]
+    q = q.astype(np.float64)
+    grouped = q if group_by == "queries" else centred
+    heads, rows = grouped.shape[1:3]
+    starts = range(0, rows, block_size)
+    shape = (B, heads, len(starts))
+    columns = D if rank is None else rank
+    maps = Maps(
+        np.zeros((*shape, D, columns)), np.zeros((*shape, D, columns)), mean, np.zeros(shape, np.int32), np.zeros(shape)
+    )
+    for b, h in np.ndindex(B, heads):
+        for c, start in enumerate(starts):
+            stop = min(start + block_size, rows)
+            first, last = rows_that_meet(start, stop, group_by=group_by, N=N, M=M, causal_offset=causal_offset)
+            X = grouped[b, h, start:stop]
+            if group_by == "queries":
+                Y = centred[b, h * H_kv // H, first:last]
+            else:
+                Y = q[b, h * H // H_kv : (h + 1) * H // H_kv, first:last].reshape(-1, D)
+            block = (b, h, c)
+            maps.sampling[block], maps.fusion[block], maps.ranks[block], maps.score_errors[block] = subspace_maps(
+                gram(X),
+                gram(Y),
+                x_rows=np.array(len(X)),
+                y_rows=np.array(len(Y)),
+                scale=scale,
+                rank=rank,
+                score_tol=score_tol,
+                refine=refine,
+            )
+    return maps
+
+
+def subspace_scores(
+    Q: np.ndarray, K: np.ndarray, W: np.ndarray, Z: np.ndarray, *, block_size: int, group_by: str
+) -> np.ndarray:
+    """Return the approximate ``Q K^T`` (N, M) of one head before scaling (eq. 4); K is centred, W and Z (C, D, R)."""
+    scores = np.empty((len(Q), len(K)))
+    for c in range(len(W)):
+        rows = slice(c * block_size, (c + 1) * block_size)
+        if group_by == "queries":
+            scores[rows] = (Q[rows] @ W[c]) @ (K @ Z[c]).T
+        else:
+            scores[:, rows] = (Q @ Z[c]) @ (K[rows] @ W[c]).T
+    return scores
+
+
+def subspace_attention(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    maps: Maps,
+    *,
+    scale: float,
+    block_size: int,
+    group_by: str,
+    causal_offset: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return attention through `make_maps` (B, H, N, E) and its lse (B, H, N), in float64."""
+    B, H, N, _ = q.shape
+    H_kv, M, E = k.shape[1], k.shape[2], v.shape[3]
+    out = np.zeros((B, H, N, E))
+    lse = np.full((B, H, N), -np.inf)
+    seen = visible_keys(N, M, causal_offset)
+    for b, h in np.ndindex(B, H):
+        h_kv = h * H_kv // H
+        h_x = h if group_by == "queries" else h_kv
+        Q, mean = q[b, h].astype(np.float64), maps.key_mean[b, h_kv].astype(np.float64)
+        K = k[b, h_kv].astype(np.float64) - mean
+        S = subspace_scores(Q, K, maps.sampling[b, h_x], maps.fusion[b, h_x], block_size=block_size, group_by=group_by)
+        S = np.where(seen, scale * S, -np.inf)
+        out[b, h], lse[b, h] = softmax_attention(S, v[b, h_kv].astype(np.float64))
+        lse[b, h] += scale * (Q @ mean)
+    return out, lse
