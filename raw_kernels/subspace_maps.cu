@@ -76,6 +76,9 @@ static_assert(LAUNCH_SHARED_BYTES == SHARED_BYTES, "tiles.py and this file disag
 #endif
 
 constexpr float RIDGE = 1e-6f;
+// What is left of a column's square where rounding hides it: that column depends on the ones before and is dropped.
+constexpr float DEPENDENT = 4e-6f;  // of its own square
+constexpr float NEGLIGIBLE = 3e-8f;  // of tr(A B), which squares of refined columns are parts of
 
 __device__ inline float4 load4(const float* source) { return *reinterpret_cast<const float4*>(source); }
 
@@ -227,7 +230,7 @@ __device__ inline void multiply_parts(SharedVectors& shared, float* rows) {
 }
 
 // The factor of the diagonal block at `first`, by one warp: lane i % 16 holds row i. The two half-warps do the same.
-__device__ inline void factor_block(SharedVectors& shared, const float* rows, int first) {
+__device__ inline void factor_block(SharedVectors& shared, const float* rows, int first, float negligible) {
   const int row = threadIdx.x % BLOCK;
   const float square = shared.squares[first + row];
   float entries[BLOCK];
@@ -235,9 +238,8 @@ __device__ inline void factor_block(SharedVectors& shared, const float* rows, in
   for (int j = 0; j < BLOCK; ++j) entries[j] = rows[(first + min(row, j)) * PITCH + G + first + max(row, j)];
 #pragma unroll
   for (int k = 0; k < BLOCK; ++k) {
-    const float ridge = RIDGE * __shfl_sync(~0u, square, k);
-    const float pivot = fmaxf(__shfl_sync(~0u, entries[k], k), 0.0f) + ridge;  // rounding can make it negative
-    const float inverse = ridge > 0.0f ? rsqrtf(pivot) : 0.0f;
+    const float whole = __shfl_sync(~0u, square, k), left = __shfl_sync(~0u, entries[k], k);
+    const float inverse = left > fmaxf(DEPENDENT * whole, negligible) ? rsqrtf(fmaf(RIDGE, whole, left)) : 0.0f;
     const float entry = entries[k] * inverse;
     entries[k] = row == k ? inverse : entry;
 #pragma unroll
@@ -248,11 +250,12 @@ __device__ inline void factor_block(SharedVectors& shared, const float* rows, in
     if (j <= row) shared.factor[row * FACTOR_PITCH + j] = entries[j];
 }
 
-// Multiplies the columns that stand in the rows up to `end` by u C^-T, where C C^T = u G u + ridge I.
-__device__ inline void eliminate(SharedVectors& shared, float* rows, int end) {
+// Multiplies the columns that stand in the rows up to `end` by u C^-T, where C C^T = u G u + ridge I; columns of which no
+// more than `negligible` is left become zero.
+__device__ inline void eliminate(SharedVectors& shared, float* rows, int end, float negligible) {
 #pragma unroll 1
   for (int first = 0; first < R_PADDED; first += BLOCK) {
-    if (threadIdx.x < WARP_SIZE) factor_block(shared, rows, first);
+    if (threadIdx.x < WARP_SIZE) factor_block(shared, rows, first, negligible);
     __syncthreads();  // the factor is written
 
     // ---- the block's own rows: forward substitution, a thread for each place in a row ----
@@ -370,18 +373,21 @@ void subspace_maps(const float* __restrict__ x_grams,  // [B, H_x, C, WIDTH, WID
     }
     __syncthreads();  // the rows are written before they are multiplied
     multiply_parts(shared, rows);
-    eliminate(shared, rows, T + WIDTH);
+    eliminate(shared, rows, T + WIDTH, 0.0f);
   }
+
+  float whole = 0.0f;
+  for (int i = 0; i < THREADS / WARP_SIZE; ++i) whole += shared.warp_sums[i];
 
   // ---- refinements: Z in a basis where Y Z is orthonormal, the best W for it, and back ----
 #pragma unroll 1
   for (int i = 0; i < refine; ++i) {
     multiply_columns(shared, rows, T, W, B);
     multiply_parts(shared, rows);
-    eliminate(shared, rows, W + WIDTH);
+    eliminate(shared, rows, W + WIDTH, NEGLIGIBLE * whole);
     multiply_columns(shared, rows, W, T, A);
     multiply_parts(shared, rows);
-    eliminate(shared, rows, T + WIDTH);
+    eliminate(shared, rows, T + WIDTH, NEGLIGIBLE * whole);
   }
 
   // ---- squared lengths of X W and Y Z; W leaves for the output, its place takes B Z ----
@@ -397,8 +403,7 @@ void subspace_maps(const float* __restrict__ x_grams,  // [B, H_x, C, WIDTH, WID
 
   // ---- predicted error of the first 1, 2, ... columns, and the rank ----
   if (threadIdx.x == 0) {
-    float left = 0.0f;
-    for (int i = 0; i < THREADS / WARP_SIZE; ++i) left += shared.warp_sums[i];
+    float left = whole;
     const float factor = fabsf(scale) * rsqrtf(fmaxf(own_rows, 1.0f) * fmaxf(met_rows, 1.0f));
     int rank = R;
     float error = 0.0f;
@@ -419,7 +424,8 @@ void subspace_maps(const float* __restrict__ x_grams,  // [B, H_x, C, WIDTH, WID
   for (int r = threadIdx.x; r < R_PADDED; r += THREADS) {
     const float x_square = shared.squares[r] / fmaxf(own_rows, 1.0f);
     const float y_square = shared.y_squares[r] / fmaxf(met_rows, 1.0f);
-    shared.scales[r] = x_square > 0.0f && y_square > 0.0f ? sqrtf(sqrtf(y_square / x_square)) : 0.0f;
+    const bool is_zero = !(x_square > 0.0f && y_square > 0.0f);
+    shared.scales[r] = is_zero ? 0.0f : sqrtf(sqrtf(y_square)) / sqrtf(sqrtf(x_square));  // the quotient may overflow
   }
   __syncthreads();  // rank and scales are written
 
