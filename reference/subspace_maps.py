@@ -5,6 +5,8 @@ Every array may have leading axes, over blocks: small matrices are quick only in
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numpy as np
 
 RANK_STEP = 16
@@ -103,6 +105,10 @@ def cholesky(M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     A row within rounding of the span of those before it is left out: its column of C is that of the identity.
     """
+    with suppress(np.linalg.LinAlgError):  # where every row is kept, LAPACK gives the same, and sooner
+        C = np.linalg.cholesky(M)
+        if (np.diagonal(C, axis1=-2, axis2=-1) ** 2 > rounding(M)).all():
+            return C, np.ones((*M.shape[:-2], 1, M.shape[-1]), dtype=bool)
     C = np.zeros_like(M)
     is_kept = np.zeros((*M.shape[:-2], 1, M.shape[-1]), dtype=bool)
     for r in range(M.shape[-1]):

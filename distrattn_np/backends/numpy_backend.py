@@ -31,7 +31,7 @@ QUERY_TILE = 512
 KEY_TILE = 512
 SCRATCH_BYTES = 56 << 20
 """What all workers together may hold: where their tiles need more, fewer workers run."""
-STACK_BYTES = 1 << 19
+STACK_BYTES = 1 << 20
 """What the Gram matrices of the blocks that are solved together take: small matrices are quick only in stacks."""
 THREADED_WORK = 1 << 21
 """Multiply-adds of a task below which handing the interpreter lock over costs more than a second thread gives."""
