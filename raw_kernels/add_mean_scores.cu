@@ -34,7 +34,7 @@ void add_mean_scores(const element_t* __restrict__ Q,  // [B, H, N, D]
   const int tiles = (N + ROWS - 1) / ROWS, h = blockIdx.x / tiles % H, b = blockIdx.x / tiles / H;
   const int n = blockIdx.x % tiles * ROWS + threadIdx.x / LANES;
   const element_t* const row = Q + b * stride_q_b + h * stride_q_h + min(n, N - 1) * stride_q_n;
-  const float* const centre = mean + (static_cast<long long>(b) * H_kv + h * H_kv / H) * D;
+  const float* const centre = mean + (static_cast<long long>(b) * H_kv + static_cast<long long>(h) * H_kv / H) * D;
   float sum = 0.0f;
   for (int d = threadIdx.x % LANES * VECTOR; d < D; d += LANES * VECTOR) {
     const Elements<VECTOR> q = *reinterpret_cast<const Elements<VECTOR>*>(row + d);

@@ -338,7 +338,7 @@ void subspace_maps(const float* __restrict__ x_grams,  // [B, H_x, C, WIDTH, WID
   // ---- which block this is, and how many rows meet it ----
   const long long block = blockIdx.x;
   const int c = blockIdx.x % C, h = blockIdx.x / C % H_x, b = blockIdx.x / C / H_x;
-  const long long y_head = b * H_y + h * H_y / H_x;
+  const long long y_head = static_cast<long long>(b) * H_y + static_cast<long long>(h) * H_y / H_x;
   const float* const A = x_grams + block * WIDTH * WIDTH;
   const float* const B = y_grams + (y_direction == 0 ? y_head : y_head * C + c) * WIDTH * WIDTH;
 #if IN_SHARED
