@@ -14,7 +14,7 @@ def distr_attention(
     k: Any,
     v: Any,
     *,
-    method: str = "subspace",
+    method: str = "lsh",
     group_size: int | None = None,
     rank: int | None = None,
     score_tol: float | None = None,
@@ -47,7 +47,7 @@ def distr_attention(
         Keys. H_kv divides H: query head h uses key head ``h * H_kv // H``.
     v : array, shape (B, H_kv, M, E), dtype and kind of ``q``
         Values. E is 1 to 256.
-    method : {"subspace", "lsh"}
+    method : {"lsh", "subspace"}
         How a block's channels are reduced. "subspace" keeps the R directions that matter most to its scores, for
         models as they are. "lsh" is the paper's grouping by hash, for models that were trained with it.
     group_size : int, optional
@@ -125,7 +125,7 @@ def distr_attention(
     >>> q, k, v = rng.standard_normal((3, 1, 2, 64, 32), dtype=np.float32)
     >>> distr_attention(q, k, v).shape
     (1, 2, 64, 32)
-    >>> out, info = distr_attention(q, k, v, score_tol=0.5, return_info=True)
+    >>> out, info = distr_attention(q, k, v, method="subspace", score_tol=0.5, return_info=True)
     >>> info.ranks
     array([[[16],
             [16]]], dtype=int32)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .problem import Problem, block_edges
+from .problem import Problem, Subspace, block_edges
 from .reference import HASH_BITS
 from .reference.distr_attention import rows_that_meet
 
@@ -50,18 +50,23 @@ def visible_pairs(N: int, M: int, causal_offset: int | None) -> int:
 
 
 def grouping_flop(problem: Problem) -> int:
-    """Return the FLOP of the maps: the hash (eq. 5) and, for "lstsq", the channel lengths and gains (eq. 9)."""
+    """Return the FLOP of the maps: hash, lengths and gains (eq. 5, 9), or Gram matrices and solves (eq. 11 to 17)."""
     grouping = problem.grouping
     if grouping is None:
         return 0
     D, R = problem.width, problem.rank
     x_rows = problem.batch * problem.grouped_heads * problem.grouped_rows
+    if grouping.by == "queries":
+        y_rows = problem.batch * problem.kv_heads * problem.keys
+    else:
+        y_rows = problem.batch * problem.heads * problem.queries
+    if isinstance(grouping, Subspace):
+        # a half-step: A W, W^T (A W), the factor, two triangular solves
+        half_step = 2 * D * R * (D + R) + R**3 // 3 + 2 * D * R**2
+        blocks = problem.batch * problem.grouped_heads * problem.blocks
+        return 2 * D**2 * (x_rows + y_rows) + blocks * (1 + 2 * grouping.refine) * half_step
     flop = 2 * x_rows * D * HASH_BITS
     if grouping.fusion == "lstsq":
-        if grouping.by == "queries":
-            y_rows = problem.batch * problem.kv_heads * problem.keys
-        else:
-            y_rows = problem.batch * problem.heads * problem.queries
         flop += 2 * D * (x_rows + y_rows) + 2 * (D - R) * x_rows
     return flop
 
@@ -82,6 +87,9 @@ def fusion_flop(problem: Problem) -> int:
             causal_offset=problem.causal_offset,
         )
         fused_rows += last - first
+    if isinstance(grouping, Subspace):
+        x_rows = problem.batch * problem.grouped_heads * problem.grouped_rows
+        return 2 * problem.width * problem.rank * (problem.batch * problem.heads * fused_rows + x_rows)
     per_row = (problem.width - problem.rank) * (2 if grouping.fusion == "lstsq" else 1)
     return problem.batch * problem.heads * fused_rows * per_row
 

@@ -54,7 +54,7 @@ class TestDemo:
         report = demo_report(capsys, "--no-plot", "--input", saved(tmp_path, **arrays))
         q, k, v = (array[np.newaxis] for array in arrays.values())
         exact = distrattn_np.exact_attention(q, k, v)
-        grouped = distrattn_np.distr_attention(q, k, v, group_size=4)
+        grouped = distrattn_np.distr_attention(q, k, v, method="subspace", group_size=4)
         wanted = [np.linalg.norm(grouped[0, h] - exact[0, h]) / np.linalg.norm(exact[0, h]) for h in range(4)]
         np.testing.assert_allclose(report["results"][2]["relative_error_per_head"], [wanted], rtol=1e-5)
 

@@ -301,7 +301,7 @@ def test_wrong_option_is_named(function: Any, changed: dict[str, Any], message: 
 
 @pytest.mark.parametrize(("changed", "message"), WRONG_GROUPING.values(), ids=WRONG_GROUPING)
 def test_wrong_grouping_is_named(changed: dict[str, Any], message: str) -> None:
-    assert_refused(distrattn_np.distr_attention, changed, ValueError, message)
+    assert_refused(distrattn_np.distr_attention, {"method": "subspace"} | changed, ValueError, message)
 
 
 def test_misaligned_array_is_named() -> None:
@@ -350,21 +350,21 @@ def test_numpy_bool_is_a_bool(causal: bool) -> None:
 
 def test_numpy_numbers_are_numbers() -> None:
     q, k, v = (normal(1, 1, 4, 4) for _ in range(3))
-    for options in (
-        {"group_size": 2, "block_size": 3, "seed": 5},
-        {"rank": 3, "refine": 2},
+    for method, options in (
+        ("lsh", {"group_size": 2, "block_size": 3, "seed": 5}),
+        ("subspace", {"rank": 3, "refine": 2}),
     ):
         given = {name: np.uint8(value) for name, value in options.items()}
-        got = distrattn_np.distr_attention(q, k, v, scale=np.float32(0.5), **given)
-        assert_same_bits(got, distrattn_np.distr_attention(q, k, v, scale=0.5, **options))
-    got = distrattn_np.distr_attention(q, k, v, score_tol=np.float32(0.5))
-    assert_same_bits(got, distrattn_np.distr_attention(q, k, v, score_tol=0.5))
+        got = distrattn_np.distr_attention(q, k, v, method=method, scale=np.float32(0.5), **given)
+        assert_same_bits(got, distrattn_np.distr_attention(q, k, v, method=method, scale=0.5, **options))
+    got = distrattn_np.distr_attention(q, k, v, method="subspace", score_tol=np.float32(0.5))
+    assert_same_bits(got, distrattn_np.distr_attention(q, k, v, method="subspace", score_tol=0.5))
 
 
 def test_backend_that_does_not_build_the_method_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends.load_by_name("numpy"), "builds_subspace", False)
     message = f"method: 'subspace' is not built for the numpy backend yet, got {Q} float32"
-    assert_refused(distrattn_np.distr_attention, {}, NotImplementedError, message)
+    assert_refused(distrattn_np.distr_attention, {"method": "subspace"}, NotImplementedError, message)
 
 
 def test_read_only_inputs_are_accepted() -> None:

@@ -151,7 +151,7 @@ def test_subspace_maps_are_those_of_the_reference(
 
 def test_info_of_a_call() -> None:
     q, k, v = make_inputs(Case(N=300, M=500, D=64, dtype="float32"))
-    out, lse, info = distr_attention(q, k, v, return_lse=True, return_info=True)
+    out, lse, info = distr_attention(q, k, v, method="subspace", return_lse=True, return_info=True)
     assert out.shape == q.shape
     assert lse.shape == (1, 2, 300)
     assert (info.method, info.block_size) == ("subspace", 128)
@@ -159,7 +159,7 @@ def test_info_of_a_call() -> None:
     assert info.ranks.shape == info.score_errors.shape == (1, 2, 4)
     assert (info.ranks == 32).all()
     assert (info.score_errors > 0).all()
-    _, info = distr_attention(q, k, v, return_info=True, block_size=200, score_tol=1e-9)
+    _, info = distr_attention(q, k, v, method="subspace", return_info=True, block_size=200, score_tol=1e-9)
     assert (info.block_size, info.reason) == (200, "given")
     assert (info.ranks == 64).all()
     assert (info.score_errors == 0).all()
