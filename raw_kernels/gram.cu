@@ -19,8 +19,8 @@
 // Shared    : 2 * ROW_TILE * STRIDE * 2 + WIDTH * 4 bytes, static, under 48 KB
 // Assumes   : 1 <= D <= 256; 0 <= lower <= upper <= rows. ALIGNED: X and its strides are multiples of 16 bytes, D of 8.
 //             The mean is in the range and precision of the elements; what is multiplied is x - mean rounded to them.
-//             Tensor cores cut sums off instead of rounding them, so the products of a tile of rows are summed apart
-//             and added up in float32, in a fixed order. Channels from D on are zero; an empty segment gives 0.
+//             Tensor cores cut sums off instead of rounding them, so the products of 32 rows are summed apart and
+//             added up in float32, in a fixed order. Channels from D on are zero; an empty segment gives 0.
 // Alone     : nvcc -cubin -arch=sm_80 raw_kernels/gram.cu
 
 // ---- the launcher sets these with -D; the defaults let the file compile alone ----
@@ -45,16 +45,17 @@ constexpr int PARTNERS = STRIPS / 2 + 1;  // strips that a strip is multiplied w
 constexpr int PARTS = PARTNERS > 6 ? 2 : 1;  // thread blocks that share them, where one has not the registers
 constexpr int PARTNERS_HERE = (PARTNERS + PARTS - 1) / PARTS;
 constexpr int NUM_THREADS = STRIPS * WARP_SIZE;
+constexpr int BLOCKS_PER_PROCESSOR = NUM_THREADS <= 256 && !CENTRED ? 2 : 1;  // as far as registers reach
 constexpr int MMA_K = 16;
 constexpr int CHUNK = 8;  // elements in a 16-byte copy
 constexpr int ROW_TILE = STRIPS > 8 ? 32 : 64;
-constexpr int STEPS = ROW_TILE / MMA_K;
+constexpr int STEPS = 2;  // products of sixteen rows that are summed apart from the others
 constexpr int STRIDE = WIDTH + CHUNK;  // an odd number of 16-byte units: rows of an ldmatrix fall into different banks
 
 // Which of the two rows in a register are above `rows`, counted from the first of them.
 __device__ inline unsigned valid_pair(int rows) { return rows >= 2 ? ~0u : rows == 1 ? 0xffffu : 0u; }
 
-extern "C" __global__ __launch_bounds__(NUM_THREADS, NUM_THREADS <= 256 ? 2 : 1)
+extern "C" __global__ __launch_bounds__(NUM_THREADS, BLOCKS_PER_PROCESSOR)
 void gram(const element_t* __restrict__ X,  // [B, H, rows, D]
           const float* __restrict__ mean,   // [B, H, D]; read only where CENTRED, with one head a Gram matrix
           float* __restrict__ grams,        // [B, grams of a batch, S, WIDTH, WIDTH]
@@ -130,25 +131,28 @@ void gram(const element_t* __restrict__ X,  // [B, H, rows, D]
       }
     };
 
-    unsigned own[STEPS][4];
+#pragma unroll 1
+    for (int first_step = 0; first_step < ROW_TILE / MMA_K; first_step += STEPS) {
+      unsigned own[STEPS][4];
 #pragma unroll
-    for (int step = 0; step < STEPS; ++step) load_strip(own[step], strip, step);
+      for (int step = 0; step < STEPS; ++step) load_strip(own[step], strip, first_step + step);
 #pragma unroll
-    for (int p = 0; p < PARTNERS_HERE; ++p) {
-      const bool is_own = PARTS == 1 && p == 0;
-      int partner = (strip + first_partner + p) % STRIPS;
-      asm volatile("" : "+r"(partner));  // or the compiler keeps the places of all partners through the loop
-      float products[2][4] = {};
+      for (int p = 0; p < PARTNERS_HERE; ++p) {
+        const bool is_own = PARTS == 1 && p == 0;
+        int partner = (strip + first_partner + p) % STRIPS;
+        asm volatile("" : "+r"(partner));  // or the compiler keeps the places of all partners through the loop
+        float products[2][4] = {};
 #pragma unroll
-      for (int step = 0; step < STEPS; ++step) {
-        unsigned other[4];
-        if (!is_own) load_strip(other, partner, step);
-        const unsigned(&right)[4] = is_own ? own[step] : other;
-        multiply_add(products[0], own[step], right[0], right[2]);
-        multiply_add(products[1], own[step], right[1], right[3]);
+        for (int step = 0; step < STEPS; ++step) {
+          unsigned other[4];
+          if (!is_own) load_strip(other, partner, first_step + step);
+          const unsigned(&right)[4] = is_own ? own[step] : other;
+          multiply_add(products[0], own[step], right[0], right[2]);
+          multiply_add(products[1], own[step], right[1], right[3]);
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sums[p][i / 4][i % 4] += products[i / 4][i % 4];
       }
-#pragma unroll
-      for (int i = 0; i < 8; ++i) sums[p][i / 4][i % 4] += products[i / 4][i % 4];
     }
   }
 
