@@ -9,7 +9,7 @@ import numpy as np
 
 from .. import reference
 from ..backends import Backend
-from ..problem import Grouping, Problem
+from ..problem import Grouping, GroupMaps, Problem
 from .device import to_host
 
 Rows = np.ndarray[Any, np.dtype[np.float64]]
@@ -48,7 +48,7 @@ class Oracle:
         """
         grouping = problem.grouping
         maps = backend.group_maps(problem, Q, K)
-        if grouping is None or maps is None:
+        if not isinstance(grouping, Grouping) or not isinstance(maps, GroupMaps):  # the axes know exact and lsh alone
             return self.exact
         channels = to_host(maps.channels).astype(np.intp)
         gains = None if maps.gains is None else to_host(maps.gains)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .. import backends, demo, distr_attention
-from ..problem import Problem
+from ..problem import Grouping, Problem
 from ..work import work_of
 from .axes import EXACT, Shape
 from .device import Call, Device
@@ -77,7 +77,7 @@ def profile(plan: Plan, say: Say) -> None:
 def label_of(name: str, problem: Problem) -> str:
     """Return the name of one of our contenders."""
     grouping = problem.grouping
-    if grouping is None:
+    if not isinstance(grouping, Grouping):  # the axes know exact and lsh alone
         return f"{name} exact"
     return f"{name} lsh/{grouping.fusion} G={grouping.group_size} L={grouping.block_size} {grouping.by}"
 

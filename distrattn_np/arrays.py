@@ -12,7 +12,8 @@ Kind = Literal["numpy", "cupy", "numba"]
 
 def kind_of(array: Any) -> Kind | None:
     """Return the kind of ``array``: a NumPy, CuPy or Numba device array; None for anything else."""
-    return _kind_of_type(type(array))
+    array_type: type = type(array)
+    return _kind_of_type(array_type)
 
 
 @cache

@@ -238,11 +238,12 @@ class CupyBackend(Backend):
     # ---- attention ----
 
     def attend(self, problem: Problem, Q: Any, K: Any, V: Any, O: Any, lse: Any, maps: Maps) -> None:
+        ready: GroupMaps | _DenseMaps | None = None
         if isinstance(maps, GroupMaps):
-            maps = GroupMaps(_contiguous(maps.channels), None if maps.gains is None else _contiguous(maps.gains))
+            ready = GroupMaps(_contiguous(maps.channels), None if maps.gains is None else _contiguous(maps.gains))
         elif isinstance(maps, SubspaceMaps):
-            maps = _DenseMaps.of(maps, K)
-        forward = _Forward(problem, Q, K, V, O, lse, maps)
+            ready = _DenseMaps.of(maps, K)
+        forward = _Forward(problem, Q, K, V, O, lse, ready)
         if uses_tensor_cores(problem, capability()):
             forward.on_tensor_cores()
         else:
@@ -558,7 +559,7 @@ class _Forward:
         )
         heads, heads_per_kv_head, N, M, query_blocks, query_block_size, key_block_size, first, offset = sizes
         shown = [(Q, launch.q_box), (K, launch.k_box), (self.V, launch.v_box)]
-        if Z is not None:
+        if Z is not None and launch.z_box is not None:
             batch, kv_heads, blocks = Z.shape[:3]
             shown.append((Z.reshape(batch, kv_heads, blocks * rank, problem.width), launch.z_box))
         maps = [encode_tensor_map(x.data.ptr, x.shape, x.strides, dtype, box) for x, box in shown]

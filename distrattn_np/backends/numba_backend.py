@@ -23,9 +23,9 @@ from ..numba_kernels.forward import choose_tiles, make_forward
 from ..numba_kernels.fusion_gains import make_fusion_gains
 from ..numba_kernels.group_channels import make_group_channels
 from ..numba_kernels.hash_channels import make_hash_channels
-from ..problem import GroupMaps, Layout, Problem, ceil_div
+from ..problem import Grouping, GroupMaps, Layout, Problem, ceil_div
 from ..reference import hyperplanes
-from . import Backend, host_copy_back
+from . import Backend, Maps, host_copy_back
 
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 """Whether kernels run in Numba's simulator, where a CUDA thread is an operating-system thread: few threads then."""
@@ -61,7 +61,7 @@ class NumbaBackend(Backend):
     name = "numba"
     kinds = frozenset(("numba", "numpy", "cupy"))
 
-    def attention(self, problem: Problem, q: Any, k: Any, v: Any, out: Any) -> tuple[Any, Any]:
+    def attention(self, problem: Problem, q: Any, k: Any, v: Any, out: Any) -> tuple[Any, Any, Maps]:
         """Compute one checked call on the device of its arrays."""
         if problem.dtype not in (np.float16, np.float32, np.float64):
             rule = "the numba backend takes float16, float32 and float64"
@@ -72,7 +72,7 @@ class NumbaBackend(Backend):
     def group_maps(self, problem: Problem, Q: Any, K: Any) -> GroupMaps | None:
         """Return the maps of every block as native arrays; gains have the type of the sums."""
         grouping = problem.grouping
-        if grouping is None:
+        if not isinstance(grouping, Grouping):  # `builds_subspace` is false
             return None
         K = K.bind(Q.stream)  # arrays may be bound to different streams; every launch of a call goes to that of Q
         X = K if grouping.by == "keys" else Q

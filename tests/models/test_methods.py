@@ -67,7 +67,7 @@ class TestMeter:
         wanted = [
             (EXACT, exact_attention(q, k, v, causal=causal)),
             (Method("lsh", {"group_size": 4}), distr_attention(q, k, v, method="lsh", group_size=4, causal=causal)),
-            (Method("subspace", {"rank": 16}), distr_attention(q, k, v, rank=16, causal=causal)),
+            (Method("subspace", {"rank": 16}), distr_attention(q, k, v, method="subspace", rank=16, causal=causal)),
             (Method("int8"), PEERS["int8"][0](q, k, v, causal=causal)),
         ]
         for method, expected in wanted:
