@@ -40,6 +40,9 @@ def main(argv: Sequence[str]) -> int:
             print(report.markdown(measured))
         else:
             report.show(measured)
+        if arguments.document is not None:
+            text = arguments.document.read_text(encoding="utf-8")
+            arguments.document.write_text(report.fill(text, measured), encoding="utf-8")
         if arguments.plot is not None:
             for path in report.draw(measured, arguments.plot):
                 print(path, file=sys.stderr)
@@ -72,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, metavar="N", help="timed runs after a first one (numpy: 0, cupy: 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
+    parser.add_argument("--document", type=Path, metavar="FILE", help="write the tables between the marks of this file")
     parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw quality against R, FLOP and time")
     parser.add_argument(
         "--show", nargs="+", type=Path, metavar="FILE", help="measure nothing: show these reports as one"

@@ -11,6 +11,8 @@ from typing import Any
 Report = dict[str, Any]
 """``environment``: of the run; ``rows``: one for each task and method."""
 OURS = ("exact", "lsh", "subspace")
+BEGIN, END = "<!-- models:begin -->\n", "<!-- models:end -->"
+"""What the tables of a document stand between."""
 
 
 def load(paths: Sequence[Path]) -> Report:
@@ -55,7 +57,10 @@ def _number(name: str, value: float, exact: float | None) -> str:
     if name != "perplexity":
         return f"{value:.4f}"
     text = f"{value:.2f}" if value < 1000 else f"{value:.0f}"
-    return text if exact in (None, value) else f"{text} ({100 * (value / exact - 1):+.3g} %)"
+    if exact is None or value == exact:
+        return text
+    change = 100 * (value / exact - 1)
+    return f"{text} ({change:+.0f} %)" if change >= 10 else f"{text} ({change:+.2f} %)"
 
 
 def markdown(report: Report) -> str:
@@ -66,6 +71,14 @@ def markdown(report: Report) -> str:
         rule = ["---", *["---:"] * (len(headings) - 1)]
         parts += [f"**{title}**", "", *(f"| {' | '.join(line)} |" for line in (headings, rule, *lines)), ""]
     return "\n".join(parts).rstrip()
+
+
+def fill(text: str, report: Report) -> str:
+    """Return a document with its tables written anew; ValueError where the marks are not there once each."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"--document: must hold {BEGIN.strip()} and then {END} once each")
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}\n{markdown(report)}\n\n{END}{rest.partition(END)[2]}"
 
 
 def show(report: Report) -> None:
@@ -87,7 +100,7 @@ def show(report: Report) -> None:
 
 
 def draw(report: Report, folder: Path) -> list[Path]:
-    """Draw one picture for each task into ``folder``: loss of quality against R, attention FLOP and time."""
+    """Draw one picture for each task into ``folder``: what is lost, against R, attention FLOP and time."""
     from matplotlib.figure import Figure
 
     paths = []
@@ -104,10 +117,11 @@ def draw(report: Report, folder: Path) -> list[Path]:
             "attention FLOP of exact": "flop_ratio",
             "seconds of the forward pass": "seconds",
         }
+        colours = {name: f"C{n}" for n, name in enumerate(dict.fromkeys(row["method"] for row in measured[1:]))}
         for panel, (label, key) in zip(panels, axes.items(), strict=True):
             for method, points in _points(measured, exact, measure, key).items():
-                style = "-" if method in OURS else ":"
-                panel.plot(*zip(*points, strict=True), marker="o", ms=4, ls=style, label=method)
+                marker = "o" if method in OURS else "x"
+                panel.plot(*zip(*points, strict=True), marker=marker, ls="", color=colours[method], label=method)
             if exact[key] is not None:
                 panel.axvline(exact[key], color="black", lw=0.8)
             panel.set(xlabel=label, yscale="log")
@@ -129,7 +143,7 @@ def _points(
         if row["method"] != "exact" and row[key] is not None:
             point = (row[key], _loss(row["quality"][measure], exact["quality"][measure], measure))
             lines.setdefault(row["method"], []).append(point)
-    return {method: sorted(points) for method, points in lines.items()}
+    return lines
 
 
 def _loss(value: float, exact: float, measure: str) -> float:
