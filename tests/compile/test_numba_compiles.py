@@ -116,6 +116,8 @@ def compile_all(cc: tuple[int, int]) -> dict[str, str]:
     from numba import cuda
     from numba.cuda import dispatcher, types
 
+    from distrattn_np.backends import numba_backend  # noqa: F401  (lets numba-cuda meet a newer NumPy)
+
     # Numba asks the current device what to compile device functions for; there may be none
     dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=cc)
     try:

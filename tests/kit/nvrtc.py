@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from dataclasses import dataclass
 from functools import cache
@@ -54,8 +55,10 @@ def compile_kernel(stem: str, arch: str, defines: dict[str, Any] | None = None, 
         nvrtc.nvrtcGetProgramLog(program, text)
         return text.decode(errors="replace").rstrip("\0")
 
-    # CuPy flushes subnormals in everything that it compiles
-    options = [f"-arch={arch}", "-std=c++17", "-ftz=true", "--ptxas-options=-v"]
+    # CuPy flushes subnormals and lets lambdas run on the device in everything that it compiles
+    options = [f"-arch={arch}", "-std=c++17", "-ftz=true", "-default-device", "--ptxas-options=-v"]
+    if tuple(nvrtc.nvrtcVersion()[1:]) >= (12, 9):
+        options.append("-no-cache")  # ptxas reports nothing of a program that is taken from NVRTC's cache
     options += [f"-D{name}={value}" for name, value in (defines or {}).items()]
     if source is None:
         options.append(f"-I{RAW_KERNELS}")
@@ -84,10 +87,16 @@ def parse_resources(log: str) -> dict[str, Resources]:
 
 @cache
 def tool(name: str) -> Path:
-    """Return a CUDA program from its wheel, "cuobjdump" or "nvdisasm"."""
-    for file in metadata.files(f"nvidia-cuda-{name}") or []:
+    """Return a CUDA program, "cuobjdump" or "nvdisasm", from its wheel or from the toolkit on PATH."""
+    try:
+        files = metadata.files(f"nvidia-cuda-{name}") or []
+    except metadata.PackageNotFoundError:
+        files = []
+    for file in files:
         if file.stem == name and file.suffix in ("", ".exe"):
             return Path(str(file.locate()))
+    if installed := shutil.which(name):
+        return Path(installed)
     raise FileNotFoundError(name)
 
 
