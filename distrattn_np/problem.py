@@ -61,6 +61,19 @@ class Problem:
         return self.heads // self.kv_heads if self.kv_heads else 1
 
     @property
+    def own_block_is_exact(self) -> bool:
+        """Whether a query scores the keys of its own block exactly (docs/math.md, eq. 20)."""
+        return isinstance(self.grouping, Subspace) and self.grouping.by == "keys" and self.causal_offset is not None
+
+    @property
+    def meeting_offset(self) -> int | None:
+        """`causal_offset` as it says which rows meet a block through its maps: own blocks do not."""
+        if self.causal_offset is None or self.grouping is None or not self.own_block_is_exact:
+            return self.causal_offset
+        # from here on, longer blocks make no difference
+        return self.causal_offset - min(self.grouping.block_size, max(self.keys, self.queries + self.causal_offset))
+
+    @property
     def rank(self) -> int:
         """Inner width R of the score product; the most that a block may have where each chooses its own."""
         match self.grouping:

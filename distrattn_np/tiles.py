@@ -156,6 +156,8 @@ class Sm90Tiles:
     block_q: int
     block_kv: int
     stages: int
+    map_ahead: bool = True
+    """Whether the queries' map for the next key block is computed beside a softmax; takes registers."""
 
 
 def sm90_tiles(rank: int, value_width: int, query_block_size: int) -> Sm90Tiles:
@@ -171,8 +173,11 @@ def sm90_tiles(rank: int, value_width: int, query_block_size: int) -> Sm90Tiles:
     return Sm90Tiles(128, 128, 2)
 
 
-SM90_KEY_MAP_TILES = Sm90Tiles(128, 128, 2)
-"""Tiles where forward_sm90.cu maps the queries itself, for blocks over keys."""
+def sm90_key_map_tiles(rank: int) -> Sm90Tiles:
+    """Return the tiles where forward_sm90.cu maps the queries itself, for blocks over keys; ``rank`` is padded."""
+    if rank > 96:  # more than the registers hold beside 128 keys
+        return Sm90Tiles(128, 64, 3)
+    return Sm90Tiles(128, 128, 2, map_ahead=rank < 96)
 
 
 def sm90_defines(
@@ -184,12 +189,16 @@ def sm90_defines(
     keys_per_item: bool,
     causal: bool,
     mapped_width: int | None = None,
+    own_block: bool = False,
 ) -> Defines:
     """Return the -D options of forward_sm90.cu for inner width ``rank`` (padded).
 
-    ``mapped_width`` is the width of queries that the kernel maps itself, for blocks over keys.
+    ``mapped_width`` is the width of queries that the kernel maps itself, for blocks over keys; with ``own_block`` they
+    score the keys of their own block exactly.
     """
-    key_maps = {} if mapped_width is None else {"KEY_MAPS": 1, "D": mapped_width}
+    key_maps = {}
+    if mapped_width is not None:
+        key_maps = {"KEY_MAPS": 1, "D": mapped_width, "OWN_BLOCK": int(own_block), "MAP_AHEAD": int(tiles.map_ahead)}
     return key_maps | {
         "ELEMENT": element,
         "R": rank,
@@ -405,6 +414,19 @@ def _forward_sm90_cases() -> Iterator[Defines]:
                 value_width=value_width,
                 keys_per_item=keys_per_item,
                 causal=(rank // 32 + element) % 2 == keys_per_item,
+            )
+    for width, rank, value_width in product((64, 128), SM90_WIDTHS, (64, 128)):
+        if rank <= width:
+            causal = value_width == width  # so that both are built for every pair of width and rank
+            yield sm90_defines(
+                sm90_key_map_tiles(rank),
+                element=1 + rank // 16 % 2,
+                rank=rank,
+                value_width=value_width,
+                keys_per_item=False,
+                causal=causal,
+                mapped_width=width,
+                own_block=causal,
             )
 
 

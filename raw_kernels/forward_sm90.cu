@@ -10,18 +10,20 @@
 //   blocks over queries    : Q sampled, K fused for each query block (KEYS_PER_ITEM)
 //   blocks over keys       : Q as the caller holds it, K sampled, and a map Z for each key block (KEY_MAPS). Q Z is
 //                            computed here, once for each key block, and stays in registers. With FOLD_REFERENCE the
-//                            last two of the R columns are the kernel's: K has ones there, Z zeros.
+//                            last two of the R columns are the kernel's: K has ones there, Z zeros. With OWN_BLOCK a
+//                            query scores the keys of its own block exactly (eq. 20), from K as the caller holds it.
 //
 // Grid      : (query tiles of a block * items); an item is a (batch, head, query block), see work_item.cuh
 // Block     : (1 + NUM_CONSUMERS) * 128 threads. Warpgroup 0 copies tiles, the others own 64 query rows each
 // Shared    : sizeof(SharedTiles) + SWIZZLE_ALIGNMENT bytes, dynamic: 2 (BLOCK_Q Q_WIDTH + STAGES BLOCK_KV (R + E))
-//             + 8 (1 + 4 STAGES) + 1024; KEY_MAPS: and 2 R D + 16
+//             + 8 (1 + 4 STAGES) + 1024; KEY_MAPS: and 2 R D + 4 BLOCK_Q + 24; OWN_BLOCK: D in place of R in the tiles of K
 // Maps      : 16-bit elements, strides as they are, swizzle as wide as a row of the box, zeros outside
 //             axes from the inner one             box (Panels<width>::COLUMNS, rows, 1, 1)
 //             q_map (Q_WIDTH, N, H, B)            (Q_WIDTH, BLOCK_Q)
 //             k_map (R, M, H_kv, B)               (R, BLOCK_KV)          KEYS_PER_ITEM: (R, M, items of this launch, 1)
 //             v_map (E, M, H_kv, B)               (E, BLOCK_KV)
 //             z_map (D, key blocks * R, H_kv, B)  (D, R)                 KEY_MAPS: Z transposed
+//             own_map (D, M, H_kv, B)             (D, BLOCK_KV)          OWN_BLOCK: K as the caller holds it
 // Assumes   : scale > 0, M > 0; pointers and strides of what the maps show are multiples of 16 bytes, those of O of 4;
 //             KEY_MAPS: key_block_size is a multiple of BLOCK_KV. Q Z (FOLD_REFERENCE: in powers of two) is rounded to
 //             the element type; what is out of its range becomes the largest element.
@@ -47,17 +49,15 @@
 #ifndef CAUSAL
 #define CAUSAL 0
 #endif
+#ifndef OWN_BLOCK
+#define OWN_BLOCK 0  // only with KEY_MAPS and CAUSAL
+#endif
 #ifndef FOLD_REFERENCE
 #define FOLD_REFERENCE 0  // only with KEY_MAPS: the last two of the R columns carry the softmax's reference
 #endif
 #ifndef MAP_AHEAD
 #define MAP_AHEAD 1  // only with KEY_MAPS: Q Z of the next key block runs beside a softmax; takes R / 2 more registers
 #endif
-
-
-
-
-
 
 #ifndef BLOCK_Q
 #define BLOCK_Q 128
@@ -69,9 +69,6 @@
 #define STAGES 2
 #endif
 
-
-
-
 #include "hopper.cuh"
 #include "work_item.cuh"
 
@@ -79,12 +76,14 @@ constexpr int WARPGROUP = 128;     // threads
 constexpr int CONSUMER_ROWS = 64;  // rows of one wgmma
 constexpr int NUM_CONSUMERS = BLOCK_Q / CONSUMER_ROWS;
 constexpr int NUM_THREADS = (1 + NUM_CONSUMERS) * WARPGROUP;
-constexpr int Q_WIDTH = KEY_MAPS ? D : R;  // width of the Q tile
+constexpr int Q_WIDTH = KEY_MAPS ? D : R;   // width of the Q tile
+constexpr int K_WIDTH = OWN_BLOCK ? D : R;  // of the widest K tile
 static_assert(ELEMENT == FLOAT16 || ELEMENT == BFLOAT16, "tensor cores take 16-bit elements");
 static_assert(BLOCK_Q % CONSUMER_ROWS == 0 && NUM_CONSUMERS >= 2 && NUM_CONSUMERS <= 4,
               "two to four warpgroups own 64 query rows each");
 static_assert(BLOCK_KV % MMA_DEPTH == 0 && BLOCK_KV <= 128, "S [64, BLOCK_KV] is held in registers");
 static_assert(!FOLD_REFERENCE || KEY_MAPS, "the reference is folded into Q Z");
+static_assert(!OWN_BLOCK || (KEY_MAPS && CAUSAL && !FOLD_REFERENCE), "own blocks are of causal calls by keys");
 static_assert(R % MMA_DEPTH == 0 && E % MMA_DEPTH == 0 && Q_WIDTH % MMA_DEPTH == 0, "a product is 16 columns deep");
 
 // Registers of a thread. What the warpgroups hold together may not exceed what they are launched with, or the block
@@ -100,18 +99,38 @@ constexpr float INFINITE = __builtin_bit_cast(float, 0x7f800000);
 
 struct SharedTiles {
   element_t Q[BLOCK_Q * Q_WIDTH];
-  element_t K[STAGES][BLOCK_KV * R];
+  element_t K[STAGES][BLOCK_KV * K_WIDTH];
   element_t V[STAGES][BLOCK_KV * E];
 #if KEY_MAPS
   element_t Z[R * D];
-  Barrier Z_full, Z_empty;
+  float mean_scores[BLOCK_Q];  // q . mean of each row
+  Barrier Z_full, Z_empty, mean_scores_full;
 #endif
   Barrier Q_full, K_full[STAGES], K_empty[STAGES], V_full[STAGES], V_empty[STAGES];
 };
 static_assert(sizeof(element_t[BLOCK_Q * Q_WIDTH]) % SWIZZLE_ALIGNMENT == 0 &&
-                  sizeof(element_t[BLOCK_KV * R]) % SWIZZLE_ALIGNMENT == 0 &&
+                  sizeof(element_t[BLOCK_KV * K_WIDTH]) % SWIZZLE_ALIGNMENT == 0 &&
                   sizeof(element_t[BLOCK_KV * E]) % SWIZZLE_ALIGNMENT == 0,
               "every tile is aligned to its swizzle");
+
+// The key tiles that a thread block visits, from the last one down: `own_begin` to `tiles - 1`, whose keys are scored as
+// they are (OWN_BLOCK: at least one, if only hidden), and then those before `mapped_end`. The two ranges overlap where
+// not all queries have the same own block.
+struct KeyTiles {
+  int own_begin, tiles, mapped_end;
+
+  __device__ __forceinline__ int own_count() const { return tiles - own_begin; }
+  __device__ __forceinline__ int visits() const { return own_count() + mapped_end; }
+  __device__ __forceinline__ int visited(int visit) const {
+    return visit < own_count() ? tiles - 1 - visit : visits() - 1 - visit;
+  }
+};
+
+// The first key that a query scores exactly (eq. 20).
+__device__ __forceinline__ int own_block_begin(int query, int causal_offset, int key_block_size) {
+  const int last_key = max(0, query + causal_offset);
+  return last_key - last_key % key_block_size;
+}
 
 // Sets the scores of keys after the last that each of this lane's two rows sees to minus infinity.
 __device__ __forceinline__ void hide_scores(float (&S)[BLOCK_KV / 2], int first_key, const int (&last_key)[2]) {
@@ -120,11 +139,7 @@ __device__ __forceinline__ void hide_scores(float (&S)[BLOCK_KV / 2], int first_
     if (i / 4 * 8 + i % 2 > last_key[i / 2 % 2] - first_key) S[i] = -INFINITE;
 }
 
-#if KEY_MAPS
-using QueryOperand = unsigned[R / MMA_DEPTH][4];  // Q Z [64, R], in registers
-#else
-using QueryOperand = Descriptor;  // Q [64, R], in shared memory
-#endif
+using MappedQueries = unsigned[R / MMA_DEPTH][4];  // Q Z [64, R], in registers
 
 // The softmax (eq. 10) of the two rows that a lane holds scores of; four lanes share a row. P = exp(score - reference),
 // where the reference need not be the row's maximum: it is taken from the maximum where a row begins, and then stays
@@ -173,45 +188,6 @@ struct RunningSoftmax {
     return has_grown;
   }
 
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
   // Rows that have seen a key, scores that are not hidden: relies on the reference, and looks at the sums of P, which
   // bound every P.
   __device__ __forceinline__ bool step_by_sum(float (&S)[BLOCK_KV / 2], float scale_log2) {
@@ -244,11 +220,9 @@ struct RunningSoftmax {
     return is_large;
   }
 
-
-
 #if FOLD_REFERENCE
   // Lets the products that follow subtract the reference: keys have ones in the last two columns.
-  __device__ __forceinline__ void fold(QueryOperand& QZ, int lane) {
+  __device__ __forceinline__ void fold(MappedQueries& QZ, int lane) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       folded[i] = finite_reference(i);
@@ -273,13 +247,19 @@ struct RunningSoftmax {
     reference[i] = target;
   }
 
+  // Goes on with scores that are lower by these shifts than those so far.
+  __device__ __forceinline__ void lower_scores(float shift_0, float shift_1) {
+    reference[0] -= shift_0;
+    reference[1] -= shift_1;
+  }
+
   // A row that has seen no key yet: any finite reference makes its P zero.
   __device__ __forceinline__ float finite_reference(int i) const {
     return reference[i] == -INFINITE ? 0.0f : reference[i];
   }
 };
 
-// ---- producer: one thread copies tiles, from the last key tile down; V follows K by one, the order of their use ----
+// ---- producer: one thread copies tiles in the order of their use, in which V follows K by one ----
 struct Producer {
   Ring<STAGES> K_ring, V_ring;
 #if KEY_MAPS
@@ -290,35 +270,65 @@ struct Producer {
 #if KEY_MAPS
                                              const TensorMap& z_map, int tiles_per_key_block,
 #endif
-                                             const WorkItem& work, int kv_head, int tiles) {
+#if OWN_BLOCK
+                                             const TensorMap& own_map,
+#endif
+                                             const WorkItem& work, int kv_head, const KeyTiles& keys) {
     const int k_head = KEYS_PER_ITEM ? work.launch_item : kv_head;
     const int k_batch = KEYS_PER_ITEM ? 0 : work.b;
+    const int visits = keys.visits();
+#if KEY_MAPS
+    int key_block = (keys.mapped_end - 1) / tiles_per_key_block;
+    if (keys.mapped_end > 0) copy_map(shared, z_map, key_block, kv_head, work.b);
+#endif
 #pragma unroll 1
-    for (int tile = tiles - 1; tile >= -1; --tile) {
-      if (tile >= 0) {
-#if KEY_MAPS
-        if (tile == tiles - 1) copy_map(shared, z_map, tile / tiles_per_key_block, kv_head, work.b);
-#endif
+    for (int visit = 0; visit <= visits; ++visit) {
+      if (visit < visits) {
+        const int row = keys.visited(visit) * BLOCK_KV;
         barrier_wait(shared.K_empty[K_ring.stage], K_ring.parity ^ 1);
-        copy_tile<R, BLOCK_KV>(shared.K[K_ring.stage], k_map, shared.K_full[K_ring.stage], tile * BLOCK_KV, k_head,
-                               k_batch);
-        K_ring.advance();
-#if KEY_MAPS
-        // Z of the next block, behind the last K of this one: consumers wait for that K before they release the last Z
-        if (tile > 0 && tile % tiles_per_key_block == 0)
-          copy_map(shared, z_map, tile / tiles_per_key_block - 1, kv_head, work.b);
+#if OWN_BLOCK
+        if (visit < keys.own_count())
+          copy_tile<D, BLOCK_KV>(shared.K[K_ring.stage], own_map, shared.K_full[K_ring.stage], row, kv_head, work.b);
+        else
 #endif
+          copy_tile<R, BLOCK_KV>(shared.K[K_ring.stage], k_map, shared.K_full[K_ring.stage], row, k_head, k_batch);
+        K_ring.advance();
       }
-      if (tile < tiles - 1) {
+      if (visit > 0) {
         barrier_wait(shared.V_empty[V_ring.stage], V_ring.parity ^ 1);
-        copy_tile<E, BLOCK_KV>(shared.V[V_ring.stage], v_map, shared.V_full[V_ring.stage], (tile + 1) * BLOCK_KV,
-                               kv_head, work.b);
+        copy_tile<E, BLOCK_KV>(shared.V[V_ring.stage], v_map, shared.V_full[V_ring.stage],
+                               keys.visited(visit - 1) * BLOCK_KV, kv_head, work.b);
         V_ring.advance();
       }
+#if KEY_MAPS
+      // Z of the next block, behind what consumers wait for before they release the last Z
+      const bool is_mapped = visit >= keys.own_count() && visit < visits;
+      if (is_mapped && key_block > 0 && keys.visited(visit) == key_block * tiles_per_key_block)
+        copy_map(shared, z_map, --key_block, kv_head, work.b);
+#endif
     }
   }
 
 #if KEY_MAPS
+  // By the warps of this warpgroup that copy nothing.
+  __device__ __forceinline__ void multiply_by_mean(SharedTiles& shared, const float* __restrict__ mean) {
+    constexpr int CHUNK = 8;  // elements of 16 bytes, which the swizzle keeps together
+    barrier_wait(shared.Q_full, 0);
+#pragma unroll 1
+    for (int row = threadIdx.x - WARP_SIZE; row < BLOCK_Q; row += WARPGROUP - WARP_SIZE) {
+      float sum = 0.0f;
+#pragma unroll 1
+      for (int d = 0; d < D; d += CHUNK) {
+        const uint4 chunk = *reinterpret_cast<const uint4*>(shared.Q + swizzled_place<D, BLOCK_Q>(row, d));
+        const element_t(&q)[CHUNK] = reinterpret_cast<const element_t(&)[CHUNK]>(chunk);
+#pragma unroll
+        for (int j = 0; j < CHUNK; ++j) sum = fmaf(to_accumulate(q[j]), mean[d + j], sum);
+      }
+      shared.mean_scores[row] = sum;
+    }
+    barrier_arrive(shared.mean_scores_full);
+  }
+
   __device__ __forceinline__ void copy_map(SharedTiles& shared, const TensorMap& z_map, int key_block, int kv_head,
                                            int b) {
     barrier_wait(shared.Z_empty, Z_ring.parity ^ 1);
@@ -332,18 +342,23 @@ struct Producer {
 
 // The products pin and fence their registers, and return while they are still running.
 
-// S = Q K^T  [64, BLOCK_KV]
-__device__ __forceinline__ void start_scores(float (&S)[BLOCK_KV / 2], const QueryOperand& Q, Descriptor K) {
+// S = Q K^T  [64, BLOCK_KV], from Q [64, Q_WIDTH]
+__device__ __forceinline__ void start_scores(float (&S)[BLOCK_KV / 2], Descriptor Q, Descriptor K) {
   pin(S);
   wgmma_fence();
 #pragma unroll
-  for (int k = 0; k < R / MMA_DEPTH; ++k) {
-#if KEY_MAPS
-    multiply<false>(S, Q[k], K + inner_step<R, BLOCK_KV>(k), k > 0);
-#else
-    multiply(S, Q + inner_step<R, BLOCK_Q>(k), K + inner_step<R, BLOCK_KV>(k), k > 0);
-#endif
-  }
+  for (int k = 0; k < Q_WIDTH / MMA_DEPTH; ++k)
+    multiply(S, Q + inner_step<Q_WIDTH, BLOCK_Q>(k), K + inner_step<Q_WIDTH, BLOCK_KV>(k), k > 0);
+  wgmma_commit();
+}
+
+// S = (Q Z) K^T  [64, BLOCK_KV]
+__device__ __forceinline__ void start_scores(float (&S)[BLOCK_KV / 2], MappedQueries& QZ, Descriptor K) {
+  pin(S);
+  pin(QZ);
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < R / MMA_DEPTH; ++k) multiply<false>(S, QZ[k], K + inner_step<R, BLOCK_KV>(k), k > 0);
   wgmma_commit();
 }
 
@@ -368,7 +383,7 @@ __device__ __forceinline__ void start_map(float (&C)[R / 2], Descriptor Q, Descr
   wgmma_commit();
 }
 
-__device__ __forceinline__ void finish_map(QueryOperand& QZ, float (&C)[R / 2], float scale_log2) {
+__device__ __forceinline__ void finish_map(MappedQueries& QZ, float (&C)[R / 2], float scale_log2) {
   pin(C);
 #pragma unroll
   for (int i = 0; i < R / MMA_DEPTH; ++i) {
@@ -392,6 +407,9 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
 #if KEY_MAPS
                   const __grid_constant__ TensorMap z_map,
 #endif
+#if OWN_BLOCK
+                  const __grid_constant__ TensorMap own_map,
+#endif
                   element_t* __restrict__ O,               // [B, H, N, E]
                   float* __restrict__ lse,                 // [B, H, N]
                   int H, int heads_per_kv_head, int N, int M,
@@ -401,6 +419,7 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
                   long long stride_o_b, long long stride_o_h, long long stride_o_n  // elements
 #if KEY_MAPS
                   ,
+                  const float* __restrict__ mean,          // [B, H_kv, D], taken off the keys behind k_map; may be null
                   int key_block_size
 #endif
 ) {
@@ -418,6 +437,12 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
 #if KEY_MAPS
   const int tiles_per_key_block = key_block_size / BLOCK_KV;
 #endif
+#if OWN_BLOCK
+  const KeyTiles keys{min(tiles - 1, own_block_begin(work.query_begin, causal_offset, key_block_size) / BLOCK_KV), tiles,
+                      min(tiles, own_block_begin(work.query_end - 1, causal_offset, key_block_size) / BLOCK_KV)};
+#else
+  const KeyTiles keys{tiles, tiles, tiles};
+#endif
 
   // ---- barriers: a full one hears from the producer and the copy engine, an empty one from each consumer ----
   if (threadIdx.x == 0) {
@@ -425,6 +450,7 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
 #if KEY_MAPS
     barrier_init(shared.Z_full, 1);
     barrier_init(shared.Z_empty, NUM_CONSUMERS);
+    barrier_init(shared.mean_scores_full, WARPGROUP - WARP_SIZE);
 #endif
 #pragma unroll
     for (int stage = 0; stage < STAGES; ++stage) {
@@ -436,14 +462,6 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
     barrier_init_fence();
   }
 
-
-
-
-
-
-
-
-
   __syncthreads();  // no one arrives or waits before the barriers are initialised
 
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / WARPGROUP, 0);  // the compiler sees that a warp agrees on it
@@ -452,13 +470,20 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
     Producer producer;
     if (threadIdx.x == 0)
       copy_tile<Q_WIDTH, BLOCK_Q>(shared.Q, q_map, shared.Q_full, work.query_begin, work.h, work.b);
+#if KEY_MAPS
+    if (threadIdx.x >= WARP_SIZE && mean)
+      producer.multiply_by_mean(shared, mean + (work.b * (H / heads_per_kv_head) + kv_head) * D);
+#endif
     for (int pass = 0; pass < 2; ++pass) {
       if (threadIdx.x == 0) {
         producer.copy_tiles(shared, k_map, v_map,
 #if KEY_MAPS
                             z_map, tiles_per_key_block,
 #endif
-                            work, kv_head, tiles);
+#if OWN_BLOCK
+                            own_map,
+#endif
+                            work, kv_head, keys);
       }
       __syncwarp();
       if (!__syncthreads_or(false)) break;
@@ -470,23 +495,44 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
     const bool is_speaker = threadIdx.x % WARPGROUP == 0;  // arrives at barriers for its warpgroup
     const int first_row = work.query_begin + consumer * CONSUMER_ROWS;
     const int row = first_row + warp * 16 + lane / 4;  // this lane's rows: row and row + 8
+    // the last keys that they see
     const int last_key[2] = {CAUSAL ? min(M - 1, row + causal_offset) : M - 1,
                              CAUSAL ? min(M - 1, row + 8 + causal_offset) : M - 1};
+#if OWN_BLOCK
+    // The first key that a row scores exactly. Rows that do not exist count as the last one that does.
+    const auto own_begin_of = [&](int n) {
+      return own_block_begin(min(n, work.query_end - 1), causal_offset, key_block_size);
+    };
+    const int first_own_begin = own_begin_of(first_row), last_own_begin = own_begin_of(first_row + CONSUMER_ROWS - 1);
+#endif
     const int lane_key = lane % 4 * 2;  // first column of a tile that this lane holds scores of
+    // Hides from each row the keys of a tile that it does not see, or that it does not score in the way of the tile.
+    auto hide_edge = [&](auto is_own, float (&S)[BLOCK_KV / 2], int tile) {
+      int last_seen[2] = {last_key[0], last_key[1]};
+#if OWN_BLOCK
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int own_begin = own_begin_of(row + 8 * i);
+        if (!decltype(is_own)::value) last_seen[i] = min(last_seen[i], own_begin - 1);
+        else if (tile * BLOCK_KV < own_begin) last_seen[i] = -1;
+      }
+#endif
+      hide_scores(S, tile * BLOCK_KV + lane_key, last_seen);
+    };
     const float score_scale = FOLD_REFERENCE ? 1.0f : scale_log2;  // what S is multiplied by
 
     const Descriptor Q_smem = describe_inner_columns<Q_WIDTH>(
         shared.Q + consumer * CONSUMER_ROWS * Panels<Q_WIDTH>::COLUMNS);  // these rows of every panel
     const Descriptor K_smem = describe_inner_columns<R>(shared.K);
+    const Descriptor whole_K_smem = describe_inner_columns<Q_WIDTH>(shared.K);  // keys as wide as queries
     const Descriptor V_smem = describe_inner_rows<E, BLOCK_KV>(shared.V);
     constexpr unsigned K_STAGE = sizeof(shared.K[0]) >> 4, V_STAGE = sizeof(shared.V[0]) >> 4;  // to the next buffer
     Ring<STAGES> K_ring, V_ring;
 #if KEY_MAPS
     const Descriptor Z_smem = describe_inner_columns<D>(shared.Z);
+    const float* const mean_scores = shared.mean_scores + row - work.query_begin;
     Ring<1> Z_ring;
-    QueryOperand Q;
-#else
-    const QueryOperand Q = Q_smem;
+    MappedQueries QZ;
 #endif
     barrier_wait(shared.Q_full, 0);
 
@@ -499,6 +545,7 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
       unsigned P_rmem[BLOCK_KV / MMA_DEPTH][4];
       RunningSoftmax softmax;
       bool is_moved;  // whether the reference is
+      int tile = tiles - 1;
 
 #if KEY_MAPS
       // Q Z of a key block, at once
@@ -509,37 +556,49 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
         wgmma_wait<0>();
         if (is_speaker) barrier_arrive(shared.Z_empty);
         Z_ring.advance();
-        finish_map(Q, C_rmem, scale_log2);
+        finish_map(QZ, C_rmem, scale_log2);
       };
-      map_queries();
 #endif
-
-      // ---- the last key tile:  S = Q K^T,  P = exp(S - reference) ----
-      barrier_wait(shared.K_full[K_ring.stage], K_ring.parity);
-      start_scores(S_rmem, Q, K_smem + K_ring.stage * K_STAGE);
-      wgmma_wait<0>();
-      pin(S_rmem);
-      if (is_speaker) barrier_arrive(shared.K_empty[K_ring.stage]);
-      K_ring.advance();
-      hide_scores(S_rmem, (tiles - 1) * BLOCK_KV + lane_key, last_key);
-      softmax.step_by_maximum(S_rmem, score_scale, follows_maximum);
-      pack_operands(P_rmem, S_rmem);
+      auto start_scores_of = [&](auto is_own) {
 #if KEY_MAPS
-      if (MAP_AHEAD && tiles > 1 && (tiles - 1) % tiles_per_key_block == 0) map_queries();
+        if constexpr (!decltype(is_own)::value) start_scores(S_rmem, QZ, K_smem + K_ring.stage * K_STAGE);
 #endif
-#if FOLD_REFERENCE
-      if (!follows_maximum) softmax.fold(Q, lane);
-#endif
-      if (tiles > 1) barrier_wait(shared.K_full[K_ring.stage], K_ring.parity);
+        if constexpr (!KEY_MAPS || decltype(is_own)::value)
+          start_scores(S_rmem, Q_smem, whole_K_smem + K_ring.stage * K_STAGE);
+      };
 
-      int tile = tiles - 2;
-      auto visit_tile = [&](auto is_last_of_key_block) {
+      auto rescale_values = [&] {
+#pragma unroll
+        for (int i = 0; i < E / 2; ++i) O_rmem[i] *= softmax.rescale[i / 2 % 2];
+      };
+
+      // ---- the first of several tiles:  S = Q K^T,  P = exp(S - reference) ----
+      auto begin_visits = [&](auto is_own, int tile) {
+        barrier_wait(shared.K_full[K_ring.stage], K_ring.parity);
+        start_scores_of(is_own);
+        wgmma_wait<0>();
+        pin(S_rmem);
+        if (is_speaker) barrier_arrive(shared.K_empty[K_ring.stage]);
+        K_ring.advance();
+        hide_edge(is_own, S_rmem, tile);
+        if (softmax.step_by_maximum(S_rmem, score_scale, follows_maximum)) rescale_values();
+        pack_operands(P_rmem, S_rmem);
+      };
+
+      // ---- the last of them:  O += P V ----
+      auto end_visits = [&] {
+        barrier_wait(shared.V_full[V_ring.stage], V_ring.parity);
+        start_values(O_rmem, P_rmem, V_smem + V_ring.stage * V_STAGE);
+        wgmma_wait<0>();
+        pin(O_rmem);
+        if (is_speaker) barrier_arrive(shared.V_empty[V_ring.stage]);
+        V_ring.advance();
+      };
+
+      auto visit_tile = [&](auto is_own, auto is_last_of_key_block) {
         constexpr bool MAPS_NEXT = decltype(is_last_of_key_block)::value;
         // ---- start S = Q K^T of this tile and, behind it, O += P V of the one before ----
-#if KEY_MAPS
-        pin(Q);
-#endif
-        start_scores(S_rmem, Q, K_smem + K_ring.stage * K_STAGE);
+        start_scores_of(is_own);
         barrier_wait(shared.V_full[V_ring.stage], V_ring.parity);
         start_values(O_rmem, P_rmem, V_smem + V_ring.stage * V_STAGE);
 #if KEY_MAPS
@@ -556,21 +615,22 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
         if (is_speaker) barrier_arrive(shared.K_empty[K_ring.stage]);
         K_ring.advance();
         // up to the tile with the last key of the first row, so that every row has found a maximum
-        const bool is_at_edge = CAUSAL && (tile + 1) * BLOCK_KV > first_row + causal_offset;
+        bool is_at_edge = CAUSAL && (tile + 1) * BLOCK_KV > first_row + causal_offset;
+#if OWN_BLOCK
+        is_at_edge |= decltype(is_own)::value ? tile * BLOCK_KV < last_own_begin
+                                              : (tile + 1) * BLOCK_KV > min(first_own_begin, M - 1);
+#endif
         if (is_at_edge || follows_maximum) {
-          if (is_at_edge) hide_scores(S_rmem, tile * BLOCK_KV + lane_key, last_key);
+          if (is_at_edge) hide_edge(is_own, S_rmem, tile);
           is_moved = softmax.step_by_maximum(S_rmem, score_scale, follows_maximum);
         } else {
-
-
-
           is_moved = softmax.step_by_sum(S_rmem, score_scale);
-
         }
         pin(S_rmem);
         // This wait is for the next tile. It stands here because its branch keeps ptxas from moving the wait for P V
         // in front of the exponentials, which are to run beside P V.
-        if (tile > 0) barrier_wait(shared.K_full[K_ring.stage], K_ring.parity);
+        if (tile > (decltype(is_own)::value ? keys.own_begin : 0))
+          barrier_wait(shared.K_full[K_ring.stage], K_ring.parity);
 
         // ---- O is complete up to the tile before: rescale it to the new reference ----
         wgmma_wait<0>();
@@ -580,60 +640,74 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
         V_ring.advance();
         pack_operands(P_rmem, S_rmem);
 
-
-
 #if KEY_MAPS
         if constexpr (MAPS_NEXT) {
           if (is_speaker) barrier_arrive(shared.Z_empty);
           Z_ring.advance();
-          finish_map(Q, C_rmem, scale_log2);
+          finish_map(QZ, C_rmem, scale_log2);
         }
 #endif
-        if (is_moved) {
-#pragma unroll
-          for (int i = 0; i < E / 2; ++i) O_rmem[i] *= softmax.rescale[i / 2 % 2];
-        }
+        if (is_moved) rescale_values();
 #if FOLD_REFERENCE
-        if ((is_moved || MAPS_NEXT) && !follows_maximum) softmax.fold(Q, lane);
+        if ((is_moved || MAPS_NEXT) && !follows_maximum) softmax.fold(QZ, lane);
 #endif
         --tile;
       };
+      // ---- the tiles, from the last one down ----
+#if OWN_BLOCK
+      begin_visits(Bool<true>(), tile--);
+      if (tile >= keys.own_begin) barrier_wait(shared.K_full[K_ring.stage], K_ring.parity);
+#pragma unroll 1
+      while (tile >= keys.own_begin) visit_tile(Bool<true>(), Bool<false>());
+      end_visits();
+      tile = keys.mapped_end - 1;
+      barrier_wait(shared.mean_scores_full, 0);
+      softmax.lower_scores(mean_scores[0], mean_scores[8]);
+#endif
+      if (!OWN_BLOCK || tile >= 0) {
+#if KEY_MAPS
+        map_queries();
+#endif
+        begin_visits(Bool<false>(), tile);
+#if KEY_MAPS
+        if (tile > 0 && tile % tiles_per_key_block == 0) map_queries();
+#endif
+#if FOLD_REFERENCE
+        if (!follows_maximum) softmax.fold(QZ, lane);
+#endif
+        --tile;
+        if (tile >= 0) barrier_wait(shared.K_full[K_ring.stage], K_ring.parity);
 #if KEY_MAPS
 #pragma unroll 1
-      while (tile >= 0) {
-        if (!MAP_AHEAD && (tile + 1) % tiles_per_key_block == 0) {
-          map_queries();
-#if FOLD_REFERENCE
-          if (!follows_maximum) softmax.fold(Q, lane);
-#endif
-        }
-        const int last_of_key_block = tile - tile % tiles_per_key_block;
+        while (tile >= 0) {
+          const int last_of_key_block = tile - tile % tiles_per_key_block;
 #pragma unroll 1
-        while (tile > (MAP_AHEAD ? last_of_key_block : last_of_key_block - 1)) visit_tile(Bool<false>());
-        if (MAP_AHEAD) {
-          if (tile > 0) visit_tile(Bool<true>());
-          else visit_tile(Bool<false>());
+          while (tile > last_of_key_block) visit_tile(Bool<false>(), Bool<false>());
+          if (MAP_AHEAD && last_of_key_block > 0) {
+            visit_tile(Bool<false>(), Bool<true>());
+          } else {
+            visit_tile(Bool<false>(), Bool<false>());
+            if (last_of_key_block > 0) {
+              map_queries();
+#if FOLD_REFERENCE
+              if (!follows_maximum) softmax.fold(QZ, lane);
+#endif
+            }
+          }
         }
-      }
 #else
 #pragma unroll 1
-      while (tile >= 0) visit_tile(Bool<false>());
+        while (tile >= 0) visit_tile(Bool<false>(), Bool<false>());
 #endif
-
-      // ---- O += P V of the first key tile ----
-      barrier_wait(shared.V_full[V_ring.stage], V_ring.parity);
-      start_values(O_rmem, P_rmem, V_smem + V_ring.stage * V_STAGE);
-      wgmma_wait<0>();
-      pin(O_rmem);
-      if (is_speaker) barrier_arrive(shared.V_empty[V_ring.stage]);
-      V_ring.advance();
+        end_visits();
+      }
 
       // ---- O / row_sum and lse, rows n < query_end ----
+#if KEY_MAPS
+      if (mean) barrier_wait(shared.mean_scores_full, 0);
+#endif
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-
-
-
         float sum = softmax.row_sum[i];
         sum += __shfl_xor_sync(~0u, sum, 1);
         sum += __shfl_xor_sync(~0u, sum, 2);
@@ -648,9 +722,13 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
           const unsigned packed = pack(pair[0] * inverse, pair[1] * inverse);
           *reinterpret_cast<unsigned*>(O_row + 8 * t + lane % 4 * 2) = sum == 0.0f ? 0 : packed;
         }
+        float shift = softmax.finite_reference(i) * score_scale;  // powers of two
+#if KEY_MAPS
+        if (mean) shift += mean_scores[8 * i] * scale_log2;
+#endif
         if (lane % 4 == 0)
           lse[((long long)work.b * H + work.h) * N + n] =
-              LN_2 * (softmax.finite_reference(i) * score_scale + __log2f(sum));
+              LN_2 * (shift + __log2f(sum));
       }
       if (!__syncthreads_or(softmax.is_lost)) break;
     }

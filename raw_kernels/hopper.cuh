@@ -17,6 +17,14 @@ struct Panels {
   static_assert(WIDTH % COLUMNS == 0, "a tile is a multiple of 16 elements wide");
 };
 
+// Where element (row, column) of a tile [ROWS, WIDTH] lies, in elements from its start. The swizzle moves 16 bytes.
+template <int WIDTH, int ROWS>
+__device__ __forceinline__ int swizzled_place(int row, int column) {
+  constexpr int COLUMNS = Panels<WIDTH>::COLUMNS, ROW_BYTES = Panels<WIDTH>::ROW_BYTES;
+  const int byte = row * ROW_BYTES + column % COLUMNS * 2;
+  return column / COLUMNS * ROWS * COLUMNS + (byte ^ (byte >> 7 & (ROW_BYTES / 16 - 1)) << 4) / 2;
+}
+
 constexpr int SWIZZLE_ALIGNMENT = 1024;  // the swizzle is a function of the address: tiles start at multiples of this
 constexpr int MMA_DEPTH = 16;            // inner length of one wgmma of 16-bit elements
 

@@ -319,7 +319,7 @@ __device__ inline void multiply_parts_of_rows(float* products, const float* rows
   }
 }
 
-extern "C" __global__ __launch_bounds__(THREADS, 1)
+extern "C" __global__ __launch_bounds__(THREADS, BLOCKS_PER_PROCESSOR)
 void subspace_maps(const float* __restrict__ x_grams,  // [B, H_x, C, WIDTH, WIDTH]
                    const float* __restrict__ y_grams,  // [B, H_y, C or 1, WIDTH, WIDTH]
                    float* __restrict__ sampling,       // [B, H_x, C, R_PADDED, WIDTH], W transposed

@@ -33,7 +33,6 @@ from ..tiles import (
     REDUCE_THREADS,
     SAMPLE,
     SIMT_THREADS,
-    SM90_KEY_MAP_TILES,
     SM90_WIDTHS,
     UP_TO,
     Defines,
@@ -54,6 +53,7 @@ from ..tiles import (
     reduce_defines,
     simt_defines,
     sm90_defines,
+    sm90_key_map_tiles,
     sm90_tiles,
     sum_defines,
 )
@@ -229,7 +229,7 @@ class CupyBackend(Backend):
             *(x_grams, y_grams, sampling, fusion, ranks, score_errors, cupy.empty(rows_bytes, np.float32)),
             *(grouping.refine, np.float32(-1 if grouping.score_tol is None else grouping.score_tol)),
             *(np.float32(problem.scale), heads, y_grams.shape[1], blocks, X.shape[2], block_size),
-            *(Y.shape[2], heads_per_gram, _SIGNS[meeting.direction], problem.causal_offset or 0),
+            *(Y.shape[2], heads_per_gram, _SIGNS[meeting.direction], problem.meeting_offset or 0),
             shared=defines["LAUNCH_SHARED_BYTES"],
         )
         sampling, fusion = (x[..., :columns, :width].swapaxes(-1, -2) for x in (sampling, fusion))
@@ -305,7 +305,7 @@ def _segments_that_meet(problem: Problem, rows: int) -> _Segments:
     (block c meets the segments up to c), or the queries that see block c and not block c + 1 (from c on).
     """
     assert problem.grouping is not None
-    offset, step = problem.causal_offset, problem.grouping.block_size
+    offset, step = problem.meeting_offset, problem.grouping.block_size
     if offset is None:
         return _Segments(1, rows, 0, 0, rows, ALL)
     if problem.grouping.by == "queries":
@@ -423,9 +423,15 @@ class _Forward:
 
     @property
     def block_size(self) -> int:
-        """Rows of a grouping block, never more than there are."""
-        assert self.problem.grouping is not None
-        return min(self.problem.grouping.block_size, self.problem.grouped_rows)
+        """Rows of a grouping block, never more than make a difference."""
+        problem = self.problem
+        assert problem.grouping is not None
+        rows = problem.grouped_rows
+        if problem.own_block_is_exact:
+            rows = max(rows, problem.queries + (problem.causal_offset or 0))
+        if self.by == "keys":
+            rows = ceil_div(rows, 128) * 128  # whole tiles of keys
+        return min(problem.grouping.block_size, rows)
 
     @property
     def rank(self) -> int:
@@ -500,7 +506,7 @@ class _Forward:
             self._launch_sm90(self.Q, self.K, 0, heads)
         else:
             self._launch_mma(self.Q, self.K, NO_MAP, 0, heads)
-        if self.dense_maps is not None:
+        if self.dense_maps is not None and not (on_hopper and self.by == "keys"):  # there the forward does it
             self._add_mean_scores(self.dense_maps.mean)
 
     def _items_per_launch(self, items: int, on_hopper: bool) -> int:
@@ -515,7 +521,7 @@ class _Forward:
 
     def _runs_on_hopper(self) -> bool:
         """Whether forward_sm90.cu takes this problem: what it multiplies must suit wgmma and the copy engine."""
-        read_by_copies = {None: (self.Q, self.K, self.V), "queries": (self.V,), "keys": (self.Q, self.V)}[self.by]
+        read_by_copies = (self.V,) if self.by == "queries" else (self.Q, self.K, self.V)
         return (
             hopper_is_usable()
             and (self.by != "keys" or self._maps_queries_on_hopper())
@@ -529,7 +535,7 @@ class _Forward:
 
     def _maps_queries_on_hopper(self) -> bool:
         """Whether forward_sm90.cu takes these blocks over keys: dense maps, and whole tiles of keys in a block."""
-        return self.dense_maps is not None and self.block_size % SM90_KEY_MAP_TILES.block_kv == 0
+        return self.dense_maps is not None and self.block_size % sm90_key_map_tiles(pad(self.rank)).block_kv == 0
 
     def _launch_sm90(self, Q: Any, K: Any, first_item: int, items: int) -> None:
         """Launch forward_sm90.cu; K is (B, H_kv, M, R), or (1, items of this launch, M, R) where fused for items."""
@@ -537,9 +543,9 @@ class _Forward:
         rank, dtype = K.shape[3], problem.dtype.name
         sizes = self.sizes(first_item)
         # the queries of blocks over keys come as they are, and the kernel maps them for each block
-        Z = self.dense_maps.fusion if self.by == "keys" and self.dense_maps else None
-        tiles = sm90_tiles(rank, problem.value_width, sizes[5]) if Z is None else SM90_KEY_MAP_TILES
-        mapped_width = None if Z is None else problem.width
+        by_keys = self.dense_maps if self.by == "keys" else None
+        tiles = sm90_key_map_tiles(rank) if by_keys else sm90_tiles(rank, problem.value_width, sizes[5])
+        mapped_width = problem.width if by_keys else None
         defines = sm90_defines(
             tiles,
             element=_element(self.Q),
@@ -548,20 +554,24 @@ class _Forward:
             keys_per_item=self.by == "queries",
             causal=problem.causal_offset is not None,
             mapped_width=mapped_width,
+            own_block=problem.own_block_is_exact,
         )
         launch = forward_sm90_launch(
             rank,
             problem.value_width,
             mapped_width=mapped_width,
+            own_block=problem.own_block_is_exact,
             block_q=tiles.block_q,
             block_kv=tiles.block_kv,
             stages=tiles.stages,
         )
         heads, heads_per_kv_head, N, M, query_blocks, query_block_size, key_block_size, first, offset = sizes
         shown = [(Q, launch.q_box), (K, launch.k_box), (self.V, launch.v_box)]
-        if Z is not None and launch.z_box is not None:
-            batch, kv_heads, blocks = Z.shape[:3]
-            shown.append((Z.reshape(batch, kv_heads, blocks * rank, problem.width), launch.z_box))
+        if by_keys and launch.z_box:
+            batch, kv_heads, blocks = by_keys.fusion.shape[:3]
+            shown.append((by_keys.fusion.reshape(batch, kv_heads, blocks * rank, problem.width), launch.z_box))
+        if launch.own_box:
+            shown.append((self.K, launch.own_box))
         maps = [encode_tensor_map(x.data.ptr, x.shape, x.strides, dtype, box) for x, box in shown]
         _launch(
             "forward_sm90",
@@ -571,7 +581,7 @@ class _Forward:
             *(*maps, self.O, self.lse, heads, heads_per_kv_head, N, M, query_blocks, query_block_size, first, offset),
             np.float32(problem.scale * math.log2(math.e)),
             *_strides(self.O),
-            *(() if Z is None else (key_block_size,)),
+            *((by_keys.mean, key_block_size) if by_keys else ()),
             shared=launch.shared_bytes,
         )
 

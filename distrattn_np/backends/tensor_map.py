@@ -53,6 +53,7 @@ class ForwardLaunch:
     k_box: Box
     v_box: Box
     z_box: Box | None
+    own_box: Box | None
 
 
 def forward_sm90_launch(
@@ -60,6 +61,7 @@ def forward_sm90_launch(
     value_width: int,
     *,
     mapped_width: int | None = None,
+    own_block: bool = False,
     block_q: int = 128,
     block_kv: int = 128,
     stages: int = 2,
@@ -67,21 +69,26 @@ def forward_sm90_launch(
     """Return the launch of forward_sm90 compiled with R = ``inner_width``, E = ``value_width`` and these tiles.
 
     ``mapped_width`` is D, the width of the queries that the kernel maps itself (KEY_MAPS); None where it maps none.
+    ``own_block``: it scores the keys of a query's own block exactly (OWN_BLOCK).
     """
     query_width = inner_width if mapped_width is None else mapped_width
-    elements = block_q * query_width + stages * block_kv * (inner_width + value_width)
+    widest_key = query_width if own_block else inner_width
+    elements = block_q * query_width + stages * block_kv * (widest_key + value_width)
     barriers = 1 + 4 * stages
+    mean_scores = 0
     if mapped_width is not None:
         elements += inner_width * mapped_width
-        barriers += 2
+        barriers += 3
+        mean_scores = block_q
     return ForwardLaunch(
         block_q=block_q,
         threads=(1 + block_q // _WARPGROUP_ROWS) * _WARPGROUP_THREADS,
-        shared_bytes=_SWIZZLE_ALIGNMENT + _ITEM_BYTES * elements + _BARRIER_BYTES * barriers,
+        shared_bytes=_SWIZZLE_ALIGNMENT + _ITEM_BYTES * elements + 4 * mean_scores + _BARRIER_BYTES * barriers,
         q_box=Box(block_q, _panel_columns(query_width)),
         k_box=Box(block_kv, _panel_columns(inner_width)),
         v_box=Box(block_kv, _panel_columns(value_width)),
         z_box=None if mapped_width is None else Box(inner_width, _panel_columns(mapped_width)),
+        own_box=Box(block_kv, _panel_columns(query_width)) if own_block else None,
     )
 
 

@@ -34,6 +34,8 @@ class Compiled:
 
     cubin: bytes
     kernels: dict[str, Resources]
+    is_serialized: bool
+    """Whether ptxas says that it made the asynchronous products (wgmma) wait for each other."""
 
 
 def compile_kernel(stem: str, arch: str, defines: dict[str, Any] | None = None, source: str | None = None) -> Compiled:
@@ -68,7 +70,8 @@ def compile_kernel(stem: str, arch: str, defines: dict[str, Any] | None = None, 
         checked(nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options]))
         cubin = bytearray(checked(nvrtc.nvrtcGetCUBINSize(program)))
         checked(nvrtc.nvrtcGetCUBIN(program, cubin))
-        return Compiled(bytes(cubin), parse_resources(log()))
+        report = log()
+        return Compiled(bytes(cubin), parse_resources(report), "wgmma.mma_async instructions are serialized" in report)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 
