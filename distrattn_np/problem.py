@@ -86,6 +86,18 @@ class Problem:
         """Number of grouping blocks C per head."""
         return 0 if self.grouping is None else -(-self.grouped_rows // self.grouping.block_size)
 
+    @property
+    def own_block_is_exact(self) -> bool:
+        """Whether a query scores the keys of its own block exactly (docs/math.md, eq. 20)."""
+        return isinstance(self.grouping, Subspace) and self.grouping.by == "keys" and self.causal_offset is not None
+
+    @property
+    def meeting_offset(self) -> int | None:
+        """`causal_offset` as it says which rows meet a block through its maps: own blocks do not."""
+        if self.causal_offset is None or self.grouping is None or not self.own_block_is_exact:
+            return self.causal_offset
+        return self.causal_offset - self.grouping.block_size
+
 
 @dataclass(frozen=True, slots=True)
 class GroupMaps:
