@@ -94,9 +94,11 @@ class Problem:
     @property
     def meeting_offset(self) -> int | None:
         """`causal_offset` as it says which rows meet a block through its maps: own blocks do not."""
-        if self.causal_offset is None or self.grouping is None or not self.own_block_is_exact:
-            return self.causal_offset
-        return self.causal_offset - self.grouping.block_size
+        match self.grouping, self.causal_offset:
+            case Subspace(by="keys", block_size=block_size), int(offset):
+                return offset - block_size
+            case _:
+                return self.causal_offset
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from .fusion_gains import fusion_gains
 from .gram import gram
 from .group_channels import gray_rank, group_channels
 from .hash_channels import HASH_BITS, hash_channels, hyperplanes
-from .subspace_attention import Maps, key_mean, make_maps, subspace_attention, subspace_scores
+from .subspace_attention import Maps, key_mean, make_maps, own_block_begin, subspace_attention, subspace_scores
 from .subspace_maps import (
     RANK_STEP,
     balance_columns,
@@ -49,6 +49,7 @@ __all__ = [
     "hyperplanes",
     "key_mean",
     "make_maps",
+    "own_block_begin",
     "rounding",
     "sample_channels",
     "score_errors",

@@ -277,6 +277,12 @@ def plain(problem: Problem, q: np.ndarray, k: np.ndarray, v: np.ndarray, maps: M
                 S[(slice(start, stop), slice(None)) if g.by == "queries" else (slice(None), slice(start, stop))] = (
                     block if g.by == "queries" else block.T
                 )
+            if problem.own_block_is_exact:
+                own = (
+                    np.arange(problem.keys) // g.block_size
+                    == (np.arange(N) + problem.causal_offset)[:, None] // g.block_size
+                )
+                S = np.where(own, q[b, h] @ K.T, S)
         S = np.where(seen, rounded(np.float32(problem.scale) * S), -np.inf).astype(np.float32)
         row_max = S.max(axis=1, initial=-np.inf, keepdims=True)
         row_max = np.where(row_max == -np.inf, np.float32(0), row_max)
