@@ -39,11 +39,12 @@ class MmaTiles:
             msg = f"a warp takes whole 16-row tiles of queries and of keys, got {self}"
             raise ValueError(msg)
 
-    def shared_bytes(self, width: int, rank: int, value_width: int, query_map: int) -> int:
+    def shared_bytes(self, width: int, rank: int, value_width: int, query_map: int, *, own_block: bool) -> int:
         """Return the dynamic shared memory of a block: Q, Q before its map, and two stages of K and V."""
+        key_width = max(pad(rank), pad(width)) if own_block else pad(rank)
         raw_width = pad(width) if query_map == DENSE else ceil_div(width, 8) * 8
         raw = 0 if query_map == NO_MAP else self.block_q * (raw_width + 8)
-        stage = self.block_kv * (pad(rank) + 8 + pad(value_width) + 8)
+        stage = self.block_kv * (key_width + 8 + pad(value_width) + 8)
         return 2 * (raw + self.block_q * (pad(rank) + 8) + 2 * stage)
 
     def accumulators(self, value_width: int) -> int:
@@ -64,10 +65,12 @@ _MMA_TILES = (
 _MAX_ACCUMULATORS = 176
 
 
-def mma_tiles(width: int, rank: int, value_width: int, query_map: int, shared_limit: int) -> MmaTiles:
+def mma_tiles(
+    width: int, rank: int, value_width: int, query_map: int, shared_limit: int, *, own_block: bool = False
+) -> MmaTiles:
     """Return the first tiles that fit the registers and the ``shared_limit`` bytes of a block."""
     for tiles in _MMA_TILES:
-        fits_shared = tiles.shared_bytes(width, rank, value_width, query_map) <= shared_limit
+        fits_shared = tiles.shared_bytes(width, rank, value_width, query_map, own_block=own_block) <= shared_limit
         if fits_shared and tiles.accumulators(value_width) <= _MAX_ACCUMULATORS:
             return tiles
     msg = f"no tiles for D={width}, R={rank}, E={value_width} in {shared_limit} bytes of shared memory"
@@ -86,6 +89,7 @@ def mma_defines(
     with_gains: bool,
     keys_per_item: bool,
     causal: bool,
+    own_block: bool,
     aligned: bool,
 ) -> Defines:
     """Return the -D options of forward_mma.cu."""
@@ -101,11 +105,12 @@ def mma_defines(
         "WITH_GAINS": int(with_gains and query_map == FUSE),
         "KEYS_PER_ITEM": int(keys_per_item),
         "CAUSAL": int(causal),
+        "OWN_BLOCK": int(own_block),
         "ALIGNED": int(aligned),
         "BLOCK_Q": tiles.block_q,
         "BLOCK_KV": tiles.block_kv,
         "NUM_WARPS": tiles.num_warps,
-        "LAUNCH_SHARED_BYTES": tiles.shared_bytes(width, rank, value_width, query_map),
+        "LAUNCH_SHARED_BYTES": tiles.shared_bytes(width, rank, value_width, query_map, own_block=own_block),
     }
 
 
@@ -379,20 +384,23 @@ def _forward_mma_cases() -> Iterator[Defines]:
     ]
     for number, (width, group_size, value_width, query_map) in enumerate(shapes):
         for shared_limit in (99 << 10, 227 << 10):
-            tiles = mma_tiles(width, width // group_size, value_width, query_map, shared_limit)
-            yield mma_defines(
-                tiles,
-                element=ELEMENTS["bfloat16" if number % 3 == 1 else "float16"],
-                width=width,
-                rank=width // group_size,
-                value_width=value_width,
-                query_map=query_map,
-                group_size=group_size,
-                with_gains=number % 2 == 1,
-                keys_per_item=query_map == SAMPLE,
-                causal=shared_limit == 99 << 10,
-                aligned=width % 8 == 0 and value_width % 8 == 0,
-            )
+            for own_block in (False, True) if query_map == DENSE else (False,):
+                rank = width // group_size
+                tiles = mma_tiles(width, rank, value_width, query_map, shared_limit, own_block=own_block)
+                yield mma_defines(
+                    tiles,
+                    element=ELEMENTS["bfloat16" if number % 3 == 1 else "float16"],
+                    width=width,
+                    rank=rank,
+                    value_width=value_width,
+                    query_map=query_map,
+                    group_size=group_size,
+                    with_gains=number % 2 == 1,
+                    keys_per_item=query_map == SAMPLE,
+                    causal=own_block or shared_limit == 99 << 10,
+                    own_block=own_block,
+                    aligned=width % 8 == 0 and value_width % 8 == 0,
+                )
 
 
 def _forward_simt_cases() -> Iterator[Defines]:

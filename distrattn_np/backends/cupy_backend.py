@@ -716,7 +716,7 @@ class _Forward:
             *(reduced_Q, reduced_K, self.O, self.lse),
             *sizes,
             _sum_type(problem.dtype)(problem.scale),
-            *self._strides(self.Q, self.K),
+            *(stride for x in (self.Q, self.K, self.V, self.O) for stride in _strides(x)),
         )
 
     def _launch_mma(self, Q: Any, K: Any, query_map: int, first_item: int, items: int) -> None:
@@ -725,8 +725,9 @@ class _Forward:
         limit = _shared_memory_limit(cupy.cuda.Device().id)
         width = Q.shape[3]
         rank = width if query_map == NO_MAP else self.rank
-        tiles = mma_tiles(width, rank, problem.value_width, query_map, limit)
-        user_arrays = (Q, self.V, self.O) if self.by else (Q, K, self.V, self.O)
+        own_block = self.scores_own_blocks
+        tiles = mma_tiles(width, rank, problem.value_width, query_map, limit, own_block=own_block)
+        user_arrays = (Q, self.V, self.O) if self.by and not own_block else (Q, self.K, self.V, self.O)
         defines = mma_defines(
             tiles,
             element=_element(self.Q),
@@ -738,6 +739,7 @@ class _Forward:
             with_gains=self.gains is not None,
             keys_per_item=self.by == "queries",
             causal=problem.causal_offset is not None,
+            own_block=own_block,
             aligned=all(_vector(x) == 8 for x in user_arrays),
         )
         sizes = self.sizes(first_item)
@@ -746,10 +748,12 @@ class _Forward:
             defines,
             items * ceil_div(sizes[5], tiles.block_q),
             32 * tiles.num_warps,
-            *(Q, K, self.V, *self._map_arrays(), self.O, self.lse),
+            *(Q, K, self.V, self.K, self.dense_maps.mean if self.dense_maps else _NULL),
+            *(*self._map_arrays(), self.O, self.lse),
             *sizes,
             np.float32(problem.scale * math.log2(math.e)),
-            *self._strides(Q, self.K if self.by == "queries" else K),
+            # K's strides mean nothing where it is a workspace
+            *(stride for x in (Q, K if K.ndim == 4 else self.K, self.K, self.V, self.O) for stride in _strides(x)),
             shared=defines["LAUNCH_SHARED_BYTES"],
         )
 
@@ -762,9 +766,6 @@ class _Forward:
                 return fusion, _NULL
             case _:
                 return _NULL, _NULL
-
-    def _strides(self, Q: Any, K: Any) -> tuple[np.int64, ...]:
-        return (*_strides(Q), *_strides(K), *_strides(self.V), *_strides(self.O))
 
 
 _NULL = np.uint64(0)
