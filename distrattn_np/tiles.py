@@ -39,11 +39,12 @@ class MmaTiles:
             msg = f"a warp takes whole 16-row tiles of queries and of keys, got {self}"
             raise ValueError(msg)
 
-    def shared_bytes(self, width: int, rank: int, value_width: int, query_map: int) -> int:
+    def shared_bytes(self, width: int, rank: int, value_width: int, query_map: int, *, own_block: bool) -> int:
         """Return the dynamic shared memory of a block: Q, Q before its map, and two stages of K and V."""
+        key_width = max(pad(rank), pad(width)) if own_block else pad(rank)
         raw_width = pad(width) if query_map == DENSE else ceil_div(width, 8) * 8
         raw = 0 if query_map == NO_MAP else self.block_q * (raw_width + 8)
-        stage = self.block_kv * (pad(rank) + 8 + pad(value_width) + 8)
+        stage = self.block_kv * (key_width + 8 + pad(value_width) + 8)
         return 2 * (raw + self.block_q * (pad(rank) + 8) + 2 * stage)
 
     def accumulators(self, value_width: int) -> int:
@@ -64,10 +65,12 @@ _MMA_TILES = (
 _MAX_ACCUMULATORS = 176
 
 
-def mma_tiles(width: int, rank: int, value_width: int, query_map: int, shared_limit: int) -> MmaTiles:
+def mma_tiles(
+    width: int, rank: int, value_width: int, query_map: int, shared_limit: int, *, own_block: bool = False
+) -> MmaTiles:
     """Return the first tiles that fit the registers and the ``shared_limit`` bytes of a block."""
     for tiles in _MMA_TILES:
-        fits_shared = tiles.shared_bytes(width, rank, value_width, query_map) <= shared_limit
+        fits_shared = tiles.shared_bytes(width, rank, value_width, query_map, own_block=own_block) <= shared_limit
         if fits_shared and tiles.accumulators(value_width) <= _MAX_ACCUMULATORS:
             return tiles
     msg = f"no tiles for D={width}, R={rank}, E={value_width} in {shared_limit} bytes of shared memory"
@@ -86,6 +89,7 @@ def mma_defines(
     with_gains: bool,
     keys_per_item: bool,
     causal: bool,
+    own_block: bool,
     aligned: bool,
 ) -> Defines:
     """Return the -D options of forward_mma.cu."""
@@ -101,11 +105,12 @@ def mma_defines(
         "WITH_GAINS": int(with_gains and query_map == FUSE),
         "KEYS_PER_ITEM": int(keys_per_item),
         "CAUSAL": int(causal),
+        "OWN_BLOCK": int(own_block),
         "ALIGNED": int(aligned),
         "BLOCK_Q": tiles.block_q,
         "BLOCK_KV": tiles.block_kv,
         "NUM_WARPS": tiles.num_warps,
-        "LAUNCH_SHARED_BYTES": tiles.shared_bytes(width, rank, value_width, query_map),
+        "LAUNCH_SHARED_BYTES": tiles.shared_bytes(width, rank, value_width, query_map, own_block=own_block),
     }
 
 
@@ -126,20 +131,26 @@ def simt_defines(
     *,
     element: int,
     width: int,
+    rank: int,
     value_width: int,
     group_size: int,
     group_by: str | None,
     with_gains: bool,
+    dense: bool,
+    own_block: bool,
     causal: bool,
 ) -> Defines:
-    """Return the -D options of forward_simt.cu."""
+    """Return the -D options of forward_simt.cu; ``dense`` maps have no groups."""
     return {
         "ELEMENT": element,
         "D": width,
+        "R": rank,
         "E": value_width,
         "GROUP_SIZE": group_size,
         "GROUP_BY": GROUP_BY[group_by],
         "WITH_GAINS": int(with_gains),
+        "DENSE": int(dense),
+        "OWN_BLOCK": int(own_block),
         "CAUSAL": int(causal),
         "BLOCK_Q": simt_block_q(element),
     }
@@ -226,23 +237,43 @@ def gram_threads(width: int) -> int:
     return 2 * pad(width)
 
 
+GRAM_SIMT_STRIP = 64
+"""Channels of each side of a product that a block of gram_simt.cu makes."""
+
+
+def gram_simt_defines(*, element: int, width: int, centred: bool) -> Defines:
+    """Return the -D options of gram_simt.cu."""
+    return {"ELEMENT": element, "D": width, "CENTRED": int(centred)}
+
+
+def gram_simt_blocks(width: int) -> int:
+    """Return how many thread blocks of gram_simt.cu share a segment: the pairs of strips."""
+    strips = ceil_div(width, GRAM_SIMT_STRIP)
+    return strips * (strips + 1) // 2
+
+
 def sum_defines(element: int, direction: int, *, to_element: bool = False) -> Defines:
     """Return the -D options of sum_segments.cu."""
     return {"ELEMENT": element, "DIRECTION": direction, "TO_ELEMENT": int(to_element), "THREADS": 128}
 
 
 def maps_pitch(width: int, columns: int) -> int:
-    """Return the floats of a row of subspace_maps.cu: inner products, W, Z, and what parts the banks of two rows."""
+    """Return the numbers of a row of subspace_maps.cu: inner products, W, Z, and what parts the banks of two rows."""
     return pad(columns) + 2 * pad(width) + 4
 
 
-def maps_defines(width: int, columns: int, shared_limit: int) -> Defines:
-    """Return the -D options of subspace_maps.cu: its rows lie in shared memory where that is large enough."""
-    threads = 256
-    vectors = 2 * 16 * pad(width) + 16 * 20 + 5 * pad(columns) + 2 * pad(width) + threads // 32 + 1
-    fixed_bytes, rows_bytes = ceil_div(4 * vectors, 16) * 16, 4 * pad(columns) * maps_pitch(width, columns)
+def maps_defines(element: int, width: int, columns: int, shared_limit: int) -> Defines:
+    """Return the -D options of subspace_maps.cu: its rows lie in shared memory where that is large enough.
+
+    ``element`` is float32, or float64: what it computes in.
+    """
+    threads, size = 256, 8 if element == ELEMENTS["float64"] else 4
+    numbers = 2 * 64 // size * pad(width) + 16 * 20 + 4 * pad(columns) + pad(width) + threads // 32
+    fixed_bytes = ceil_div(size * (numbers + pad(width)) + 4 * (pad(columns) + 1), 16) * 16
+    rows_bytes = size * pad(columns) * maps_pitch(width, columns)
     in_shared = fixed_bytes + rows_bytes <= shared_limit
     return {
+        "ELEMENT": element,
         "D": width,
         "R": columns,
         "IN_SHARED": int(in_shared),
@@ -272,6 +303,21 @@ def reduce_defines(
         "ITEMS_PER_BLOCK": 1 if rows_from_block else 8,
         "ALIGNED": int(aligned),
         "LAUNCH_SHARED_BYTES": 2 * (REDUCE_ROW_TILE + 2 * map_rows) * (pad(width) + 8),
+    }
+
+
+REDUCE_SIMT_ROW_TILE = 64
+"""Rows of a block of reduce_rows_simt.cu."""
+
+
+def reduce_simt_defines(*, element: int, width: int, rank: int, centred: bool, rows_from_block: bool) -> Defines:
+    """Return the -D options of reduce_rows_simt.cu, as of `reduce_defines`."""
+    return {
+        "ELEMENT": element,
+        "D": width,
+        "R": rank,
+        "CENTRED": int(centred),
+        "ROWS_FROM_BLOCK": int(rows_from_block),
     }
 
 
@@ -347,40 +393,55 @@ def _forward_mma_cases() -> Iterator[Defines]:
     ]
     for number, (width, group_size, value_width, query_map) in enumerate(shapes):
         for shared_limit in (99 << 10, 227 << 10):
-            tiles = mma_tiles(width, width // group_size, value_width, query_map, shared_limit)
-            yield mma_defines(
-                tiles,
-                element=ELEMENTS["bfloat16" if number % 3 == 1 else "float16"],
-                width=width,
-                rank=width // group_size,
-                value_width=value_width,
-                query_map=query_map,
-                group_size=group_size,
-                with_gains=number % 2 == 1,
-                keys_per_item=query_map == SAMPLE,
-                causal=shared_limit == 99 << 10,
-                aligned=width % 8 == 0 and value_width % 8 == 0,
-            )
+            for own_block in (False, True) if query_map == DENSE else (False,):
+                rank = width // group_size
+                tiles = mma_tiles(width, rank, value_width, query_map, shared_limit, own_block=own_block)
+                yield mma_defines(
+                    tiles,
+                    element=ELEMENTS["bfloat16" if number % 3 == 1 else "float16"],
+                    width=width,
+                    rank=rank,
+                    value_width=value_width,
+                    query_map=query_map,
+                    group_size=group_size,
+                    with_gains=number % 2 == 1,
+                    keys_per_item=query_map == SAMPLE,
+                    causal=own_block or shared_limit == 99 << 10,
+                    own_block=own_block,
+                    aligned=width % 8 == 0 and value_width % 8 == 0,
+                )
 
 
 def _forward_simt_cases() -> Iterator[Defines]:
+    # (D, R, E, side that is cut into blocks, dense maps)
     shapes = [
-        (64, 64, 1, None),
-        (256, 256, 2, "keys"),
-        (128, 128, 4, "queries"),
-        (33, 7, 3, "queries"),
-        (1, 1, 1, None),
+        (64, 64, 64, None, False),
+        (256, 128, 256, "keys", False),
+        (128, 32, 128, "queries", False),
+        (33, 11, 7, "queries", False),
+        (1, 1, 1, None, False),
+        (64, 32, 64, "queries", True),
+        (64, 32, 64, "keys", True),
+        (256, 255, 256, "keys", True),
+        (128, 64, 128, "keys", True),
+        (33, 11, 7, "keys", True),
+        (2, 1, 1, "queries", True),
     ]
-    for number, (element, (width, value_width, group_size, group_by)) in enumerate(product(ELEMENTS.values(), shapes)):
-        yield simt_defines(
-            element=element,
-            width=width,
-            value_width=value_width,
-            group_size=group_size,
-            group_by=group_by,
-            with_gains=group_by is not None and number % 2 == 1,
-            causal=number % 3 == 0,
-        )
+    for number, (element, shape) in enumerate(product(ELEMENTS.values(), shapes)):
+        width, rank, value_width, group_by, dense = shape
+        for causal in (False, True) if dense and group_by == "keys" else (number % 3 == 0,):
+            yield simt_defines(
+                element=element,
+                width=width,
+                rank=rank,
+                value_width=value_width,
+                group_size=1 if dense else width // rank,
+                group_by=group_by,
+                with_gains=group_by is not None and not dense and number % 2 == 1,
+                dense=dense,
+                own_block=dense and group_by == "keys" and causal,
+                causal=causal,
+            )
 
 
 def _fuse_cases() -> Iterator[Defines]:
@@ -431,19 +492,10 @@ def _forward_sm90_cases() -> Iterator[Defines]:
 
 
 def _subspace_maps_cases() -> Iterator[Defines]:
-    for width, columns in (
-        (128, 64),
-        (128, 128),
-        (128, 96),
-        (64, 32),
-        (80, 40),
-        (33, 11),
-        (2, 1),
-        (256, 128),
-        (256, 256),
-    ):
+    shapes = ((128, 64), (128, 128), (128, 96), (64, 32), (80, 40), (33, 11), (2, 1), (256, 128), (256, 256))
+    for (width, columns), element in product(shapes, (ELEMENTS["float32"], ELEMENTS["float64"])):
         for shared_limit in (99 << 10, 227 << 10):
-            yield maps_defines(width, columns, shared_limit)
+            yield maps_defines(element, width, columns, shared_limit)
 
 
 def _reduce_rows_cases() -> Iterator[Defines]:
@@ -457,6 +509,19 @@ def _reduce_rows_cases() -> Iterator[Defines]:
                 centred=(number + rows_from_block) % 2 == 0,
                 rows_from_block=rows_from_block,
                 aligned=width % 8 == 0 and number % 3 != 2,
+            )
+
+
+def _reduce_rows_simt_cases() -> Iterator[Defines]:
+    shapes = [(128, 64), (64, 32), (33, 11), (2, 1), (256, 255)]
+    for number, (element, (width, rank)) in enumerate(product(ELEMENTS.values(), shapes)):
+        for rows_from_block in (False, True):
+            yield reduce_simt_defines(
+                element=element,
+                width=width,
+                rank=rank,
+                centred=(number + rows_from_block) % 2 == 0,
+                rows_from_block=rows_from_block,
             )
 
 
@@ -475,16 +540,23 @@ _CASES: dict[str, Callable[[], Iterable[Defines]]] = {
             _SIXTEEN_BITS, (128, 64, 80, 33, 1, 176, 192, 256), (False, True), (False, True)
         )
     ],
+    "gram_simt": lambda: [
+        gram_simt_defines(element=e, width=width, centred=centred)
+        for e, width, centred in product(ELEMENTS.values(), (128, 64, 33, 1, 256), (False, True))
+    ],
     "sum_segments": lambda: [
         sum_defines(e, direction, to_element=direction == ALL)
-        for e in _SIXTEEN_BITS
+        for e in ELEMENTS.values()
         for direction in (OWN, ALL, UP_TO, FROM)
     ],
     "subspace_maps": _subspace_maps_cases,
     "narrow_maps": lambda: [narrow_defines(e) for e in _SIXTEEN_BITS],
     "reduce_rows": _reduce_rows_cases,
+    "reduce_rows_simt": _reduce_rows_simt_cases,
     "add_mean_scores": lambda: [
-        mean_scores_defines(e, width, vector) for e in _SIXTEEN_BITS for width, vector in ((128, 8), (33, 1), (256, 8))
+        mean_scores_defines(e, width, vector)
+        for e in ELEMENTS.values()
+        for width, vector in ((128, _widest(e)), (33, 1), (256, _widest(e)))
     ],
     "forward_simt": _forward_simt_cases,
     "forward_mma": _forward_mma_cases,

@@ -6,8 +6,8 @@
 //
 // Grid      : B * H * ceil_div(N, THREADS / LANES), rows fastest; LANES neighbouring threads share a row
 // Block     : THREADS
-// Assumes   : 1 <= D <= 256; VECTOR divides D, and Q and its strides are aligned to VECTOR elements. Sums are float32.
-//             Minus infinity stays.
+// Assumes   : 1 <= D <= 256; VECTOR divides D, and Q and its strides are aligned to VECTOR elements. Sums are float32
+//             (float64 for float64). Minus infinity stays.
 // Alone     : nvcc -cubin -arch=sm_80 raw_kernels/add_mean_scores.cu
 
 #include "element.cuh"
@@ -25,21 +25,22 @@
 static_assert(LANES >= 1 && LANES <= 32 && (LANES & (LANES - 1)) == 0, "the threads of a row lie in one warp");
 
 extern "C" __global__ __launch_bounds__(THREADS)
-void add_mean_scores(const element_t* __restrict__ Q,  // [B, H, N, D]
-                     const float* __restrict__ mean,   // [B, H_kv, D]
-                     float* __restrict__ lse,          // [B, H, N]
-                     int H, int H_kv, int N, int D, float scale, long long stride_q_b, long long stride_q_h,
-                     long long stride_q_n) {
+void add_mean_scores(const element_t* __restrict__ Q,        // [B, H, N, D]
+                     const accumulate_t* __restrict__ mean,  // [B, H_kv, D]
+                     float* __restrict__ lse,                // [B, H, N]
+                     int H, int H_kv, int N, int D, accumulate_t scale, long long stride_q_b,
+                     long long stride_q_h, long long stride_q_n) {
   constexpr int ROWS = THREADS / LANES;
   const int tiles = (N + ROWS - 1) / ROWS, h = blockIdx.x / tiles % H, b = blockIdx.x / tiles / H;
   const int n = blockIdx.x % tiles * ROWS + threadIdx.x / LANES;
   const element_t* const row = Q + b * stride_q_b + h * stride_q_h + min(n, N - 1) * stride_q_n;
-  const float* const centre = mean + (static_cast<long long>(b) * H_kv + static_cast<long long>(h) * H_kv / H) * D;
-  float sum = 0.0f;
+  const long long kv_head = static_cast<long long>(b) * H_kv + static_cast<long long>(h) * H_kv / H;
+  const accumulate_t* const centre = mean + kv_head * D;
+  accumulate_t sum = 0;
   for (int d = threadIdx.x % LANES * VECTOR; d < D; d += LANES * VECTOR) {
     const Elements<VECTOR> q = *reinterpret_cast<const Elements<VECTOR>*>(row + d);
 #pragma unroll
-    for (int v = 0; v < VECTOR; v++) sum += static_cast<float>(to_accumulate(q.at[v])) * centre[d + v];
+    for (int v = 0; v < VECTOR; v++) sum += to_accumulate(q.at[v]) * centre[d + v];
   }
 #pragma unroll
   for (int distance = LANES / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);

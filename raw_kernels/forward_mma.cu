@@ -7,14 +7,16 @@
 //
 // K holds what stands on the key side of eq. 4: the keys themselves (exact attention), keys fused for one block of
 // queries (KEYS_PER_ITEM), or sampled keys. QUERY_MAP says how a query tile becomes the other side: as it is, sampled
-// once, or anew for every block of keys: fused, or multiplied with a dense map.
+// once, or anew for every block of keys: fused, or multiplied with a dense map. With OWN_BLOCK (eq. 20), a query and the
+// keys of its own block are multiplied as they are; a tile's other keys come first.
 //
 // Grid      : (query tiles of a block * items); an item is a (batch, head, query block), see work_item.cuh
 // Block     : NUM_WARPS * 32 threads; a warp owns WARP_Q query rows from the scores to the output
 // Shared    : SHARED_BYTES below, dynamic: Q (and the unmapped Q) plus two stages of K and V; rows are padded by 16
 //             bytes, an odd number of 16-byte units, so that the eight rows of an ldmatrix fall into different banks
 // Assumes   : scale > 0. ALIGNED: pointers and strides of Q, K, V, O are multiples of 16 bytes, D and E of 8 elements
-// A query that sees no key: O = 0, lse = -inf.
+// A query that sees no key: O = 0, lse = -inf. lse is that of the keys that K was made from, which are centred where
+// QUERY_MAP is 3; with OWN_BLOCK that of the keys as they are.
 // Alone     : nvcc -cubin -arch=sm_80 raw_kernels/forward_mma.cu
 
 // ---- parameters: the launcher sets these with -D; the defaults let the file compile alone ----
@@ -44,6 +46,9 @@
 #endif
 #ifndef CAUSAL
 #define CAUSAL 0
+#endif
+#ifndef OWN_BLOCK
+#define OWN_BLOCK 0
 #endif
 #ifndef ALIGNED
 #define ALIGNED 1
@@ -77,14 +82,16 @@ static_assert(BLOCK_KV % MMA_K == 0, "a key tile is a multiple of the product's 
 static_assert(!ALIGNED || (D % CHUNK == 0 && K_COLUMNS % CHUNK == 0 && E % CHUNK == 0),
               "ALIGNED rows are whole 16-byte chunks");
 
+static_assert(!OWN_BLOCK || (QUERY_MAP == 3 && CAUSAL), "own blocks are of keys, in causal calls with dense maps");
 constexpr bool MAPS_FOR_KEY_BLOCKS = QUERY_MAP >= 2;
 constexpr int D_PADDED = QUERY_MAP == 3 ? (D + MMA_K - 1) / MMA_K * MMA_K : (D + CHUNK - 1) / CHUNK * CHUNK;
 constexpr int D_STRIDE = D_PADDED + CHUNK;
 constexpr int R_STRIDE = R_PADDED + CHUNK;
 constexpr int E_STRIDE = E_PADDED + CHUNK;
+constexpr int K_STRIDE = OWN_BLOCK && D_STRIDE > R_STRIDE ? D_STRIDE : R_STRIDE;  // room for a row of keys
 constexpr int RAW_Q_ELEMENTS = QUERY_MAP == 0 ? 0 : BLOCK_Q * D_STRIDE;
 constexpr int Q_ELEMENTS = BLOCK_Q * R_STRIDE;
-constexpr int STAGE_ELEMENTS = BLOCK_KV * (R_STRIDE + E_STRIDE);
+constexpr int STAGE_ELEMENTS = BLOCK_KV * (K_STRIDE + E_STRIDE);
 constexpr int SHARED_BYTES = (RAW_Q_ELEMENTS + Q_ELEMENTS + 2 * STAGE_ELEMENTS) * 2;
 static_assert(SHARED_BYTES <= 227 * 1024, "more shared memory than any device gives a block");
 #ifdef LAUNCH_SHARED_BYTES
@@ -132,14 +139,54 @@ struct KeyTile {
   int begin, end;  // rows of K and V; end - begin may exceed BLOCK_KV
   int block;       // key block
   bool is_first_of_block;
+  bool is_own;  // of the queries' own blocks, with OWN_BLOCK
 };
 
-// Key tile t of those a query tile visits; tiles never straddle key blocks.
-__device__ inline KeyTile key_tile(int t, int key_block_size, int key_limit) {
-  if (!MAPS_FOR_KEY_BLOCKS) return {t * BLOCK_KV, key_limit, 0, t == 0};
+// Keys that a query tile visits: below mapped_end in blocks, and with OWN_BLOCK from own_begin on as they are.
+struct KeyRange {
+  int mapped_end, own_begin, end;
+};
+
+// Key tile t of those a query tile visits; tiles never straddle key blocks. Past the last one, begin is not below end.
+__device__ inline KeyTile key_tile(int t, int key_block_size, const KeyRange& range) {
+  if (!MAPS_FOR_KEY_BLOCKS) return {t * BLOCK_KV, range.end, 0, t == 0, false};
   const int tiles_per_block = (key_block_size + BLOCK_KV - 1) / BLOCK_KV;
   const int block = t / tiles_per_block, tile = t - block * tiles_per_block;
-  return {block * key_block_size + tile * BLOCK_KV, min(key_limit, (block + 1) * key_block_size), block, tile == 0};
+  const int begin = block * key_block_size + tile * BLOCK_KV;
+  if (OWN_BLOCK && begin >= range.mapped_end) {
+    const int last_block = range.mapped_end / key_block_size, rest = range.mapped_end % key_block_size;
+    const int own_tile = t - last_block * tiles_per_block - (rest + BLOCK_KV - 1) / BLOCK_KV;
+    return {range.own_begin + own_tile * BLOCK_KV, range.end, 0, false, true};
+  }
+  return {begin, min(range.mapped_end, (block + 1) * key_block_size), block, tile == 0, false};
+}
+
+// S += Q K^T of a warp's queries and a tile of keys in shared memory, WIDTH channels, rows STRIDE apart.
+template <int WIDTH, int STRIDE>
+__device__ inline void multiply_tile(float (&S_rmem)[M_TILES][KV_TILES][4], unsigned Q_address, unsigned K_address) {
+#pragma unroll
+  for (int r = 0; r < WIDTH / MMA_K; ++r) {
+    unsigned Q_rmem[M_TILES][4];
+#pragma unroll
+    for (int i = 0; i < M_TILES; ++i) load_matrices(Q_rmem[i], Q_address + (i * MMA_M * STRIDE + r * MMA_K) * 2);
+#pragma unroll
+    for (int j = 0; j < KV_TILES; j += 2) {
+      unsigned K_rmem[4];
+      load_matrices(K_rmem, K_address + (j * MMA_N * STRIDE + r * MMA_K) * 2);
+#pragma unroll
+      for (int i = 0; i < M_TILES; ++i) {
+        multiply_add(S_rmem[i][j], Q_rmem[i], K_rmem[0], K_rmem[1]);
+        multiply_add(S_rmem[i][j + 1], Q_rmem[i], K_rmem[2], K_rmem[3]);
+      }
+    }
+  }
+}
+
+// Where a lane's part of ldmatrix rows lies: A and transposed B walk 16 rows x two 8-column halves, B 8 rows x two halves
+// x 2. In bytes.
+__device__ inline unsigned left_offset(int lane, int stride) { return (lane % 16 * stride + lane / 16 * 8) * 2; }
+__device__ inline unsigned right_offset(int lane, int stride) {
+  return ((lane % 8 + lane / 16 * 8) * stride + lane / 8 % 2 * 8) * 2;
 }
 
 #if QUERY_MAP == 3
@@ -206,10 +253,30 @@ __device__ inline void map_queries(element_t* Q_smem, const element_t* raw_Q_sme
 }
 #endif
 
+// row_max += q . mean for the rows that a lane holds accumulators of.
+__device__ inline void add_mean_scores(float (&row_max)[ROWS], const element_t* raw_Q_smem, const float* mean) {
+  const int thread = thread_index_anew(), first_row = thread / WARP_SIZE * WARP_Q + thread % WARP_SIZE / 4;
+  float sums[ROWS] = {};
+#pragma unroll 1
+  for (int d = thread % 4; d < D; d += 4) {
+    const float centre = mean[d];
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i)
+      sums[i] = fmaf(to_accumulate(raw_Q_smem[(first_row + i * 8) * D_STRIDE + d]), centre, sums[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i) {
+    sums[i] += __shfl_xor_sync(~0u, sums[i], 1);
+    row_max[i] += sums[i] + __shfl_xor_sync(~0u, sums[i], 2);
+  }
+}
+
 extern "C" __global__ __launch_bounds__(NUM_THREADS)
 void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
                  const element_t* __restrict__ K,     // [B, H_kv, M, K_COLUMNS], or as KEYS_PER_ITEM says
                  const element_t* __restrict__ V,     // [B, H_kv, M, E]
+                 const element_t* __restrict__ own_K,  // [B, H_kv, M, D], the keys as they are; unused without OWN_BLOCK
+                 const float* __restrict__ mean,       // [B, H_kv, D], what they were centred by; unused as well
                  const map_t* __restrict__ maps,      // [B, H_x, C, MAP_ELEMENTS]; unused without QUERY_MAP
                  const float* __restrict__ gains,     // [B, H_x, C, D]; unused without WITH_GAINS
                  element_t* __restrict__ O,           // [B, H, N, E]
@@ -221,6 +288,7 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
                  float scale_log2,                        // scale * log2(e)
                  long long stride_q_b, long long stride_q_h, long long stride_q_n,  // elements, here and below
                  long long stride_k_b, long long stride_k_h, long long stride_k_m,
+                 long long stride_own_b, long long stride_own_h, long long stride_own_m,
                  long long stride_v_b, long long stride_v_h, long long stride_v_m,
                  long long stride_o_b, long long stride_o_h, long long stride_o_n) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
@@ -236,26 +304,41 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
   const WorkItem work = find_work_anew();
   if (work.query_begin >= work.query_end) return;
   const int h_kv = work.h / heads_per_kv_head;
-  const int key_limit = CAUSAL ? visible_key_end(work.query_end, M, causal_offset) : M;
+  KeyRange range;
+  range.end = CAUSAL ? visible_key_end(work.query_end, M, causal_offset) : M;
+  range.mapped_end = range.end;
+  if (OWN_BLOCK) {
+    range.mapped_end = min(range.end, own_block_begin(work.query_end - 1, causal_offset, key_block_size));
+    range.own_begin = own_block_begin(work.query_begin, causal_offset, key_block_size);
+  }
   const element_t* const Q_tile = Q + work.b * stride_q_b + work.h * stride_q_h + work.query_begin * stride_q_n;
   const element_t* K_head = KEYS_PER_ITEM ? K + (long long)work.launch_item * M * K_COLUMNS
                                                 : K + work.b * stride_k_b + h_kv * stride_k_h;
   const long long stride_k = KEYS_PER_ITEM ? K_COLUMNS : stride_k_m;
   const element_t* V_head = V + work.b * stride_v_b + h_kv * stride_v_h;
+  const element_t* own_K_head = own_K + work.b * stride_own_b + h_kv * stride_own_h;
 
   asm volatile("" : "+l"(K_head), "+l"(V_head));  // hold two pointers through the main loop, not what they are sums of
   auto key_tile_anew = [=](int t) mutable {  // hidden as well
     asm volatile("" : "+r"(key_block_size));
-    return key_tile(t, key_block_size, key_limit);
+    return key_tile(t, key_block_size, range);
+  };
+  auto mean_of_head = [&]() -> const float* {
+    const WorkItem item = find_work_anew();
+    return mean + ((long long)item.b * (H / heads_per_kv_head) + item.h / heads_per_kv_head) * D;
   };
   auto load_keys_and_values = [&](int t) {
     KeyTile tile = key_tile_anew(t);
-    if (tile.begin >= key_limit) return;
+    if (tile.begin >= tile.end) return;
     asm volatile("" : "+r"(tile.begin));  // or the compiler keeps pointers that walk with the loop
     element_t* const K_smem = stages_smem + t % 2 * STAGE_ELEMENTS;
-    load_rows<BLOCK_KV, R_PADDED, K_COLUMNS, R_STRIDE>(K_smem, K_head + tile.begin * stride_k, stride_k,
-                                                       tile.end - tile.begin);
-    load_rows<BLOCK_KV, E_PADDED, E, E_STRIDE>(K_smem + BLOCK_KV * R_STRIDE, V_head + tile.begin * stride_v_m,
+    if (OWN_BLOCK && tile.is_own)
+      load_rows<BLOCK_KV, D_PADDED, D, D_STRIDE>(K_smem, own_K_head + tile.begin * stride_own_m, stride_own_m,
+                                                 tile.end - tile.begin);
+    else
+      load_rows<BLOCK_KV, R_PADDED, K_COLUMNS, R_STRIDE>(K_smem, K_head + tile.begin * stride_k, stride_k,
+                                                         tile.end - tile.begin);
+    load_rows<BLOCK_KV, E_PADDED, E, E_STRIDE>(K_smem + BLOCK_KV * K_STRIDE, V_head + tile.begin * stride_v_m,
                                                stride_v_m, tile.end - tile.begin);
   };
 
@@ -275,19 +358,22 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
   for (int i = 0; i < ROWS; ++i) row_max[i] = LOWEST, row_sum[i] = 0.0f;
   bool has_large_offset = true;  // some row's maximum, scaled; the same in the whole warp
 
-  // Addresses of the ldmatrix rows: A and transposed B walk 16 rows x two 8-column halves, B 8 rows x two halves x 2.
-  const unsigned Q_address = shared_address(Q_smem + (warp * WARP_Q + lane % 16) * R_STRIDE + lane / 16 * 8);
-  const unsigned K_lane_offset = ((lane % 8 + lane / 16 * 8) * R_STRIDE + lane / 8 % 2 * 8) * 2;
-  const unsigned V_lane_offset = (BLOCK_KV * R_STRIDE + lane % 16 * E_STRIDE + lane / 16 * 8) * 2;
+  const unsigned Q_address = shared_address(Q_smem + warp * WARP_Q * R_STRIDE) + left_offset(lane, R_STRIDE);
+  const unsigned K_lane_offset = right_offset(lane, R_STRIDE);
+  const unsigned V_lane_offset = BLOCK_KV * K_STRIDE * 2 + left_offset(lane, E_STRIDE);
 
 #pragma unroll 1
   for (int t = 0;; ++t) {
     const KeyTile tile = key_tile_anew(t);
-    if (tile.begin >= key_limit) break;
+    if (tile.begin >= tile.end) break;
     copy_async_wait_all();
     __syncthreads();  // tile t has arrived for all threads, and no warp still reads the stage that is filled next
     load_keys_and_values(t + 1);
     copy_async_commit();
+    if (OWN_BLOCK && tile.is_own && tile.begin == range.own_begin) {  // from here on scores are q . mean larger
+      add_mean_scores(row_max, raw_Q_smem, mean_of_head());
+      has_large_offset = true;
+    }
     if (QUERY_MAP != 0 && tile.is_first_of_block) {
       const WorkItem item = find_work_anew();
       const int H_x = MAPS_FOR_KEY_BLOCKS ? H / heads_per_kv_head : H;
@@ -301,38 +387,41 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
 
     // ---- S = Q K^T  [WARP_Q, BLOCK_KV] ----
     float S_rmem[M_TILES][KV_TILES][4] = {};
-#pragma unroll
-    for (int r = 0; r < R_PADDED / MMA_K; ++r) {
-      unsigned Q_rmem[M_TILES][4];
-#pragma unroll
-      for (int i = 0; i < M_TILES; ++i)
-        load_matrices(Q_rmem[i], Q_address + (i * MMA_M * R_STRIDE + r * MMA_K) * 2);
-#pragma unroll
-      for (int j = 0; j < KV_TILES; j += 2) {
-        unsigned K_rmem[4];
-        load_matrices(K_rmem, stage_address + K_lane_offset + (j * MMA_N * R_STRIDE + r * MMA_K) * 2);
-#pragma unroll
-        for (int i = 0; i < M_TILES; ++i) {
-          multiply_add(S_rmem[i][j], Q_rmem[i], K_rmem[0], K_rmem[1]);
-          multiply_add(S_rmem[i][j + 1], Q_rmem[i], K_rmem[2], K_rmem[3]);
-        }
-      }
+    if (OWN_BLOCK && tile.is_own) {
+      const int anew = thread_index_anew();
+      multiply_tile<D_PADDED, D_STRIDE>(
+          S_rmem,
+          shared_address(raw_Q_smem + anew / WARP_SIZE * WARP_Q * D_STRIDE) + left_offset(anew % WARP_SIZE, D_STRIDE),
+          stage_address + right_offset(anew % WARP_SIZE, D_STRIDE));
+    } else {
+      multiply_tile<R_PADDED, R_STRIDE>(S_rmem, Q_address, stage_address + K_lane_offset);
     }
 
-    // ---- minus infinity where a key is past the tile's end or hidden by the causal limit ----
+    // ---- minus infinity where a key is past the tile's end, hidden by the causal limit or scored with other tiles ----
     const int first_query = work.query_begin + warp * WARP_Q;
-    if (tile.begin + BLOCK_KV > tile.end || (CAUSAL && tile.begin + BLOCK_KV - 1 > first_query + causal_offset)) {
+    auto own_begin_of = [&](int query) { return own_block_begin(query, causal_offset, key_block_size); };
+    bool is_masked = tile.begin + BLOCK_KV > tile.end;
+    if (CAUSAL && (!OWN_BLOCK || tile.is_own))
+      is_masked = is_masked || tile.begin + BLOCK_KV - 1 > first_query + causal_offset;
+    if (OWN_BLOCK)
+      is_masked = is_masked || (tile.is_own ? own_begin_of(first_query + WARP_Q - 1) > tile.begin
+                                            : tile.begin + BLOCK_KV > own_begin_of(first_query));
+    if (is_masked) {
       const int anew = thread_index_anew() % WARP_SIZE;
 #pragma unroll
-      for (int i = 0; i < M_TILES; ++i)
+      for (int i = 0; i < ROWS; ++i) {
+        const int query = first_query + anew / 4 + i * 8;
+        const int own_begin = OWN_BLOCK ? own_begin_of(query) : 0;
+        const int first = OWN_BLOCK && tile.is_own ? own_begin : 0;
+        const int end = !CAUSAL                      ? tile.end
+                        : OWN_BLOCK && !tile.is_own ? min(tile.end, own_begin)
+                                                    : min(tile.end, query + causal_offset + 1);
 #pragma unroll
-        for (int j = 0; j < KV_TILES; ++j)
-#pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            const int key = tile.begin + j * MMA_N + anew % 4 * 2 + k % 2;
-            const int query = first_query + anew / 4 + i * MMA_M + k / 2 * 8;
-            if (key >= tile.end || (CAUSAL && key > query + causal_offset)) S_rmem[i][j][k] = minus_infinity();
-          }
+        for (int j = 0; j < 2 * KV_TILES; ++j) {
+          const int key = tile.begin + j / 2 * MMA_N + anew % 4 * 2 + j % 2;
+          if (key < first || key >= end) S_rmem[i / 2][j / 2][i % 2 * 2 + j % 2] = minus_infinity();
+        }
+      }
     }
 
     // ---- running maximum (eq. 10): rescale the sums only where it grew beyond the threshold ----
@@ -404,6 +493,8 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
       }
     }
   }
+
+  if (OWN_BLOCK && range.own_begin >= range.end) add_mean_scores(row_max, raw_Q_smem, mean_of_head());
 
   // ---- O / row_sum and lse, rows n < query_end ----
   const int thread = thread_index_anew(), member = thread % 4;

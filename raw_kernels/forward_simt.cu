@@ -1,5 +1,5 @@
-// forward_simt.cu - attention on CUDA cores, exact or with grouped channels: float32, float64, and 16-bit types on
-// devices whose tensor cores forward_mma.cu does not use.
+// forward_simt.cu - attention on CUDA cores, exact or with keys of reduced width: float32, float64, and 16-bit types where
+// forward_mma.cu does not take them.
 //
 //   S = scale * A C^T,   O = softmax(S) V,   lse_n = log( sum_m exp(S_nm) )       docs/math.md (eq. 2 to 4, 8 to 10)
 //
@@ -7,19 +7,26 @@
 //   GROUP_BY = 1 (queries)  A = Q W sampled,  C = K Z fused     maps of the tile's query block
 //   GROUP_BY = 2 (keys)     A = Q Z fused,    C = K W sampled   maps of the tile's key block
 //
-// The maps are applied while rows travel to shared memory; no N x M array exists.
+// These maps are applied while rows travel to shared memory; no N x M array exists.
 //
-// Reference : reference/exact_attention.py, reference/distr_attention.py
+//   DENSE, GROUP_BY = 1     A = reduced_Q = Q W,  C = reduced_K = (K - mean) Z, both made before
+//   DENSE, GROUP_BY = 2     A = Q Z,              C = reduced_K = (K - mean) W
+//
+// Q Z is made anew for every block of keys, and kept in reduced_Q meanwhile. With OWN_BLOCK (eq. 20), a query and the keys
+// of its own block are multiplied as they are, centred; the tile's other keys come first.
+//
+// Reference : reference/exact_attention.py, reference/distr_attention.py, reference/subspace_attention.py
 // Launcher  : distrattn_np/backends/cupy_backend.py
 //
 // Grid      : items * ceil_div(query_block_size, BLOCK_Q), see work_item.cuh     one thread block per query tile
 // Block     : 16 x 16 = 256 threads as (row, column) of the score tile, in one dimension
 // Shared    : under 48 KB, static
 // Assumes   : GROUP_SIZE divides D; heads_per_kv_head divides H. Sums and softmax run in float32 (float64 for float64).
-//             causal_offset is read only where CAUSAL; a query that sees no key gives O = 0 and lse = -inf.
+//             causal_offset is read only where CAUSAL; a query that sees no key gives O = 0 and lse = -inf. lse is that
+//             of the centred keys where DENSE. What is reduced or dense is contiguous, in the type of the sums.
 // Alone     : nvcc -cubin -arch=sm_80 raw_kernels/forward_simt.cu
 
-#include "element.cuh"
+#include "simt.cuh"
 #include "work_item.cuh"
 
 // ---- the launcher sets these with -D; the defaults let the file compile alone ----
@@ -28,6 +35,9 @@
 #endif
 #ifndef E
 #define E 64
+#endif
+#ifndef R
+#define R D
 #endif
 #ifndef GROUP_SIZE
 #define GROUP_SIZE 1
@@ -38,6 +48,12 @@
 #ifndef WITH_GAINS
 #define WITH_GAINS 0
 #endif
+#ifndef DENSE
+#define DENSE 0
+#endif
+#ifndef OWN_BLOCK
+#define OWN_BLOCK 0
+#endif
 #ifndef CAUSAL
 #define CAUSAL 0
 #endif
@@ -45,14 +61,12 @@
 #define BLOCK_Q (ELEMENT == FLOAT64 ? 32 : 64)
 #endif
 constexpr int EXACT = 0, QUERIES = 1, KEYS = 2;  // values of GROUP_BY
-constexpr int R = D / GROUP_SIZE;
 static_assert(D >= 1 && D <= 256 && E >= 1 && E <= 256, "rows have 1 to 256 elements");
-static_assert(D % GROUP_SIZE == 0, "every channel belongs to a group of GROUP_SIZE");
-static_assert((GROUP_BY == EXACT) == (GROUP_SIZE == 1), "groups of one channel are exact attention");
+static_assert(DENSE || R * GROUP_SIZE == D, "every channel belongs to a group of GROUP_SIZE");
+static_assert((GROUP_BY == EXACT) == (GROUP_SIZE == 1 && !DENSE), "groups of one channel are exact attention");
+static_assert(!OWN_BLOCK || (DENSE && GROUP_BY == KEYS && CAUSAL), "own blocks are of keys, in causal calls with maps");
 
 // ---- tiles: thread (ty, tx) owns ROWS queries, COLUMNS keys of a tile and VALUES columns of every value strip ----
-constexpr int SIDE = 16;
-constexpr int THREADS = SIDE * SIDE;
 constexpr int BLOCK_KV = 64;
 constexpr int ROWS = BLOCK_Q / SIDE;
 constexpr int COLUMNS = BLOCK_KV / SIDE;
@@ -60,25 +74,18 @@ constexpr int WIDEST_READ = 16 / sizeof(accumulate_t);
 constexpr int VALUES = (E + SIDE - 1) / SIDE < WIDEST_READ ? (E + SIDE - 1) / SIDE : WIDEST_READ;
 constexpr int VALUE_STRIPS = (E + SIDE * VALUES - 1) / (SIDE * VALUES);
 constexpr int E_PADDED = VALUE_STRIPS * SIDE * VALUES;
+constexpr int R_PADDED = (R + 15) / 16 * 16;
 constexpr int MIN_BLOCKS = E <= 128 && sizeof(accumulate_t) == 4 ? 2 : 1;  // two leave 128 registers per thread
 static_assert(BLOCK_Q % SIDE == 0, "every thread owns the same number of queries");
 
 // ---- shared memory: A and C pass through in chunks of channels, then V, in the same place, in chunks of rows ----
-constexpr int PADDING = 4;  // shifts one channel's row by four banks, and keeps 16-byte reads aligned
-constexpr int A_PITCH = BLOCK_Q + PADDING;
-constexpr int C_PITCH = BLOCK_KV + PADDING;
 constexpr int P_PITCH = BLOCK_Q + PADDING;
-constexpr int CHUNK_BYTES = 16384;
-constexpr int NEIGHBOURS = 8;  // threads that read along a row; the four rows of a warp reach all 32 banks
-constexpr int MOST_CHANNELS = CHUNK_BYTES / (BLOCK_Q + BLOCK_KV) / sizeof(accumulate_t) / NEIGHBOURS * NEIGHBOURS;
-constexpr int CHANNELS = R < MOST_CHANNELS ? R : MOST_CHANNELS;
+constexpr int CHANNELS = channels_at_a_time(BLOCK_Q + BLOCK_KV, DENSE ? D : R);
 constexpr int MOST_VALUE_ROWS = CHUNK_BYTES / E_PADDED / sizeof(accumulate_t);
 constexpr int VALUE_ROWS = BLOCK_KV < MOST_VALUE_ROWS ? BLOCK_KV : MOST_VALUE_ROWS;
-constexpr int SCORE_OPERANDS = CHANNELS * (A_PITCH + C_PITCH);
+constexpr int SCORE_OPERANDS = CHANNELS * (BLOCK_Q + BLOCK_KV + 2 * PADDING);
 constexpr int VALUE_OPERANDS = VALUE_ROWS * E_PADDED;
 constexpr int OPERANDS = SCORE_OPERANDS > VALUE_OPERANDS ? SCORE_OPERANDS : VALUE_OPERANDS;
-
-
 
 struct Maps {
   const int* channels_smem;
@@ -99,27 +106,16 @@ __device__ __forceinline__ accumulate_t reduced_element(const element_t* row, in
   return sum;
 }
 
-// Loads channels first_r ... of the rows [block, CHANNELS], transposed; rows past the end are zero.
-__device__ __forceinline__ void load_reduced(accumulate_t* tile_smem, int pitch, int block, const element_t* source,
-                                             long long stride, int rows, int first_r, bool is_fused, Maps maps) {
-#pragma unroll 1
-  for (int row = threadIdx.x / NEIGHBOURS; row < block; row += THREADS / NEIGHBOURS) {
-    const element_t* source_row = source + row * stride;
-#pragma unroll
-    for (int i = 0; i < CHANNELS; i += NEIGHBOURS) {
-      const int r = i + threadIdx.x % NEIGHBOURS;
-      if (r >= CHANNELS || first_r + r >= R) break;
-      tile_smem[r * pitch + row] = row < rows ? reduced_element(source_row, first_r + r, is_fused, maps) : 0;
-    }
-  }
-}
-
 extern "C" __global__ __launch_bounds__(THREADS, MIN_BLOCKS)
 void forward_simt(const element_t* __restrict__ Q,   // [B, H, N, D]
                   const element_t* __restrict__ K,   // [B, H_kv, M, D]
                   const element_t* __restrict__ V,   // [B, H_kv, M, E]
-                  const int* __restrict__ channels,  // [B, H, C, D] or, by keys, [B, H_kv, C, D]; not read where exact
+                  const int* __restrict__ channels,  // [B, H, C, D] or, by keys, [B, H_kv, C, D]; of groups
                   const float* __restrict__ gains,   // as channels; read only where WITH_GAINS
+                  const accumulate_t* __restrict__ fusion,     // [B, H_kv, C, R, D], Z transposed; by keys, where DENSE
+                  const accumulate_t* __restrict__ mean,       // [B, H_kv, D]; read only where OWN_BLOCK
+                  accumulate_t* reduced_Q,                     // [B, H, N, R_PADDED]; by keys: room for it; where DENSE
+                  const accumulate_t* __restrict__ reduced_K,  // [items, M, R_PADDED]; by keys: [B, H_kv, M, R_PADDED]
                   element_t* __restrict__ O,         // [B, H, N, E]
                   float* __restrict__ lse,           // [B, H, N], contiguous, natural logarithm
                   int H, int heads_per_kv_head, int N, int M, int query_blocks, int query_block_size,
@@ -132,9 +128,7 @@ void forward_simt(const element_t* __restrict__ Q,   // [B, H, N, D]
   __shared__ alignas(16) accumulate_t P_smem[BLOCK_KV][P_PITCH];  // transposed: a thread's queries are neighbours
   __shared__ int channels_smem[GROUP_BY == EXACT ? 1 : D];
   __shared__ float gains_smem[WITH_GAINS ? D : 1];
-  accumulate_t* A_smem = operands_smem;                       // [CHANNELS, A_PITCH]
-  accumulate_t* C_smem = operands_smem + CHANNELS * A_PITCH;  // [CHANNELS, C_PITCH]
-  accumulate_t* V_smem = operands_smem;                       // [VALUE_ROWS, E_PADDED]
+  accumulate_t* V_smem = operands_smem;  // [VALUE_ROWS, E_PADDED]
   const Maps maps = {channels_smem, gains_smem};
   const int ty = threadIdx.x / SIDE, tx = threadIdx.x % SIDE;
 
@@ -149,6 +143,10 @@ void forward_simt(const element_t* __restrict__ Q,   // [B, H, N, D]
   V += work.b * stride_v_b + h_kv * stride_v_h;
   O += work.b * stride_o_b + work.h * stride_o_h + work.query_begin * stride_o_n;
   lse += (static_cast<long long>(work.b) * H + work.h) * N + work.query_begin;
+  const long long kv_head = static_cast<long long>(work.b) * H_kv + h_kv;
+  mean += kv_head * D;
+  reduced_Q += ((static_cast<long long>(work.b) * H + work.h) * N + work.query_begin) * R_PADDED;
+  reduced_K += (GROUP_BY == QUERIES ? work.launch_item : kv_head) * M * R_PADDED;
 
   auto load_maps = [&](long long map) {
     for (int i = threadIdx.x; i < D; i += THREADS) {
@@ -156,7 +154,7 @@ void forward_simt(const element_t* __restrict__ Q,   // [B, H, N, D]
       if (WITH_GAINS) gains_smem[i] = gains[map * D + i];
     }
   };
-  if (GROUP_BY == QUERIES) load_maps((static_cast<long long>(work.b) * H + work.h) * query_blocks + work.c);
+  if (GROUP_BY == QUERIES && !DENSE) load_maps((static_cast<long long>(work.b) * H + work.h) * query_blocks + work.c);
 
   accumulate_t row_max[ROWS], row_sum[ROWS];  // row_sum: over this thread's keys only, until the end
   accumulate_t O_rmem[ROWS][VALUE_STRIPS][VALUES] = {};
@@ -166,51 +164,80 @@ void forward_simt(const element_t* __restrict__ Q,   // [B, H, N, D]
     row_sum[i] = 0;
   }
 
-  for (int key = 0, keys = 0; key < key_end; key += keys) {
+  auto query = [&](int row, int d) { return row < queries ? to_accumulate(Q[row * stride_q_n + d]) : 0; };
+  auto reduced_query = [&](int row, int r) { return row < queries ? reduced_Q[row * R_PADDED + r] : 0; };
+
+  // Keys below mapped_end are scored through maps; those of the rows' own blocks, from own_begin on, are not.
+  const int mapped_end =
+      OWN_BLOCK ? min(key_end, own_block_begin(work.query_end - 1, causal_offset, key_block_size)) : key_end;
+  const int own_begin = OWN_BLOCK ? own_block_begin(work.query_begin, causal_offset, key_block_size) : key_end;
+  bool is_own = false;
+  for (int key = 0, keys = 0;; key += keys) {
+    if (!is_own && key >= mapped_end) is_own = true, key = own_begin;
+    if (key >= key_end) break;
     // ---- the next tile: `keys` keys from `key` on; blocks over keys: none of them in another block ----
-    keys = min(BLOCK_KV, key_end - key);
-    if (GROUP_BY == KEYS) {
+    keys = min(BLOCK_KV, (is_own ? key_end : mapped_end) - key);
+    if (GROUP_BY == KEYS && !is_own) {
       const int block_key = key % key_block_size;
       keys = min(keys, key_block_size - block_key);
       if (block_key == 0) {
-        // the maps of the block before were last read ahead of the barriers around the values
         const int C = (M - 1) / key_block_size + 1;
-        load_maps((static_cast<long long>(work.b) * H_kv + h_kv) * C + key / key_block_size);
+        const long long map = kv_head * C + key / key_block_size;
+#if DENSE
+        // ---- Q Z [BLOCK_Q, R], as many columns at a time as a tile has keys ----
+        for (int column = 0; column < R; column += BLOCK_KV) {
+          accumulate_t sums[ROWS][COLUMNS] = {};
+          multiply_rows<CHANNELS>(sums, operands_smem, D, query, [&](int r, int d) -> accumulate_t {
+            return column + r < R ? fusion[(map * R + column + r) * D + d] : 0;
+          });
+#pragma unroll
+          for (int i = 0; i < ROWS; i++) {
+#pragma unroll
+            for (int j = 0; j < COLUMNS; j++) {
+              const int row = ty * ROWS + i, r = column + tx * COLUMNS + j;
+              if (row < queries && r < R) reduced_Q[row * R_PADDED + r] = sums[i][j];
+            }
+          }
+        }
+#else
+        load_maps(map);  // those of the block before were last read ahead of the barriers around the values
+#endif
       }
     }
 
     // ---- S = A C^T [BLOCK_Q, BLOCK_KV] ----
     accumulate_t S[ROWS][COLUMNS] = {};
-    for (int first_r = 0; first_r < R; first_r += CHANNELS) {
-      __syncthreads();  // maps are written before they are read; operands are read before they are overwritten
-      load_reduced(A_smem, A_PITCH, BLOCK_Q, Q, stride_q_n, queries, first_r, GROUP_BY == KEYS, maps);
-      load_reduced(C_smem, C_PITCH, BLOCK_KV, K + key * stride_k_m, stride_k_m, keys, first_r, GROUP_BY == QUERIES,
-                   maps);
-      __syncthreads();  // operands are written before they are read
-      const int chunk = min(CHANNELS, R - first_r);
-#pragma unroll 4
-      for (int r = 0; r < chunk; r++) {
-        accumulate_t A_rmem[ROWS], C_rmem[COLUMNS];
-#pragma unroll
-        for (int i = 0; i < ROWS; i++) A_rmem[i] = A_smem[r * A_PITCH + ty * ROWS + i];
-#pragma unroll
-        for (int j = 0; j < COLUMNS; j++) C_rmem[j] = C_smem[r * C_PITCH + tx * COLUMNS + j];
-#pragma unroll
-        for (int i = 0; i < ROWS; i++) {
-#pragma unroll
-          for (int j = 0; j < COLUMNS; j++) S[i][j] += A_rmem[i] * C_rmem[j];
-        }
-      }
+    if (OWN_BLOCK && is_own) {
+      multiply_rows<CHANNELS>(S, operands_smem, D, query, [&](int row, int d) -> accumulate_t {
+        return row < keys ? to_accumulate(K[(key + row) * stride_k_m + d]) - mean[d] : 0;
+      });
+    } else if (DENSE) {
+      multiply_rows<CHANNELS>(S, operands_smem, R, reduced_query, [&](int row, int r) {
+        return row < keys ? reduced_K[static_cast<long long>(key + row) * R_PADDED + r] : 0;
+      });
+    } else {
+      multiply_rows<CHANNELS>(
+          S, operands_smem, R,
+          [&](int row, int r) {
+            return row < queries ? reduced_element(Q + row * stride_q_n, r, GROUP_BY == KEYS, maps) : 0;
+          },
+          [&](int row, int r) {
+            return row < keys ? reduced_element(K + (key + row) * stride_k_m, r, GROUP_BY == QUERIES, maps) : 0;
+          });
     }
 
     // ---- running softmax: P = exp(S - row_max), rescale what came before ----
 #pragma unroll
     for (int i = 0; i < ROWS; i++) {
-      const int visible = CAUSAL ? min(keys, work.query_begin + ty * ROWS + i + causal_offset + 1 - key) : keys;
+      const int n = work.query_begin + ty * ROWS + i;
+      const int own = OWN_BLOCK ? own_block_begin(n, causal_offset, key_block_size) - key : 0;
+      const int first = OWN_BLOCK && is_own ? own : 0;  // of the keys that the row scores
+      const int end = OWN_BLOCK && !is_own ? min(keys, own) : CAUSAL ? min(keys, n + causal_offset + 1 - key) : keys;
       accumulate_t new_max = row_max[i];
 #pragma unroll
       for (int j = 0; j < COLUMNS; j++) {
-        S[i][j] = tx * COLUMNS + j < visible ? scale * S[i][j] : minus_infinity();
+        const bool is_scored = tx * COLUMNS + j >= first && tx * COLUMNS + j < end;
+        S[i][j] = is_scored ? scale * S[i][j] : minus_infinity();
         new_max = max(new_max, S[i][j]);
       }
 #pragma unroll

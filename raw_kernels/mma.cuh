@@ -1,4 +1,5 @@
 // mma.cuh - the warp-level instructions of sm_80 that the tensor-core kernels are made of, as functions.
+// Older devices have the copies and the reductions too, in other instructions.
 //
 // Fragment maps (PTX ISA, "Matrix fragments for mma.m16n8k16"), lane = 4 * group + member:
 //   C, D : [0], [1] are row group, columns 2 member and 2 member + 1; [2], [3] the same columns of row group + 8
@@ -21,6 +22,7 @@ __device__ inline unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
+#if __CUDA_ARCH__ >= 800
 // Copies 16 bytes from global to shared memory in the background, or writes 16 zero bytes.
 __device__ inline void copy_async_or_zero(void* shared, const void* global, bool is_valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
@@ -31,6 +33,29 @@ __device__ inline void copy_async_or_zero(void* shared, const void* global, bool
 __device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 __device__ inline void copy_async_wait_all() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+
+// The largest of the warp's numbers.
+__device__ inline unsigned max_of_warp(unsigned x) { return __reduce_max_sync(~0u, x); }
+#else
+__device__ inline void copy_async_or_zero(void* shared, const void* global, bool is_valid) {
+  const uint4 zeros = make_uint4(0, 0, 0, 0);
+  *static_cast<uint4*>(shared) = is_valid ? *static_cast<const uint4*>(global) : zeros;
+}
+
+__device__ inline void copy_async_commit() {}
+
+__device__ inline void copy_async_wait_all() {}
+
+__device__ inline unsigned max_of_warp(unsigned x) {
+  for (int lanes = WARP_SIZE / 2; lanes > 0; lanes /= 2) x = max(x, __shfl_xor_sync(~0u, x, lanes));
+  return x;
+}
+#endif
+
+__device__ inline unsigned long long max_of_warp(unsigned long long x) {
+  for (int lanes = WARP_SIZE / 2; lanes > 0; lanes /= 2) x = max(x, __shfl_xor_sync(~0u, x, lanes));
+  return x;
+}
 
 // Loads four 8 x 8 matrices of 16-bit elements; lanes 8 i to 8 i + 7 give the row addresses of matrix i.
 __device__ inline void load_matrices(unsigned (&fragment)[4], unsigned row_address) {

@@ -18,7 +18,8 @@
 // Assumes   : 1 <= R <= D <= 256; R = D only with score_tol. Gram matrices are [WIDTH, WIDTH], zero from D on; those of
 //             the X side are one a block, those of the Y side one a block or, with y_direction 0, one a head, and H_y
 //             divides H_x. float32 throughout, in a fixed order; the predicted error is good to about a thousandth of
-//             the root mean square of the scores. Rows of the maps from a block's rank on are zero.
+//             the root mean square of the scores. float64 throughout where ELEMENT is that. Rows of the maps from a
+//             block's rank on are zero. A block that no row meets has an all-zero Gram matrix B, and maps of zeros.
 // Alone     : nvcc -cubin -arch=sm_80 raw_kernels/subspace_maps.cu
 
 // ---- the launcher sets these with -D; the defaults let the file compile alone ----
@@ -37,13 +38,15 @@
 
 #include "mma.cuh"
 
+typedef accumulate_t real_t;
 constexpr int BLOCK = 16;  // rows that are eliminated at a time, and the step of the ranks
 constexpr int WIDTH = (D + 15) / 16 * 16;
 constexpr int R_PADDED = (R + BLOCK - 1) / BLOCK * BLOCK;
-constexpr int PITCH = R_PADDED + 2 * WIDTH + 4;  // rows start four banks apart
+constexpr int PITCH = R_PADDED + 2 * WIDTH + 4;  // rows start in different banks
 constexpr int G = 0, W = R_PADDED, T = R_PADDED + WIDTH;  // where the parts of a row begin
-constexpr int PANEL = 16;        // rows of a Gram matrix in shared memory at a time
-constexpr int TILE = 4;          // a thread's part of a product is TILE x TILE, read and written four floats at a time
+constexpr int PANEL = 64 / sizeof(real_t);  // rows of a Gram matrix in shared memory at a time
+constexpr int TILE = 4;          // a thread's part of a product is TILE x TILE, read and written four numbers at a time
+constexpr int CHUNK = 16 / sizeof(real_t);  // numbers in a 16-byte copy
 constexpr int FACTOR_PITCH = BLOCK + 4;
 static_assert(R >= 1 && R <= D && D <= 256, "a block has at least one column and at most D");
 static_assert(THREADS % WARP_SIZE == 0 && THREADS >= 256, "one thread for every channel of the widest row");
@@ -55,59 +58,72 @@ constexpr int MOST_PASSES = 2;  // tiles that a thread holds the sums of
 constexpr int NEEDED_PASSES = (ROW_TILES + ROW_TILES_AT_ONCE - 1) / ROW_TILES_AT_ONCE;
 constexpr int PASSES = NEEDED_PASSES < MOST_PASSES ? NEEDED_PASSES : MOST_PASSES;
 
+#if ELEMENT == FLOAT64
+typedef unsigned long long ordered_t;
+__device__ inline ordered_t bits_of(double x) { return __double_as_longlong(x); }
+#else
+typedef unsigned ordered_t;
+__device__ inline ordered_t bits_of(float x) { return __float_as_uint(x); }
+#endif
+
 struct alignas(16) SharedVectors {
-  float panel[2][PANEL * WIDTH];
-  float factor[BLOCK * FACTOR_PITCH];  // lower triangle of a diagonal block's factor; its diagonal inverted
-  float squares[R_PADDED];             // diagonal of G before elimination, later squared lengths of X W
-  float y_squares[R_PADDED];           // squared lengths of Y Z
-  float scales[R_PADDED];
-  float row[R_PADDED];      // of F, while channels are chosen
-  float outside[WIDTH];     // squared length of a channel outside the span of the chosen ones
-  unsigned keys[WIDTH];     // that times the channel's weight, as a number to compare; 0 for a chosen channel
+  real_t panel[2][PANEL * WIDTH];
+  real_t factor[BLOCK * FACTOR_PITCH];  // lower triangle of a diagonal block's factor; its diagonal inverted
+  real_t squares[R_PADDED];             // diagonal of G before elimination, later squared lengths of X W
+  real_t y_squares[R_PADDED];           // squared lengths of Y Z
+  real_t scales[R_PADDED];
+  real_t row[R_PADDED];      // of F, while channels are chosen
+  real_t outside[WIDTH];     // squared length of a channel outside the span of the chosen ones
+  ordered_t keys[WIDTH];     // that times the channel's weight, as a number to compare; 0 for a chosen channel
+  real_t warp_sums[THREADS / WARP_SIZE];
   int channels[R_PADDED];
-  float warp_sums[THREADS / WARP_SIZE];
   int rank;
 };
-constexpr int ROWS_BYTES = R_PADDED * PITCH * 4;
+constexpr int ROWS_BYTES = R_PADDED * PITCH * sizeof(real_t);
 constexpr int SHARED_BYTES = sizeof(SharedVectors) + (IN_SHARED ? ROWS_BYTES : 0);
 static_assert(SHARED_BYTES <= 227 * 1024, "more shared memory than any device gives a block");
 #ifdef LAUNCH_SHARED_BYTES
 static_assert(LAUNCH_SHARED_BYTES == SHARED_BYTES, "tiles.py and this file disagree on the shared memory");
 #endif
 
-constexpr float RIDGE = 1e-6f;
+constexpr real_t ROUNDING = sizeof(real_t) == 8 ? 1.0 / (1 << 29) : 1;  // of real_t, in units of float32's
+constexpr real_t RIDGE = 1e-6f * ROUNDING;
 // What is left of a column's square where rounding hides it: that column depends on the ones before and is dropped.
-constexpr float DEPENDENT = 4e-6f;  // of its own square
-constexpr float NEGLIGIBLE = 3e-8f;  // of tr(A B), which squares of refined columns are parts of
+constexpr real_t DEPENDENT = 4e-6f * ROUNDING;  // of its own square
+constexpr real_t NEGLIGIBLE = 3e-8f * ROUNDING;  // of tr(A B), which squares of refined columns are parts of
 
-__device__ inline float4 load4(const float* source) { return *reinterpret_cast<const float4*>(source); }
+struct alignas(16) Four {
+  real_t x, y, z, w;
+};
 
-__device__ inline void store4(float* target, const float (&values)[4]) {
-  *reinterpret_cast<float4*>(target) = make_float4(values[0], values[1], values[2], values[3]);
+__device__ inline Four load4(const real_t* source) { return *reinterpret_cast<const Four*>(source); }
+
+__device__ inline void store4(real_t* target, const real_t (&values)[4]) {
+  *reinterpret_cast<Four*>(target) = {values[0], values[1], values[2], values[3]};
 }
 
 // sums[i][j] += x[i] y[j]
-__device__ inline void add_outer_product(float (&sums)[TILE][TILE], float4 x, float4 y) {
-  const float left[TILE] = {x.x, x.y, x.z, x.w}, right[TILE] = {y.x, y.y, y.z, y.w};
+__device__ inline void add_outer_product(real_t (&sums)[TILE][TILE], Four x, Four y) {
+  const real_t left[TILE] = {x.x, x.y, x.z, x.w}, right[TILE] = {y.x, y.y, y.z, y.w};
 #pragma unroll
   for (int i = 0; i < TILE; ++i)
 #pragma unroll
-    for (int j = 0; j < TILE; ++j) sums[i][j] = fmaf(left[i], right[j], sums[i][j]);
+    for (int j = 0; j < TILE; ++j) sums[i][j] = fma(left[i], right[j], sums[i][j]);
 }
 
 // target^T = source^T gram for two parts of the rows: all columns times a symmetric matrix [WIDTH, WIDTH].
-__device__ inline void multiply_columns(SharedVectors& shared, float* rows, int source, int target,
-                                        const float* __restrict__ gram) {
+__device__ inline void multiply_columns(SharedVectors& shared, real_t* rows, int source, int target,
+                                        const real_t* __restrict__ gram) {
   const int column = threadIdx.x % COLUMN_TILES * TILE;
   auto load_panel = [&](int k) {
     if (k >= WIDTH) return;
-    for (int i = threadIdx.x * 4; i < PANEL * WIDTH; i += THREADS * 4)
+    for (int i = threadIdx.x * CHUNK; i < PANEL * WIDTH; i += THREADS * CHUNK)
       copy_async_or_zero(shared.panel[k / PANEL % 2] + i, gram + k * WIDTH + i, true);
   };
 #pragma unroll 1
   for (int first = threadIdx.x / COLUMN_TILES; first - (int)threadIdx.x / COLUMN_TILES < ROW_TILES;
        first += PASSES * ROW_TILES_AT_ONCE) {
-    float sums[PASSES][TILE][TILE] = {};
+    real_t sums[PASSES][TILE][TILE] = {};
     load_panel(0);
     copy_async_commit();
 #pragma unroll 1
@@ -118,7 +134,7 @@ __device__ inline void multiply_columns(SharedVectors& shared, float* rows, int 
       copy_async_commit();
 #pragma unroll 2
       for (int inner = 0; inner < PANEL; inner += 4) {
-        float4 gram_rows[4];
+        Four gram_rows[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) gram_rows[i] = load4(shared.panel[k / PANEL % 2] + (inner + i) * WIDTH + column);
 #pragma unroll
@@ -126,14 +142,14 @@ __device__ inline void multiply_columns(SharedVectors& shared, float* rows, int 
           const int row = min(first + p * ROW_TILES_AT_ONCE, ROW_TILES - 1) * TILE;
 #pragma unroll
           for (int i = 0; i < TILE; ++i) {
-            const float4 x = load4(rows + (row + i) * PITCH + source + k + inner);
-            const float left[4] = {x.x, x.y, x.z, x.w};
+            const Four x = load4(rows + (row + i) * PITCH + source + k + inner);
+            const real_t left[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-              sums[p][i][0] = fmaf(left[j], gram_rows[j].x, sums[p][i][0]);
-              sums[p][i][1] = fmaf(left[j], gram_rows[j].y, sums[p][i][1]);
-              sums[p][i][2] = fmaf(left[j], gram_rows[j].z, sums[p][i][2]);
-              sums[p][i][3] = fmaf(left[j], gram_rows[j].w, sums[p][i][3]);
+              sums[p][i][0] = fma(left[j], gram_rows[j].x, sums[p][i][0]);
+              sums[p][i][1] = fma(left[j], gram_rows[j].y, sums[p][i][1]);
+              sums[p][i][2] = fma(left[j], gram_rows[j].z, sums[p][i][2]);
+              sums[p][i][3] = fma(left[j], gram_rows[j].w, sums[p][i][3]);
             }
           }
         }
@@ -152,41 +168,41 @@ __device__ inline void multiply_columns(SharedVectors& shared, float* rows, int 
 
 // The channels of eq. 15 and, in T, the rows F that they leave: Z of the half-step that starts from them. A thread keeps a
 // channel; every warp finds the largest for itself.
-__device__ inline void choose_channels(SharedVectors& shared, float* rows, const float* __restrict__ A,
-                                       const float* __restrict__ B) {
+__device__ inline void choose_channels(SharedVectors& shared, real_t* rows, const real_t* __restrict__ A,
+                                       const real_t* __restrict__ B) {
   const int d = threadIdx.x;
   const bool is_channel = d < D;
-  const float length = is_channel ? A[d * WIDTH + d] : 0.0f, weight = is_channel ? B[d * WIDTH + d] : 0.0f;
-  float outside = length;
+  const real_t length = is_channel ? A[d * WIDTH + d] : 0.0f, weight = is_channel ? B[d * WIDTH + d] : 0.0f;
+  real_t outside = length;
   bool is_free = is_channel;
 #pragma unroll 1
   for (int r = 0; r < R_PADDED; ++r) {
     // Numbers that are not negative are ordered like their bits; one is added, so that a chosen channel counts least.
     if (d < WIDTH) {
       shared.outside[d] = outside;
-      shared.keys[d] = is_free ? (__float_as_uint(outside * weight) & 0x7fffffffu) + 1 : 0;
+      shared.keys[d] = is_free ? (bits_of(outside * weight) & ~ordered_t(0) >> 1) + 1 : 0;
     }
     __syncthreads();  // the keys are written before they are compared, row r - 1 before it is read
-    unsigned largest = 0;
+    ordered_t largest = 0;
     for (int i = d % WARP_SIZE; i < WIDTH; i += WARP_SIZE) largest = max(largest, shared.keys[i]);
-    largest = __reduce_max_sync(~0u, largest);
-    unsigned first = WIDTH - 1;
+    largest = max_of_warp(largest);
+    unsigned places_behind = 0;  // it, counted from the last channel on: the earliest of equals has most
     for (int i = d % WARP_SIZE; i < WIDTH; i += WARP_SIZE)
-      if (shared.keys[i] == largest) first = min(first, static_cast<unsigned>(i));
-    const int chosen = __reduce_min_sync(~0u, first);
+      if (shared.keys[i] == largest) places_behind = max(places_behind, static_cast<unsigned>(WIDTH - 1 - i));
+    const int chosen = WIDTH - 1 - max_of_warp(places_behind);
     const bool is_padding = r >= R;
-    const float entry = d < WIDTH && !is_padding ? A[chosen * WIDTH + d] : 0.0f;
-    const float pivot = shared.outside[chosen];
+    const real_t entry = d < WIDTH && !is_padding ? A[chosen * WIDTH + d] : 0.0f;
+    const real_t pivot = shared.outside[chosen];
     if (d < r) shared.row[d] = rows[d * PITCH + T + chosen];
     if (d == 0) shared.channels[r] = chosen;
     __syncthreads();  // the row of F is gathered; keys and outside are read before they are overwritten
     if (d < WIDTH) {
-      float left = entry;
+      real_t left = entry;
 #pragma unroll 8
-      for (int s = 0; s < r; ++s) left = fmaf(-shared.row[s], rows[s * PITCH + T + d], left);
-      const float F = pivot > 0.0f && !is_padding ? left * rsqrtf(pivot) : 0.0f;
+      for (int s = 0; s < r; ++s) left = fma(-shared.row[s], rows[s * PITCH + T + d], left);
+      const real_t F = pivot > 0.0f && !is_padding ? left * rsqrt(pivot) : 0.0f;
       rows[r * PITCH + T + d] = F;
-      outside = fmaf(-F, F, outside);
+      outside = fma(-F, F, outside);
       if (!(outside > RIDGE * length)) outside = 0.0f;
       if (d == chosen) is_free = false;
     }
@@ -195,14 +211,14 @@ __device__ inline void choose_channels(SharedVectors& shared, float* rows, const
 }
 
 // G = W^T T, and its diagonal apart, before elimination changes it.
-__device__ inline void multiply_parts(SharedVectors& shared, float* rows) {
+__device__ inline void multiply_parts(SharedVectors& shared, real_t* rows) {
 #pragma unroll 1
   for (int tile = threadIdx.x; tile < ROW_TILES * ROW_TILES; tile += THREADS) {
     const int r = tile / ROW_TILES, s = tile % ROW_TILES;  // and every ROW_TILES-th row on: neighbours in other banks
-    float sums[TILE][TILE] = {};
+    real_t sums[TILE][TILE] = {};
 #pragma unroll 1
     for (int d = 0; d < WIDTH; d += 4) {
-      float4 left[TILE], right[TILE];
+      Four left[TILE], right[TILE];
 #pragma unroll
       for (int i = 0; i < TILE; ++i) {
         left[i] = load4(rows + (r + i * ROW_TILES) * PITCH + W + d);
@@ -212,10 +228,10 @@ __device__ inline void multiply_parts(SharedVectors& shared, float* rows) {
       for (int i = 0; i < TILE; ++i)
 #pragma unroll
         for (int j = 0; j < TILE; ++j) {
-          sums[i][j] = fmaf(left[i].x, right[j].x, sums[i][j]);
-          sums[i][j] = fmaf(left[i].y, right[j].y, sums[i][j]);
-          sums[i][j] = fmaf(left[i].z, right[j].z, sums[i][j]);
-          sums[i][j] = fmaf(left[i].w, right[j].w, sums[i][j]);
+          sums[i][j] = fma(left[i].x, right[j].x, sums[i][j]);
+          sums[i][j] = fma(left[i].y, right[j].y, sums[i][j]);
+          sums[i][j] = fma(left[i].z, right[j].z, sums[i][j]);
+          sums[i][j] = fma(left[i].w, right[j].w, sums[i][j]);
         }
     }
 #pragma unroll
@@ -230,20 +246,20 @@ __device__ inline void multiply_parts(SharedVectors& shared, float* rows) {
 }
 
 // The factor of the diagonal block at `first`, by one warp: lane i % 16 holds row i. The two half-warps do the same.
-__device__ inline void factor_block(SharedVectors& shared, const float* rows, int first, float negligible) {
+__device__ inline void factor_block(SharedVectors& shared, const real_t* rows, int first, real_t negligible) {
   const int row = threadIdx.x % BLOCK;
-  const float square = shared.squares[first + row];
-  float entries[BLOCK];
+  const real_t square = shared.squares[first + row];
+  real_t entries[BLOCK];
 #pragma unroll
   for (int j = 0; j < BLOCK; ++j) entries[j] = rows[(first + min(row, j)) * PITCH + G + first + max(row, j)];
 #pragma unroll
   for (int k = 0; k < BLOCK; ++k) {
-    const float whole = __shfl_sync(~0u, square, k), left = __shfl_sync(~0u, entries[k], k);
-    const float inverse = left > fmaxf(DEPENDENT * whole, negligible) ? rsqrtf(fmaf(RIDGE, whole, left)) : 0.0f;
-    const float entry = entries[k] * inverse;
+    const real_t whole = __shfl_sync(~0u, square, k), left = __shfl_sync(~0u, entries[k], k);
+    const real_t inverse = left > max(DEPENDENT * whole, negligible) ? rsqrt(fma(RIDGE, whole, left)) : 0.0f;
+    const real_t entry = entries[k] * inverse;
     entries[k] = row == k ? inverse : entry;
 #pragma unroll
-    for (int j = k + 1; j < BLOCK; ++j) entries[j] = fmaf(-entry, __shfl_sync(~0u, entry, j), entries[j]);
+    for (int j = k + 1; j < BLOCK; ++j) entries[j] = fma(-entry, __shfl_sync(~0u, entry, j), entries[j]);
   }
 #pragma unroll
   for (int j = 0; j < BLOCK; ++j)
@@ -252,7 +268,7 @@ __device__ inline void factor_block(SharedVectors& shared, const float* rows, in
 
 // Multiplies the columns that stand in the rows up to `end` by u C^-T, where C C^T = u G u + ridge I; columns of which no
 // more than `negligible` is left become zero.
-__device__ inline void eliminate(SharedVectors& shared, float* rows, int end, float negligible) {
+__device__ inline void eliminate(SharedVectors& shared, real_t* rows, int end, real_t negligible) {
 #pragma unroll 1
   for (int first = 0; first < R_PADDED; first += BLOCK) {
     if (threadIdx.x < WARP_SIZE) factor_block(shared, rows, first, negligible);
@@ -260,22 +276,23 @@ __device__ inline void eliminate(SharedVectors& shared, float* rows, int end, fl
 
     // ---- the block's own rows: forward substitution, a thread for each place in a row ----
     const int next = first + BLOCK;
-    float* const block = rows + first * PITCH;
+    real_t* const block = rows + first * PITCH;
 #pragma unroll 1
     for (int place = next + threadIdx.x; place < end; place += THREADS) {
-      float x[BLOCK];
+      real_t x[BLOCK];
 #pragma unroll
       for (int i = 0; i < BLOCK; ++i) x[i] = block[i * PITCH + place];
 #pragma unroll
       for (int i = 0; i < BLOCK; ++i) {
-        float factor[BLOCK];  // row i of it, up to the diagonal
+        if (sizeof(real_t) == 8) asm volatile("" ::: "memory");  // or the compiler keeps the factor in too many registers
+        real_t factor[BLOCK];  // row i of it, up to the diagonal
 #pragma unroll
         for (int j = 0; j <= i; j += 4) {
-          const float4 four = load4(shared.factor + i * FACTOR_PITCH + j);
+          const Four four = load4(shared.factor + i * FACTOR_PITCH + j);
           factor[j] = four.x, factor[j + 1] = four.y, factor[j + 2] = four.z, factor[j + 3] = four.w;
         }
 #pragma unroll
-        for (int j = 0; j < i; ++j) x[i] = fmaf(-factor[j], x[j], x[i]);
+        for (int j = 0; j < i; ++j) x[i] = fma(-factor[j], x[j], x[i]);
         x[i] *= factor[i];
         block[i * PITCH + place] = x[i];
       }
@@ -287,14 +304,14 @@ __device__ inline void eliminate(SharedVectors& shared, float* rows, int end, fl
 #pragma unroll 1
     for (int tile = threadIdx.x; tile < tiles; tile += THREADS) {
       const int row = next + tile / column_tiles * TILE, place = next + tile % column_tiles * TILE;
-      float sums[TILE][TILE] = {};
+      real_t sums[TILE][TILE] = {};
 #pragma unroll 4
       for (int i = 0; i < BLOCK; ++i)
         add_outer_product(sums, load4(block + i * PITCH + G + row), load4(block + i * PITCH + place));
 #pragma unroll
       for (int i = 0; i < TILE; ++i) {
-        float* const target = rows + (row + i) * PITCH + place;
-        const float4 before = load4(target);
+        real_t* const target = rows + (row + i) * PITCH + place;
+        const Four before = load4(target);
         store4(target, {before.x - sums[i][0], before.y - sums[i][1], before.z - sums[i][2], before.w - sums[i][3]});
       }
     }
@@ -302,33 +319,33 @@ __device__ inline void eliminate(SharedVectors& shared, float* rows, int end, fl
   }
 }
 
-__device__ inline float sum_of_warp(float x) {
+__device__ inline real_t sum_of_warp(real_t x) {
 #pragma unroll
   for (int distance = WARP_SIZE / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
   return x;
 }
 
 // products[r] = inner product of the parts W and T of row r
-__device__ inline void multiply_parts_of_rows(float* products, const float* rows) {
+__device__ inline void multiply_parts_of_rows(real_t* products, const real_t* rows) {
   for (int r = threadIdx.x / WARP_SIZE; r < R_PADDED; r += THREADS / WARP_SIZE) {
-    float sum = 0.0f;
+    real_t sum = 0.0f;
     for (int d = threadIdx.x % WARP_SIZE; d < WIDTH; d += WARP_SIZE)
-      sum = fmaf(rows[r * PITCH + W + d], rows[r * PITCH + T + d], sum);
+      sum = fma(rows[r * PITCH + W + d], rows[r * PITCH + T + d], sum);
     sum = sum_of_warp(sum);
     if (threadIdx.x % WARP_SIZE == 0) products[r] = sum;
   }
 }
 
-extern "C" __global__ __launch_bounds__(THREADS, BLOCKS_PER_PROCESSOR)
-void subspace_maps(const float* __restrict__ x_grams,  // [B, H_x, C, WIDTH, WIDTH]
-                   const float* __restrict__ y_grams,  // [B, H_y, C or 1, WIDTH, WIDTH]
-                   float* __restrict__ sampling,       // [B, H_x, C, R_PADDED, WIDTH], W transposed
-                   float* __restrict__ fusion,         // [B, H_x, C, R_PADDED, WIDTH], Z transposed
+extern "C" __global__ __launch_bounds__(THREADS, 1)
+void subspace_maps(const real_t* __restrict__ x_grams,  // [B, H_x, C, WIDTH, WIDTH]
+                   const real_t* __restrict__ y_grams,  // [B, H_y, C or 1, WIDTH, WIDTH]
+                   real_t* __restrict__ sampling,       // [B, H_x, C, R_PADDED, WIDTH], W transposed
+                   real_t* __restrict__ fusion,         // [B, H_x, C, R_PADDED, WIDTH], Z transposed
                    int* __restrict__ ranks,            // [B, H_x, C]
-                   float* __restrict__ score_errors,   // [B, H_x, C], in nats
-                   float* __restrict__ workspace,      // [B, H_x, C, R_PADDED, PITCH]; unused where IN_SHARED
-                   int refine, float score_tol,        // in nats; negative: every block has rank R
-                   float scale, int H_x, int H_y, int C,
+                   real_t* __restrict__ score_errors,   // [B, H_x, C], in nats
+                   real_t* __restrict__ workspace,      // [B, H_x, C, R_PADDED, PITCH]; unused where IN_SHARED
+                   int refine, real_t score_tol,        // in nats; negative: every block has rank R
+                   real_t scale, int H_x, int H_y, int C,
                    int x_rows, int L,                    // of a head, of a block
                    int y_rows, int heads_per_gram,       // of a head; heads that a Gram matrix of the Y side adds up
                    int y_direction, int causal_offset) { // +1: block c meets keys up to ..., -1: queries from ... on
@@ -339,25 +356,25 @@ void subspace_maps(const float* __restrict__ x_grams,  // [B, H_x, C, WIDTH, WID
   const long long block = blockIdx.x;
   const int c = blockIdx.x % C, h = blockIdx.x / C % H_x, b = blockIdx.x / C / H_x;
   const long long y_head = static_cast<long long>(b) * H_y + static_cast<long long>(h) * H_y / H_x;
-  const float* const A = x_grams + block * WIDTH * WIDTH;
-  const float* const B = y_grams + (y_direction == 0 ? y_head : y_head * C + c) * WIDTH * WIDTH;
+  const real_t* const A = x_grams + block * WIDTH * WIDTH;
+  const real_t* const B = y_grams + (y_direction == 0 ? y_head : y_head * C + c) * WIDTH * WIDTH;
 #if IN_SHARED
-  float* const rows = reinterpret_cast<float*>(shared_bytes + sizeof(SharedVectors));
+  real_t* const rows = reinterpret_cast<real_t*>(shared_bytes + sizeof(SharedVectors));
 #else
-  float* const rows = workspace + block * R_PADDED * PITCH;
+  real_t* const rows = workspace + block * R_PADDED * PITCH;
 #endif
   const long long begin = static_cast<long long>(c) * L;
   const long long end = min(begin + L, static_cast<long long>(x_rows));
   const long long y_last = max(0LL, min(end + causal_offset, static_cast<long long>(y_rows)));
   const long long y_first = max(0LL, min(begin - causal_offset, static_cast<long long>(y_rows)));
-  const float own_rows = end - begin;
-  const float met_rows =
-      static_cast<float>(y_direction > 0 ? y_last : y_direction < 0 ? y_rows - y_first : y_rows) * heads_per_gram;
+  const real_t own_rows = end - begin;
+  const real_t met_rows =
+      static_cast<real_t>(y_direction > 0 ? y_last : y_direction < 0 ? y_rows - y_first : y_rows) * heads_per_gram;
 
   // ---- tr(A B), which is the square of all scores; it also brings both matrices near ----
-  float trace = 0.0f;
+  real_t trace = 0.0f;
   for (int i = threadIdx.x * 4; i < WIDTH * WIDTH; i += THREADS * 4) {
-    const float4 a = load4(A + i), b = load4(B + i);
+    const Four a = load4(A + i), b = load4(B + i);
     trace += (a.x * b.x + a.y * b.y) + (a.z * b.z + a.w * b.w);
   }
   trace = sum_of_warp(trace);
@@ -376,7 +393,7 @@ void subspace_maps(const float* __restrict__ x_grams,  // [B, H_x, C, WIDTH, WID
     eliminate(shared, rows, T + WIDTH, 0.0f);
   }
 
-  float whole = 0.0f;
+  real_t whole = 0.0f;
   for (int i = 0; i < THREADS / WARP_SIZE; ++i) whole += shared.warp_sums[i];
 
   // ---- refinements: Z in a basis where Y Z is orthonormal, the best W for it, and back ----
@@ -391,8 +408,8 @@ void subspace_maps(const float* __restrict__ x_grams,  // [B, H_x, C, WIDTH, WID
   }
 
   // ---- squared lengths of X W and Y Z; W leaves for the output, its place takes B Z ----
-  float* const W_out = sampling + block * R_PADDED * WIDTH;
-  float* const Z_out = fusion + block * R_PADDED * WIDTH;
+  real_t* const W_out = sampling + block * R_PADDED * WIDTH;
+  real_t* const Z_out = fusion + block * R_PADDED * WIDTH;
   multiply_parts_of_rows(shared.squares, rows);
   for (int i = threadIdx.x; i < R_PADDED * WIDTH; i += THREADS) W_out[i] = rows[i / WIDTH * PITCH + W + i % WIDTH];
   __syncthreads();  // W is read before it is overwritten
@@ -403,14 +420,14 @@ void subspace_maps(const float* __restrict__ x_grams,  // [B, H_x, C, WIDTH, WID
 
   // ---- predicted error of the first 1, 2, ... columns, and the rank ----
   if (threadIdx.x == 0) {
-    float left = whole;
-    const float factor = fabsf(scale) * rsqrtf(fmaxf(own_rows, 1.0f) * fmaxf(met_rows, 1.0f));
+    real_t left = whole;
+    const real_t factor = fabs(scale) * rsqrt(max(own_rows, 1.0f) * max(met_rows, 1.0f));
     int rank = R;
-    float error = 0.0f;
+    real_t error = 0.0f;
     for (int r = 0; r < R; ++r) {
       // W^T A W is the identity but for the ridge, Z is A W, so a column takes 2 - (W^T A W)_rr times its square away
       left -= shared.y_squares[r] * (2.0f - shared.squares[r]);
-      error = factor * sqrtf(fmaxf(left, 0.0f));
+      error = factor * sqrt(max(left, 0.0f));
       if (score_tol >= 0.0f && (r + 1) % BLOCK == 0 && r + 1 < D && error <= score_tol) {
         rank = r + 1;
         break;
@@ -422,18 +439,18 @@ void subspace_maps(const float* __restrict__ x_grams,  // [B, H_x, C, WIDTH, WID
   }
   // ---- columns of equal mean squares in X W and Y Z; zero where their product is zero ----
   for (int r = threadIdx.x; r < R_PADDED; r += THREADS) {
-    const float x_square = shared.squares[r] / fmaxf(own_rows, 1.0f);
-    const float y_square = shared.y_squares[r] / fmaxf(met_rows, 1.0f);
+    const real_t x_square = shared.squares[r] / max(own_rows, 1.0f);
+    const real_t y_square = shared.y_squares[r] / max(met_rows, 1.0f);
     const bool is_zero = !(x_square > 0.0f && y_square > 0.0f);
-    shared.scales[r] = is_zero ? 0.0f : sqrtf(sqrtf(y_square)) / sqrtf(sqrtf(x_square));  // the quotient may overflow
+    shared.scales[r] = is_zero ? 0.0f : sqrt(sqrt(y_square)) / sqrt(sqrt(x_square));  // the quotient may overflow
   }
   __syncthreads();  // rank and scales are written
 
   const int rank = shared.rank;
   for (int i = threadIdx.x; i < R_PADDED * WIDTH; i += THREADS) {
     const int r = i / WIDTH, d = i % WIDTH;
-    const float column_scale = r < rank ? shared.scales[r] : 0.0f;
-    const float identity = r == d && d < D ? 1.0f : 0.0f;
+    const real_t column_scale = r < rank ? shared.scales[r] : 0.0f;
+    const real_t identity = r == d && d < D ? 1.0f : 0.0f;
     W_out[i] = rank == D ? identity : W_out[i] * column_scale;
     Z_out[i] = rank == D ? identity : column_scale > 0.0f ? rows[r * PITCH + T + d] / column_scale : 0.0f;
   }

@@ -12,8 +12,8 @@
 //
 // Grid      : (B * H * ceil_div(width, THREADS)), places in a row of sums fastest
 // Block     : THREADS, one number of the sum each
-// Assumes   : segments_per_block divides S. Sums run in float32, in the order of the segments (FROM: backwards).
-//             TO_ELEMENT: the results are rounded to the element type
+// Assumes   : segments_per_block divides S. Sums run in float32 (float64 for float64), in the order of the segments
+//             (FROM: backwards). TO_ELEMENT: the results are rounded to the element type
 // Alone     : nvcc -cubin -arch=sm_80 raw_kernels/sum_segments.cu
 
 #include "element.cuh"
@@ -36,27 +36,27 @@
 static_assert(DIRECTION >= OWN && DIRECTION <= FROM, "DIRECTION is OWN, ALL, UP_TO or FROM");
 
 extern "C" __global__ __launch_bounds__(THREADS)
-void sum_segments(const float* __restrict__ sums,  // [B * H, S, width]
-                  float* __restrict__ out,         // [B * H, C, width], C = S / segments_per_block; ALL: C = 1
-                  int S, int width, int segments_per_block, float factor) {
+void sum_segments(const accumulate_t* __restrict__ sums,  // [B * H, S, width]
+                  accumulate_t* __restrict__ out,         // [B * H, C, width], C = S / segments_per_block; ALL: C = 1
+                  int S, int width, int segments_per_block, accumulate_t factor) {
   const int blocks_per_head = (width + THREADS - 1) / THREADS, head = blockIdx.x / blocks_per_head;
   const int i = blockIdx.x % blocks_per_head * THREADS + threadIdx.x;
   if (i >= width) return;
   const int C = DIRECTION == ALL ? 1 : S / segments_per_block;
-  const float* const column = sums + static_cast<long long>(head) * S * width + i;
-  float* const result = out + static_cast<long long>(head) * C * width + i;
-  float sum = 0.0f;
+  const accumulate_t* const column = sums + static_cast<long long>(head) * S * width + i;
+  accumulate_t* const result = out + static_cast<long long>(head) * C * width + i;
+  accumulate_t sum = 0;
 #pragma unroll 8
   for (int step = 0; step < S; ++step) {
     const int s = DIRECTION == FROM ? S - 1 - step : step;
     const int place = s % segments_per_block;  // within its block
-    if (DIRECTION == OWN && place == 0) sum = 0.0f;
+    if (DIRECTION == OWN && place == 0) sum = 0;
     sum += column[static_cast<long long>(s) * width];
     const bool is_complete = DIRECTION == ALL    ? step == S - 1
                              : DIRECTION == FROM ? place == 0
                                                  : place == segments_per_block - 1;
     if (is_complete) {
-      const float scaled = factor * sum;
+      const accumulate_t scaled = factor * sum;
       const int c = DIRECTION == ALL ? 0 : s / segments_per_block;
       result[static_cast<long long>(c) * width] = TO_ELEMENT ? to_accumulate(to_element(scaled)) : scaled;
     }

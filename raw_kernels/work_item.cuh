@@ -42,3 +42,8 @@ __device__ __forceinline__ WorkItem find_work(int block_q, int H, int N, int que
 __device__ __forceinline__ int visible_key_end(int query_end, int M, int causal_offset) {
   return max(0, min(M, query_end + causal_offset));
 }
+
+// First key that a query scores exactly where own blocks are: that of the block in which its last visible key lies.
+__device__ __forceinline__ int own_block_begin(int query, int causal_offset, int key_block_size) {
+  return max(0, query + causal_offset) / key_block_size * key_block_size;
+}

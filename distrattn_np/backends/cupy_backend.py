@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import threading
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
@@ -18,7 +19,7 @@ from typing import Any, ClassVar
 import cupy
 import numpy as np
 
-from ..arrays import Kind, describe, kind_of
+from ..arrays import Kind, kind_of
 from ..problem import Grouping, GroupMaps, Layout, Problem, Subspace, SubspaceMaps, ceil_div
 from ..reference import hyperplanes
 from ..tiles import (
@@ -30,6 +31,7 @@ from ..tiles import (
     NO_MAP,
     OWN,
     REDUCE_ROW_TILE,
+    REDUCE_SIMT_ROW_TILE,
     REDUCE_THREADS,
     SAMPLE,
     SIMT_THREADS,
@@ -40,6 +42,8 @@ from ..tiles import (
     gains_defines,
     gram_blocks,
     gram_defines,
+    gram_simt_blocks,
+    gram_simt_defines,
     gram_threads,
     hash_defines,
     maps_defines,
@@ -51,6 +55,7 @@ from ..tiles import (
     norms_defines,
     pad,
     reduce_defines,
+    reduce_simt_defines,
     simt_defines,
     sm90_defines,
     sm90_key_map_tiles,
@@ -78,13 +83,6 @@ class CupyBackend(Backend):
     def attention(self, problem: Problem, q: Any, k: Any, v: Any, out: Any) -> tuple[Any, Any, Maps]:
         """Compute one call on the device that holds ``q`` (the current one for NumPy arrays)."""
         with _device_of(q):
-            if isinstance(problem.grouping, Subspace) and not uses_tensor_cores(problem, capability()):
-                rule = (
-                    "'subspace' takes float16 and bfloat16 on sm_80 and up, and a positive scale, on the cupy backend"
-                )
-                raise NotImplementedError(
-                    f"method: {rule}, got {describe(q)}, scale {problem.scale:g}, sm_{capability()}"
-                )
             return super().attention(problem, q, k, v, out)
 
     # ---- arrays ----
@@ -174,7 +172,7 @@ class CupyBackend(Backend):
         return GroupMaps(channels, gains)
 
     def key_mean(self, K: Any) -> Any:
-        """Return the mean of K (B, H_kv, M, D) over M as (B, H_kv, D) float32, rounded to K's dtype.
+        """Return the mean of K (B, H_kv, M, D) over M as (B, H_kv, D) in the type of its sums, rounded to K's dtype.
 
         Rounded, so that what is subtracted from a key is one of its own numbers; any vector may be.
         """
@@ -184,19 +182,27 @@ class CupyBackend(Backend):
         return _sum_segments(sums, segments, factor=1 / rows, element=_element(K)).reshape(batch, heads, width)
 
     def grams(self, X: Any, mean: Any | None, segments: _Segments, heads_per_gram: int = 1) -> Any:
-        """Return the Gram matrices of X less ``mean`` as (B, H / heads_per_gram, C, D, D) float32, D padded (eq. 11).
+        """Return the Gram matrices of X less ``mean`` as (B, H / heads_per_gram, C, D, D), D padded (eq. 11).
 
-        C counts the blocks of ``segments``, 1 where all rows meet all blocks.
+        In the type of the sums. C counts the blocks of ``segments``, 1 where all rows meet all blocks.
         """
         batch, heads, _, width = X.shape
         count = batch * heads // heads_per_gram
         parts = segments.split(count)
-        sums = cupy.empty((batch, heads // heads_per_gram, parts.count, pad(width), pad(width)), np.float32)
+        shape = (batch, heads // heads_per_gram, parts.count, pad(width), pad(width))
+        sums = cupy.empty(shape, _sum_type(X.dtype))
+        common = {"element": _element(X), "width": width, "centred": mean is not None}
+        if _has_tensor_cores(X.dtype):
+            stem, blocks, threads = "gram", gram_blocks(width), gram_threads(width)
+            defines = gram_defines(**common, aligned=_vector(X) == 8)
+        else:
+            stem, blocks, threads = "gram_simt", gram_simt_blocks(width), SIMT_THREADS
+            defines = gram_simt_defines(**common)
         _launch(
-            "gram",
-            gram_defines(element=_element(X), width=width, centred=mean is not None, aligned=_vector(X) == 8),
-            count * parts.count * gram_blocks(width),
-            gram_threads(width),
+            stem,
+            defines,
+            count * parts.count * blocks,
+            threads,
             *(X, _NULL if mean is None else mean, sums, heads // heads_per_gram, heads_per_gram),
             *(parts.count, min(parts.rows, _NO_LIMIT), parts.shift, parts.lower, parts.upper),
             *_strides(X),
@@ -216,19 +222,20 @@ class CupyBackend(Backend):
         y_grams = self.grams(Y, None if by_keys else mean, meeting, heads_per_gram)
 
         columns, width = problem.rank, problem.width
-        defines = maps_defines(width, columns, _shared_memory_limit(Q.device.id))
-        sampling, fusion = (cupy.empty((batch, heads, blocks, pad(columns), pad(width)), np.float32) for _ in range(2))
+        real = _sum_type(Q.dtype)
+        defines = maps_defines(ELEMENTS[real.__name__], width, columns, _shared_memory_limit(Q.device.id))
+        sampling, fusion = (cupy.empty((batch, heads, blocks, pad(columns), pad(width)), real) for _ in range(2))
         ranks = cupy.empty((batch, heads, blocks), np.int32)
-        score_errors = cupy.empty(ranks.shape, np.float32)
-        rows_bytes = 0 if defines["IN_SHARED"] else ranks.size * pad(columns) * maps_pitch(width, columns)
+        score_errors = cupy.empty(ranks.shape, real)
+        workspace_size = 0 if defines["IN_SHARED"] else ranks.size * pad(columns) * maps_pitch(width, columns)
         _launch(
             "subspace_maps",
             defines,
             ranks.size,
             None,
-            *(x_grams, y_grams, sampling, fusion, ranks, score_errors, cupy.empty(rows_bytes, np.float32)),
-            *(grouping.refine, np.float32(-1 if grouping.score_tol is None else grouping.score_tol)),
-            *(np.float32(problem.scale), heads, y_grams.shape[1], blocks, X.shape[2], block_size),
+            *(x_grams, y_grams, sampling, fusion, ranks, score_errors, cupy.empty(workspace_size, real)),
+            *(grouping.refine, real(-1 if grouping.score_tol is None else grouping.score_tol)),
+            *(real(problem.scale), heads, y_grams.shape[1], blocks, X.shape[2], block_size),
             *(Y.shape[2], heads_per_gram, _SIGNS[meeting.direction], problem.meeting_offset or 0),
             shared=defines["LAUNCH_SHARED_BYTES"],
         )
@@ -238,13 +245,14 @@ class CupyBackend(Backend):
     # ---- attention ----
 
     def attend(self, problem: Problem, Q: Any, K: Any, V: Any, O: Any, lse: Any, maps: Maps) -> None:
+        on_tensor_cores = uses_tensor_cores(problem, capability())
         ready: GroupMaps | _DenseMaps | None = None
         if isinstance(maps, GroupMaps):
             ready = GroupMaps(_contiguous(maps.channels), None if maps.gains is None else _contiguous(maps.gains))
         elif isinstance(maps, SubspaceMaps):
-            ready = _DenseMaps.of(maps, K)
+            ready = _DenseMaps.narrowed(maps, K) if on_tensor_cores else _DenseMaps.widened(maps, K)
         forward = _Forward(problem, Q, K, V, O, lse, ready)
-        if uses_tensor_cores(problem, capability()):
+        if on_tensor_cores:
             forward.on_tensor_cores()
         else:
             forward.on_cuda_cores()
@@ -253,6 +261,11 @@ class CupyBackend(Backend):
 def uses_tensor_cores(problem: Problem, compute_capability: int) -> bool:
     """Whether a problem goes to the tensor-core forward: 16-bit elements, sm_80 and up, scores that grow with q k."""
     return problem.dtype.itemsize == 2 and compute_capability >= 80 and problem.scale > 0
+
+
+def _has_tensor_cores(dtype: Any) -> bool:
+    """Whether the current device multiplies elements of this type on the tensor cores that the kernels know."""
+    return dtype.itemsize == 2 and capability() >= 80
 
 
 def hopper_is_usable() -> bool:
@@ -302,7 +315,8 @@ def _segments_that_meet(problem: Problem, rows: int) -> _Segments:
     """Return which of ``rows`` rows of the side that is not cut into blocks meet the blocks of the other.
 
     Without a causal limit all of them. With one, segment c holds the keys that block c sees and block c - 1 does not
-    (block c meets the segments up to c), or the queries that see block c and not block c + 1 (from c on).
+    (block c meets the segments up to c), or the queries that see block c and not block c + 1 (from c on); where own
+    blocks are exact, they see a block through its maps from the end of it on.
     """
     assert problem.grouping is not None
     offset, step = problem.meeting_offset, problem.grouping.block_size
@@ -323,7 +337,7 @@ _SIGNS = {ALL: 0, UP_TO: 1, FROM: -1}
 def _channel_sums(Y: Any, segments: _Segments, power: int) -> Any:
     """Return sums of powers of Y's channels by segments, (B, H_y, S, D)."""
     batch, heads, rows, width = Y.shape
-    sums = cupy.empty((batch, heads, segments.count, width), np.float64 if Y.dtype == np.float64 else np.float32)
+    sums = cupy.empty((batch, heads, segments.count, width), _sum_type(Y.dtype))
     _launch(
         "channel_norms",
         norms_defines(_element(Y), _vector(Y), power),
@@ -337,40 +351,48 @@ def _channel_sums(Y: Any, segments: _Segments, power: int) -> Any:
 
 
 def _sum_segments(sums: Any, segments: _Segments, factor: float = 1, element: int | None = None) -> Any:
-    """Return (B, H, C, ...) float32 for sums by segments (B, H, S, ...); rounded to ``element`` where that is named."""
+    """Return (B, H, C, ...) for sums by segments (B, H, S, ...); rounded to ``element`` where that is named."""
     blocks = 1 if segments.direction == ALL else segments.count // segments.per_block
     is_summed = segments.count == 1 or (segments.direction == OWN and segments.per_block == 1)
     if is_summed and factor == 1 and element is None:
         return sums
     batch, heads = sums.shape[:2]
     width = math.prod(sums.shape[3:])
-    out = cupy.empty((batch, heads, blocks, *sums.shape[3:]), np.float32)
-    defines = sum_defines(element or ELEMENTS["float16"], segments.direction, to_element=element is not None)
+    out = cupy.empty((batch, heads, blocks, *sums.shape[3:]), sums.dtype)
+    defines = sum_defines(element or _element(sums), segments.direction, to_element=element is not None)
     _launch(
         "sum_segments",
         defines,
         batch * heads * ceil_div(width, defines["THREADS"]),
         None,
-        *(sums, out, segments.count, width, segments.per_block, np.float32(factor)),
+        *(sums, out, segments.count, width, segments.per_block, _sum_type(sums.dtype)(factor)),
     )
     return out
 
 
 @dataclass(frozen=True, slots=True)
 class _DenseMaps:
-    """Subspace maps as the tensor cores read them."""
+    """Subspace maps as the kernels read them: transposed."""
 
-    sampling: Any  # (B, H_x, C, R padded, D padded), K's dtype
+    sampling: Any
+    """(B, H_x, C, R, D): for tensor cores in K's dtype, R and D padded; for CUDA cores in the type of the sums."""
     fusion: Any
-    mean: Any  # (B, H_kv, D) float32, of K's precision
+    mean: Any
+    """(B, H_kv, D) in the type of the sums; for tensor cores of K's precision."""
 
     @classmethod
-    def of(cls, maps: SubspaceMaps, K: Any) -> _DenseMaps:
-        """Return ``maps`` rounded to the dtype of K."""
+    def narrowed(cls, maps: SubspaceMaps, K: Any) -> _DenseMaps:
+        """Return ``maps`` for tensor cores."""
         mean = _contiguous(maps.key_mean).astype(np.float32, copy=False)
         whole = _Segments(1, 1, 0, 0, 1, ALL)
         rounded = _sum_segments(mean[:, :, None], whole, element=_element(K)).reshape(mean.shape)
         return cls(cls._narrow(maps.sampling, K), cls._narrow(maps.fusion, K), rounded)
+
+    @classmethod
+    def widened(cls, maps: SubspaceMaps, K: Any) -> _DenseMaps:
+        """Return ``maps`` for CUDA cores."""
+        transposed = (cupy.asarray(x).swapaxes(-1, -2) for x in (maps.sampling, maps.fusion))
+        return cls(*(_contiguous(x).astype(_sum_type(K.dtype), copy=False) for x in (*transposed, maps.key_mean)))
 
     @staticmethod
     def _narrow(maps: Any, like: Any) -> Any:
@@ -453,31 +475,26 @@ class _Forward:
             problem.causal_offset or 0,
         )
 
+    @property
+    def scores_own_blocks(self) -> bool:
+        """Whether a query and the keys of its own block are multiplied as they are (eq. 20)."""
+        return self.dense_maps is not None and self.problem.own_block_is_exact
+
     def on_cuda_cores(self) -> None:
-        """Launch forward_simt.cu, which applies the maps itself."""
-        problem = self.problem
-        defines = simt_defines(
-            element=_element(self.Q),
-            width=problem.width,
-            value_width=problem.value_width,
-            group_size=self.group_size,
-            group_by=self.by,
-            with_gains=self.gains is not None,
-            causal=problem.causal_offset is not None,
-        )
-        scale = np.float64(problem.scale) if problem.dtype == np.float64 else np.float32(problem.scale)
-        sizes = self.sizes(0)
-        items = problem.batch * problem.heads * sizes[4]
-        _launch(
-            "forward_simt",
-            defines,
-            items * ceil_div(sizes[5], defines["BLOCK_Q"]),
-            SIMT_THREADS,
-            *(self.Q, self.K, self.V, *self._map_arrays(), self.O, self.lse),
-            *sizes,
-            scale,
-            *self._strides(self.Q, self.K),
-        )
+        """Launch forward_simt.cu, which applies maps of groups itself; dense ones beforehand but for Q Z, by keys."""
+        problem, maps = self.problem, self.dense_maps
+        heads = problem.batch * problem.heads
+        if maps is None:
+            self._launch_simt(_NULL, _NULL, 0, heads * (problem.blocks if self.by == "queries" else 1))
+            return
+        if self.by == "queries":
+            Q = self._sample(self.Q)
+            for first, count, K in self._fused_keys(on_hopper=False):
+                self._launch_simt(Q, K, first, count)
+        else:
+            room = cupy.empty((*self.Q.shape[:3], pad(self.rank)), maps.fusion.dtype)
+            self._launch_simt(room, self._sample(self.K), 0, heads)
+        self._add_mean_scores(maps.mean)
 
     def on_tensor_cores(self) -> None:
         """Launch forward_sm90.cu or forward_mma.cu; for blocks over queries in turns with the fusion of their keys."""
@@ -486,16 +503,11 @@ class _Forward:
         if self.by == "queries":
             is_sampled = on_hopper or is_dense
             Q = self._sample(self.Q) if is_sampled else self.Q
-            items = heads * self.problem.blocks
-            launch_items = self._items_per_launch(items, on_hopper)
-            workspace = cupy.empty((launch_items, self.problem.keys, pad(self.rank)), self.K.dtype)
-            for first in range(0, items, launch_items):
-                count = min(launch_items, items - first)
-                self._fuse(self.K, workspace, first, count)
+            for first, count, K in self._fused_keys(on_hopper=on_hopper):
                 if on_hopper:
-                    self._launch_sm90(Q, workspace[None], first, count)
+                    self._launch_sm90(Q, K[None], first, count)
                 else:
-                    self._launch_mma(Q, workspace, NO_MAP if is_sampled else SAMPLE, first, count)
+                    self._launch_mma(Q, K, NO_MAP if is_sampled else SAMPLE, first, count)
         elif self.by == "keys":
             K = self._sample(self.K)
             if on_hopper:
@@ -506,12 +518,30 @@ class _Forward:
             self._launch_sm90(self.Q, self.K, 0, heads)
         else:
             self._launch_mma(self.Q, self.K, NO_MAP, 0, heads)
-        if self.dense_maps is not None and not (on_hopper and self.by == "keys"):  # there the forward does it
+        # where queries are mapped on Hopper or meet keys as they are, the forward knows the mean of the keys
+        adds_mean_scores = self.scores_own_blocks or (on_hopper and self.by == "keys")
+        if self.dense_maps is not None and not adds_mean_scores:
             self._add_mean_scores(self.dense_maps.mean)
+
+    def _fused_keys(self, *, on_hopper: bool) -> Iterator[tuple[int, int, Any]]:
+        """Yield (first item, items, fused keys (items, M, R padded)) in turns with the launches that read them."""
+        items = self.problem.batch * self.problem.heads * self.problem.blocks
+        launch_items = self._items_per_launch(items, on_hopper)
+        workspace = cupy.empty((launch_items, self.problem.keys, pad(self.rank)), self._reduced_type)
+        for first in range(0, items, launch_items):
+            count = min(launch_items, items - first)
+            self._fuse(self.K, workspace, first, count)
+            yield first, count, workspace
+
+    @property
+    def _reduced_type(self) -> Any:
+        """Type of sampled and fused rows: that of the maps, where they are dense."""
+        return self.dense_maps.sampling.dtype if self.dense_maps else self.K.dtype
 
     def _items_per_launch(self, items: int, on_hopper: bool) -> int:
         """Return how many query blocks one launch takes: what fits the workspace, in whole waves of the device."""
-        fitting = max(1, WORKSPACE_BYTES // max(self.problem.keys * pad(self.rank) * 2, 1))
+        item_bytes = self.problem.keys * pad(self.rank) * self._reduced_type.itemsize
+        fitting = max(1, WORKSPACE_BYTES // max(item_bytes, 1))
         if fitting >= items:
             return items
         blocks_at_once = _multiprocessors(cupy.cuda.Device().id) * (1 if on_hopper else 2)
@@ -587,7 +617,7 @@ class _Forward:
 
     def _sample(self, X: Any) -> Any:
         """Return X W (B, H_x, rows, R padded), X the side that is cut into blocks."""
-        sampled = cupy.empty((*X.shape[:3], pad(self.rank)), X.dtype)
+        sampled = cupy.empty((*X.shape[:3], pad(self.rank)), self._reduced_type)
         self._fuse(X, sampled, 0, X.shape[0] * X.shape[1] * self.problem.blocks, sample=True)
         return sampled
 
@@ -599,29 +629,33 @@ class _Forward:
             self._launch_reduce(self.dense_maps, Y, out, first_item, items, sample=sample)
 
     def _launch_reduce(self, maps: _DenseMaps, Y: Any, out: Any, first_item: int, items: int, *, sample: bool) -> None:
-        """Launch reduce_rows.cu; the side that holds keys is centred."""
+        """Launch reduce_rows.cu, or reduce_rows_simt.cu for wide maps; the side that holds keys is centred."""
         problem = self.problem
         rows, width = Y.shape[2:]
-        holds_keys = sample == (self.by == "keys")
-        defines = reduce_defines(
-            element=_element(Y),
-            width=width,
-            rank=self.rank,
-            centred=holds_keys,
-            rows_from_block=sample,
-            aligned=_vector(Y) == 8,
-        )
-        row_tiles = ceil_div(self.block_size if sample else rows, REDUCE_ROW_TILE)
+        common = {
+            "element": _element(Y),
+            "width": width,
+            "rank": self.rank,
+            "centred": sample == (self.by == "keys"),
+            "rows_from_block": sample,
+        }
+        if uses_tensor_cores(problem, capability()):
+            stem, row_tile, threads = "reduce_rows", REDUCE_ROW_TILE, REDUCE_THREADS
+            defines = reduce_defines(**common, aligned=_vector(Y) == 8)
+        else:
+            stem, row_tile, threads = "reduce_rows_simt", REDUCE_SIMT_ROW_TILE, SIMT_THREADS
+            defines = reduce_simt_defines(**common)
+        row_tiles = ceil_div(self.block_size if sample else rows, row_tile)
         _launch(
-            "reduce_rows",
+            stem,
             defines,
-            row_tiles * ceil_div(items, defines["ITEMS_PER_BLOCK"]),
-            REDUCE_THREADS,
+            row_tiles * ceil_div(items, defines.get("ITEMS_PER_BLOCK", 1)),
+            threads,
             *(Y, maps.mean, maps.sampling if sample else maps.fusion, out),
             *(rows, problem.grouped_heads, Y.shape[1], problem.blocks, first_item, items),
             *(self.block_size, problem.grouped_rows, rows if problem.causal_offset is None else problem.causal_offset),
             *_strides(Y),
-            shared=defines["LAUNCH_SHARED_BYTES"],
+            shared=defines.get("LAUNCH_SHARED_BYTES", 0),
         )
 
     def _add_mean_scores(self, mean: Any) -> None:
@@ -635,7 +669,7 @@ class _Forward:
             problem.batch * problem.heads * ceil_div(problem.queries, rows),
             None,
             *(self.Q, mean, self.lse, problem.heads, problem.kv_heads, problem.queries, problem.width),
-            np.float32(problem.scale),
+            _sum_type(problem.dtype)(problem.scale),
             *_strides(self.Q),
         )
 
@@ -664,14 +698,44 @@ class _Forward:
             *_strides(Y),
         )
 
+    def _launch_simt(self, reduced_Q: Any, reduced_K: Any, first_item: int, items: int) -> None:
+        """Launch forward_simt.cu; what is reduced is read only with dense maps."""
+        problem, maps = self.problem, self.dense_maps
+        defines = simt_defines(
+            element=_element(self.Q),
+            width=problem.width,
+            rank=self.rank,
+            value_width=problem.value_width,
+            group_size=self.group_size,
+            group_by=self.by,
+            with_gains=self.gains is not None,
+            dense=maps is not None,
+            own_block=self.scores_own_blocks,
+            causal=problem.causal_offset is not None,
+        )
+        sizes = self.sizes(first_item)
+        _launch(
+            "forward_simt",
+            defines,
+            items * ceil_div(sizes[5], defines["BLOCK_Q"]),
+            SIMT_THREADS,
+            *(self.Q, self.K, self.V, *((_NULL, _NULL) if maps else self._map_arrays())),
+            *((maps.fusion, maps.mean) if maps else (_NULL, _NULL)),
+            *(reduced_Q, reduced_K, self.O, self.lse),
+            *sizes,
+            _sum_type(problem.dtype)(problem.scale),
+            *(stride for x in (self.Q, self.K, self.V, self.O) for stride in _strides(x)),
+        )
+
     def _launch_mma(self, Q: Any, K: Any, query_map: int, first_item: int, items: int) -> None:
         """Launch forward_mma.cu; without a query map, Q is as wide as what stands for the keys."""
         problem = self.problem
         limit = _shared_memory_limit(cupy.cuda.Device().id)
         width = Q.shape[3]
         rank = width if query_map == NO_MAP else self.rank
-        tiles = mma_tiles(width, rank, problem.value_width, query_map, limit)
-        user_arrays = (Q, self.V, self.O) if self.by else (Q, K, self.V, self.O)
+        own_block = self.scores_own_blocks
+        tiles = mma_tiles(width, rank, problem.value_width, query_map, limit, own_block=own_block)
+        user_arrays = (Q, self.V, self.O) if self.by and not own_block else (Q, self.K, self.V, self.O)
         defines = mma_defines(
             tiles,
             element=_element(self.Q),
@@ -683,6 +747,7 @@ class _Forward:
             with_gains=self.gains is not None,
             keys_per_item=self.by == "queries",
             causal=problem.causal_offset is not None,
+            own_block=own_block,
             aligned=all(_vector(x) == 8 for x in user_arrays),
         )
         sizes = self.sizes(first_item)
@@ -691,10 +756,12 @@ class _Forward:
             defines,
             items * ceil_div(sizes[5], tiles.block_q),
             32 * tiles.num_warps,
-            *(Q, K, self.V, *self._map_arrays(), self.O, self.lse),
+            *(Q, K, self.V, self.K, self.dense_maps.mean if self.dense_maps else _NULL),
+            *(*self._map_arrays(), self.O, self.lse),
             *sizes,
             np.float32(problem.scale * math.log2(math.e)),
-            *self._strides(Q, self.K if self.by == "queries" else K),
+            # K's strides mean nothing where it is a workspace
+            *(stride for x in (Q, K if K.ndim == 4 else self.K, self.K, self.V, self.O) for stride in _strides(x)),
             shared=defines["LAUNCH_SHARED_BYTES"],
         )
 
@@ -707,9 +774,6 @@ class _Forward:
                 return fusion, _NULL
             case _:
                 return _NULL, _NULL
-
-    def _strides(self, Q: Any, K: Any) -> tuple[np.int64, ...]:
-        return (*_strides(Q), *_strides(K), *_strides(self.V), *_strides(self.O))
 
 
 _NULL = np.uint64(0)
@@ -737,6 +801,11 @@ def _shared_memory_limit(device: int) -> int:
 def _device_of(array: Any) -> AbstractContextManager[Any]:
     device: AbstractContextManager[Any] = array.device if kind_of(array) == "cupy" else cupy.cuda.Device()
     return device
+
+
+def _sum_type(dtype: Any) -> Any:
+    """Return the type that sums of elements of ``dtype`` run in."""
+    return np.float64 if dtype == np.float64 else np.float32
 
 
 def _contiguous(array: Any) -> Any:
