@@ -145,7 +145,7 @@ class NumbaBackend(Backend):
         )
         buffers = WIDE_BUFFERS * R * D + SQUARE_BUFFERS * R * R
         most = WORKSPACE_BYTES // (buffers * np.dtype(accumulator).itemsize)
-        grid = min(math.prod(blocks), most)
+        grid = min(math.prod(blocks), max(most, 1))
         _launch(
             kernel,
             grid,
