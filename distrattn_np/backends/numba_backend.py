@@ -117,43 +117,41 @@ class NumbaBackend(Backend):
         return GroupMaps(channels, self.fusion_gains(X, channels, norms, grouping.group_size, grouping.block_size))
 
     def _subspace_maps(self, problem: Problem, grouping: Subspace, Q: Any, K: Any) -> SubspaceMaps:
-        accumulator, D, R = _accumulator(problem.dtype), problem.width, problem.rank
+        accumulator, tiles, D, R = _accumulator(problem.dtype), THREADS.product, problem.width, problem.rank
         blocks = (problem.batch, problem.grouped_heads, problem.blocks)
-        mean = self.key_mean(K)
-        segments = _Segments.of(problem, grouping)
         maps = SubspaceMaps(
             sampling=_empty((*blocks, D, R), accumulator, Q),
             fusion=_empty((*blocks, D, R), accumulator, Q),
-            key_mean=mean,
+            key_mean=self.key_mean(K),
             ranks=_empty(blocks, np.int32, Q),
             score_errors=_empty(blocks, accumulator, Q),
         )
-        X, Y = (K, Q) if grouping.by == "keys" else (Q, K)
-        x_edges = _copy_in(np.array(segments.x_edges), Q)
-        x_grams = self.grams(X, mean if grouping.by == "keys" else None, x_edges, problem.grouped_heads)
-        y_grams = self.grams(
-            Y, mean if grouping.by == "queries" else None, _copy_in(np.array(segments.y_edges), Q), problem.kv_heads
+
+        segments = _Segments.of(problem, grouping)
+        x_edges, y_edges, y_rows = (
+            _copy_in(np.array(rows, np.int64), Q) for rows in (segments.x_edges, segments.y_edges, segments.y_rows)
         )
-        _launch(
-            make_sum_segments(segments.y_grows, THREADS.product.size),
-            problem.batch * problem.kv_heads * ceil_div(D, THREADS.product.size),
-            THREADS.group,
-            y_grams,
-        )
-        kernel = make_subspace_maps(
-            accumulator, D, R, grouping.rank is None, problem.causal_offset is not None, THREADS.product
-        )
-        buffers = WIDE_BUFFERS * R * D + SQUARE_BUFFERS * R * R
-        most = WORKSPACE_BYTES // (buffers * np.dtype(accumulator).itemsize)
+        if grouping.by == "keys":
+            x_grams = self.grams(K, maps.key_mean, x_edges, problem.kv_heads)
+            y_grams = self.grams(Q, None, y_edges, problem.kv_heads)
+        else:
+            x_grams = self.grams(Q, None, x_edges, problem.heads)
+            y_grams = self.grams(K, maps.key_mean, y_edges, problem.kv_heads)
+        kernel = make_sum_segments(segments.y_grows, tiles.size)
+        _launch(kernel, problem.batch * problem.kv_heads * ceil_div(D, tiles.size), THREADS.group, y_grams)
+
+        kernel = make_subspace_maps(accumulator, D, R, grouping.rank is None, problem.causal_offset is not None, tiles)
+        numbers = WIDE_BUFFERS * R * D + SQUARE_BUFFERS * R * R
+        most = WORKSPACE_BYTES // (numbers * np.dtype(accumulator).itemsize)
         grid = min(math.prod(blocks), max(most, 1))
         _launch(
             kernel,
             grid,
-            (THREADS.product.thread_columns, THREADS.product.thread_rows),
+            (tiles.thread_columns, tiles.thread_rows),
             x_grams,
             y_grams,
             x_edges,
-            _copy_in(np.array(segments.y_rows), Q),
+            y_rows,
             maps.sampling,
             maps.fusion,
             maps.ranks,
