@@ -1,7 +1,6 @@
-"""Fused tiled attention with a running softmax, exact, on grouped channels or in a subspace (docs/math.md, eq. 1 to 4,
-10, 12 and 20).
+"""Fused tiled attention with a running softmax: exact, on grouped channels, or in a subspace.
 
-    S = scale * (X W) (Y Z)^T,   O = softmax(S) V,   lse = log sum exp S
+    S = scale * (X W) (Y Z)^T,   O = softmax(S) V,   lse = log sum exp S        docs/math.md (eq. 1 to 4, 10, 12, 20)
 
 Reference : reference/distr_attention.py, reference/exact_attention.py, reference/subspace_attention.py
 CUDA C++  : raw_kernels/forward_simt.cu
@@ -10,8 +9,9 @@ Launcher  : distrattn_np/backends/numba_backend.py
 Grid      : B * H * query tiles; a query tile does not reach over the edge of a grouping block
 Block     : (thread_columns, thread_rows); thread (tx, ty) owns the queries ty, ty + thread_rows, ... of the tile
             and, of these, the keys (of S) and the columns (of O) tx, tx + thread_columns, ...
-Shared    : query tile [block_q, R], key tile [block_kv, R] and then value tile [block_kv, E] in one place,
-            P [block_q, block_kv], the row maxima of each thread, the maps of one grouping block
+Shared    : query tile [block_q, R], key tile [block_kv, R] and then value tile [block_kv, E] in one place (D instead
+            of R where own blocks are exact), P [block_q, block_kv], the row maxima of each thread, the groups of one
+            grouping block
 Assumes   : tiles from `choose_tiles`; no axis of O is empty. A query that sees nothing gives 0 and lse = -inf
 """
 
@@ -87,7 +87,11 @@ def make_forward(
     causal: bool,
     tiles: Tiles,
 ) -> Any:
-    """Return the kernel for one choice of widths, grouping and tiles; ``group_by=None`` is exact attention."""
+    """Return the kernel for one choice of widths, method and tiles; ``group_by=None`` is exact attention.
+
+    In a subspace the side that is cut into blocks comes sampled, and tiles of the other are fused here for every block
+    that they meet; own blocks are taken as they are, in their full width, which ``tiles`` must have room for.
+    """
     BLOCK_Q, BLOCK_KV = tiles.block_q, tiles.block_kv
     THREAD_ROWS, THREAD_COLUMNS = tiles.thread_rows, tiles.thread_columns
     THREADS = THREAD_ROWS * THREAD_COLUMNS
@@ -187,17 +191,17 @@ def make_forward(
             c = query_c + step  # only one side has more than one block, the other's index is 0
             depth = rank
             if in_subspace:
+                mean = key_mean[b, h_kv]
                 if own_block_is_exact and is_own:
                     depth = width
-                    load_rows(Q, b, h, query_start, query_stop, width, key_mean[b, h_kv], Q_smem, ty, tx)
-                elif by_keys:
-                    depth = ranks[b, h_x, c]
-                    reduce_queries(
-                        Q, b, h, query_start, query_stop, fusion[b, h_x, c], depth, key_mean[b, h_kv], Q_smem, ty, tx
-                    )
+                    load_rows(Q, b, h, query_start, query_stop, depth, mean, Q_smem, ty, tx)
                 else:
                     depth = ranks[b, h_x, c]
-                    load_rows(sampled, b, h, query_start, query_stop, depth, key_mean[b, h_kv], Q_smem, ty, tx)
+                    Z = fusion[b, h_x, c]
+                    if by_keys:
+                        reduce_queries(Q, b, h, query_start, query_stop, Z, depth, mean, Q_smem, ty, tx)
+                    else:
+                        load_rows(sampled, b, h, query_start, query_stop, depth, mean, Q_smem, ty, tx)
             else:
                 for j in range(ty * THREAD_COLUMNS + tx, width, THREADS):
                     channels_smem[j] = j
@@ -212,23 +216,11 @@ def make_forward(
                 # ---- keys [BLOCK_KV, depth] ----
                 if in_subspace:
                     if own_block_is_exact and is_own:
-                        load_centred_rows(K, b, h_kv, key_start, block_stop, width, key_mean[b, h_kv], KV_smem, ty, tx)
+                        load_centred_rows(K, b, h_kv, key_start, block_stop, depth, mean, KV_smem, ty, tx)
                     elif by_keys:
-                        load_rows(sampled, b, h_kv, key_start, block_stop, depth, key_mean[b, h_kv], KV_smem, ty, tx)
+                        load_rows(sampled, b, h_kv, key_start, block_stop, depth, mean, KV_smem, ty, tx)
                     else:
-                        reduce_keys(
-                            K,
-                            b,
-                            h_kv,
-                            key_start,
-                            block_stop,
-                            fusion[b, h_x, c],
-                            depth,
-                            key_mean[b, h_kv],
-                            KV_smem,
-                            ty,
-                            tx,
-                        )
+                        reduce_keys(K, b, h_kv, key_start, block_stop, Z, depth, mean, KV_smem, ty, tx)
                 else:
                     load_keys(K, b, h_kv, key_start, block_stop, channels_smem, gains_smem, KV_smem, ty, tx)
                 cuda.syncthreads()  # queries and keys are there
