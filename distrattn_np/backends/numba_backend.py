@@ -6,11 +6,12 @@ CuPy's current stream; whatever is allocated beside such an array comes from CuP
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numba
 import numpy as np
@@ -21,16 +22,25 @@ from ..arrays import describe, kind_of
 from ..numba_kernels.channel_norms import make_channel_norms
 from ..numba_kernels.forward import choose_tiles, make_forward
 from ..numba_kernels.fusion_gains import make_fusion_gains
+from ..numba_kernels.gram import ProductTiles, make_gram
 from ..numba_kernels.group_channels import make_group_channels
 from ..numba_kernels.hash_channels import make_hash_channels
-from ..problem import Grouping, GroupMaps, Layout, Problem, ceil_div
+from ..numba_kernels.key_mean import make_key_mean
+from ..numba_kernels.reduce_rows import make_reduce_rows
+from ..numba_kernels.subspace_maps import SQUARE_BUFFERS, WIDE_BUFFERS, make_subspace_maps
+from ..numba_kernels.sum_segments import make_sum_segments
+from ..problem import Grouping, GroupMaps, Layout, Problem, Subspace, SubspaceMaps, block_edges, ceil_div
 from ..reference import hyperplanes
+from ..reference.distr_attention import rows_that_meet
 from . import Backend, Maps, host_copy_back
 
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 """Whether kernels run in Numba's simulator, where a CUDA thread is an operating-system thread: few threads then."""
 
 SIMULATOR_SWITCH_SECONDS = 1e-4
+
+WORKSPACE_BYTES = 256 << 20
+"""What the maps of the blocks that are solved together may take: where they need more, fewer are solved together."""
 
 if not SIMULATED and not hasattr(np, "row_stack"):
     # numba-cuda up to 0.30 asks for this name of vstack when it is first used; NumPy 2.5 no longer has it
@@ -41,17 +51,32 @@ if not SIMULATED and not hasattr(np, "row_stack"):
 
 
 class Threads(NamedTuple):
-    """Threads of the blocks of the grouping kernels; `choose_tiles` knows those of the forward kernel."""
+    """Threads of the blocks of all kernels but the forward one, which `choose_tiles` knows."""
 
     hash_channels: int
     hash_bits: int
     group: int
     reduction_rows: int
     reduction_columns: int
+    product: ProductTiles
 
 
-GPU_THREADS = Threads(hash_channels=32, hash_bits=4, group=256, reduction_rows=8, reduction_columns=32)
-SIMULATOR_THREADS = Threads(hash_channels=8, hash_bits=2, group=8, reduction_rows=2, reduction_columns=8)
+GPU_THREADS = Threads(
+    hash_channels=32,
+    hash_bits=4,
+    group=256,
+    reduction_rows=8,
+    reduction_columns=32,
+    product=ProductTiles(size=32, depth=16, thread_rows=16, thread_columns=16),
+)
+SIMULATOR_THREADS = Threads(
+    hash_channels=8,
+    hash_bits=2,
+    group=8,
+    reduction_rows=2,
+    reduction_columns=8,
+    product=ProductTiles(size=8, depth=8, thread_rows=2, thread_columns=2),
+)
 THREADS = SIMULATOR_THREADS if SIMULATED else GPU_THREADS
 
 
@@ -60,6 +85,7 @@ class NumbaBackend(Backend):
 
     name = "numba"
     kinds = frozenset(("numba", "numpy", "cupy"))
+    builds_subspace: ClassVar[bool] = True
 
     def attention(self, problem: Problem, q: Any, k: Any, v: Any, out: Any) -> tuple[Any, Any, Maps]:
         """Compute one checked call on the device of its arrays."""
@@ -69,12 +95,18 @@ class NumbaBackend(Backend):
         with _on_device_of(q):
             return super().attention(problem, q, k, v, out)
 
-    def group_maps(self, problem: Problem, Q: Any, K: Any) -> GroupMaps | None:
-        """Return the maps of every block as native arrays; gains have the type of the sums."""
-        grouping = problem.grouping
-        if not isinstance(grouping, Grouping):  # `builds_subspace` is false
-            return None
+    def group_maps(self, problem: Problem, Q: Any, K: Any) -> Maps:
+        """Return the maps of every block as native arrays; all floats have the type of the sums."""
         K = K.bind(Q.stream)  # arrays may be bound to different streams; every launch of a call goes to that of Q
+        match problem.grouping:
+            case Grouping() as grouping:
+                return self._lsh_maps(problem, grouping, Q, K)
+            case Subspace() as grouping:
+                return self._subspace_maps(problem, grouping, Q, K)
+            case _:
+                return None
+
+    def _lsh_maps(self, problem: Problem, grouping: Grouping, Q: Any, K: Any) -> GroupMaps:
         X = K if grouping.by == "keys" else Q
         # a draw of fewer rows is the start of a draw of more
         planes = hyperplanes(grouping.seed, min(grouping.block_size, problem.grouped_rows))
@@ -83,6 +115,88 @@ class NumbaBackend(Backend):
             return GroupMaps(channels, None)
         norms = self.channel_norms(problem, Q, K)
         return GroupMaps(channels, self.fusion_gains(X, channels, norms, grouping.group_size, grouping.block_size))
+
+    def _subspace_maps(self, problem: Problem, grouping: Subspace, Q: Any, K: Any) -> SubspaceMaps:
+        accumulator, tiles, D, R = _accumulator(problem.dtype), THREADS.product, problem.width, problem.rank
+        blocks = (problem.batch, problem.grouped_heads, problem.blocks)
+        maps = SubspaceMaps(
+            sampling=_empty((*blocks, D, R), accumulator, Q),
+            fusion=_empty((*blocks, D, R), accumulator, Q),
+            key_mean=self.key_mean(K),
+            ranks=_empty(blocks, np.int32, Q),
+            score_errors=_empty(blocks, accumulator, Q),
+        )
+
+        segments = _Segments.of(problem, grouping)
+        x_edges, y_edges, y_rows = (
+            _copy_in(np.array(rows, np.int64), Q) for rows in (segments.x_edges, segments.y_edges, segments.y_rows)
+        )
+        if grouping.by == "keys":
+            x_grams = self.grams(K, maps.key_mean, x_edges, problem.kv_heads)
+            y_grams = self.grams(Q, None, y_edges, problem.kv_heads)
+        else:
+            x_grams = self.grams(Q, None, x_edges, problem.heads)
+            y_grams = self.grams(K, maps.key_mean, y_edges, problem.kv_heads)
+        kernel = make_sum_segments(segments.y_grows, tiles.size)
+        _launch(kernel, problem.batch * problem.kv_heads * ceil_div(D, tiles.size), THREADS.group, y_grams)
+
+        kernel = make_subspace_maps(accumulator, D, R, grouping.rank is None, problem.causal_offset is not None, tiles)
+        numbers = WIDE_BUFFERS * R * D + SQUARE_BUFFERS * R * R
+        most = WORKSPACE_BYTES // (numbers * np.dtype(accumulator).itemsize)
+        grid = min(math.prod(blocks), max(most, 1))
+        _launch(
+            kernel,
+            grid,
+            (tiles.thread_columns, tiles.thread_rows),
+            x_grams,
+            y_grams,
+            x_edges,
+            y_rows,
+            maps.sampling,
+            maps.fusion,
+            maps.ranks,
+            maps.score_errors,
+            _empty((grid, WIDE_BUFFERS, R, D), accumulator, Q),
+            _empty((grid, SQUARE_BUFFERS, R, R), accumulator, Q),
+            grouping.refine,
+            accumulator(problem.scale),
+            accumulator(grouping.score_tol or 0),
+        )
+        return maps
+
+    def key_mean(self, K: Any) -> Any:
+        """Return the mean of the keys of every head, (B, H_kv, D) (eq. 12)."""
+        batch, heads, _, width = K.shape
+        mean = _empty((batch, heads, width), _accumulator(K.dtype), K)
+        kernel = make_key_mean(mean.dtype.type, THREADS.reduction_rows, THREADS.reduction_columns)
+        grid = batch * heads * ceil_div(width, THREADS.reduction_columns)
+        _launch(kernel, grid, (THREADS.reduction_columns, THREADS.reduction_rows), K, mean)
+        return mean
+
+    def grams(self, X: Any, mean: Any | None, edges: Any, heads: int) -> Any:
+        """Return the Gram matrices of the segments of X, less the mean, (B, ``heads``, S, D, D) (eq. 11)."""
+        batch, _, _, width = X.shape
+        accumulator, tiles = _accumulator(X.dtype), THREADS.product
+        grams = _empty((batch, heads, edges.size - 1, width, width), accumulator, X)
+        grid = batch * heads * grams.shape[2] * ceil_div(width, tiles.size) ** 2
+        kernel = make_gram(accumulator, mean is not None, tiles)
+        # Numba passes no None to a GPU: any array does where the kernel reads none
+        _launch(
+            kernel, grid, (tiles.thread_columns, tiles.thread_rows), X, grams if mean is None else mean, edges, grams
+        )
+        return grams
+
+    def reduce_rows(self, X: Any, maps: SubspaceMaps, block_size: int, *, is_centred: bool) -> Any:
+        """Return the rows of X, less their mean where centred, times W of their block, (B, H_x, rows, R) (eq. 4)."""
+        batch, heads, rows, width = X.shape
+        accumulator, tiles = _accumulator(X.dtype), THREADS.product
+        sampled = _empty((batch, heads, rows, maps.sampling.shape[4]), accumulator, X)
+        block_rows = min(block_size, rows)
+        kernel = make_reduce_rows(accumulator, width, is_centred, tiles)
+        grid = batch * heads * maps.ranks.shape[2] * ceil_div(block_rows, tiles.size)
+        threads = (tiles.thread_columns, tiles.thread_rows)
+        _launch(kernel, grid, threads, X, maps.key_mean, maps.sampling, maps.ranks, sampled, block_rows)
+        return sampled
 
     def hash_channels(self, X: Any, planes: np.ndarray, block_size: int) -> Any:
         """Return one word per channel and block, (B, H, C, D) uint16 (eq. 5)."""
@@ -128,18 +242,21 @@ class NumbaBackend(Backend):
         _launch(kernel, batch * heads * blocks, threads, X, norms, channels, gains, block_size)
         return gains
 
-    def attend(self, problem: Problem, Q: Any, K: Any, V: Any, O: Any, lse: Any, maps: GroupMaps | None) -> None:
+    def attend(self, problem: Problem, Q: Any, K: Any, V: Any, O: Any, lse: Any, maps: Maps) -> None:
         """Write attention into O and its log-sum-exp into lse."""
         grouping = problem.grouping
         accumulator = _accumulator(problem.dtype)
-        tiles = choose_tiles(problem.width, problem.rank, problem.value_width, accumulator, SIMULATED)
+        # the keys of an own block are met in their full width
+        inner_width = problem.width if problem.own_block_is_exact else problem.rank
+        tiles = choose_tiles(problem.width, inner_width, problem.value_width, accumulator, SIMULATED)
         kernel = make_forward(
             accumulator,
             problem.width,
             problem.value_width,
-            problem.width // problem.rank,
+            problem.rank,
             None if grouping is None else grouping.by,
-            maps is not None and maps.gains is not None,
+            isinstance(maps, GroupMaps) and maps.gains is not None,
+            isinstance(maps, SubspaceMaps),
             problem.causal_offset is not None,
             tiles,
         )
@@ -147,7 +264,8 @@ class NumbaBackend(Backend):
         if grouping is not None and grouping.by == "queries":
             query_block = min(grouping.block_size, query_block)
         elif grouping is not None:
-            key_block = min(grouping.block_size, key_block)
+            # queries behind the last key have their own blocks too (eq. 20)
+            key_block = min(grouping.block_size, max(key_block, problem.queries + (problem.causal_offset or 0)))
         query_tiles = ceil_div(problem.queries, query_block) * ceil_div(query_block, tiles.block_q)
         _launch(
             kernel,
@@ -156,9 +274,7 @@ class NumbaBackend(Backend):
             Q,
             K,
             V,
-            # Numba passes no None to a GPU: any array does where the kernel reads none
-            lse if maps is None else maps.channels,
-            lse if maps is None or maps.gains is None else maps.gains,
+            *self._map_arrays(problem, Q, K, maps, lse),
             O,
             lse,
             query_block,
@@ -166,6 +282,24 @@ class NumbaBackend(Backend):
             problem.causal_offset or 0,
             accumulator(problem.scale),
         )
+
+    def _map_arrays(self, problem: Problem, Q: Any, K: Any, maps: Maps, absent: Any) -> tuple[Any, ...]:
+        """Return what the forward kernel reads the maps from; ``absent``, any array, stands for what it does not read.
+
+        Numba passes no None to a GPU.
+        """
+        match maps:
+            case GroupMaps(channels, gains):
+                return channels, absent if gains is None else gains, absent, absent, absent, absent
+            case SubspaceMaps():
+                assert problem.grouping is not None
+                by_keys = problem.grouping.by == "keys"
+                sampled = self.reduce_rows(
+                    K.bind(Q.stream) if by_keys else Q, maps, problem.grouping.block_size, is_centred=by_keys
+                )
+                return absent, absent, sampled, maps.fusion, maps.ranks, maps.key_mean
+            case _:
+                return (absent,) * 6
 
     def bring_in(self, array: Any, layout: Layout) -> Any:
         """Return ``array`` as a native view; a NumPy array as a device copy."""
@@ -198,6 +332,48 @@ class NumbaBackend(Backend):
             return out
         result = _swap_rows_and_heads(array) if layout == "bnhd" else array
         return _to_cupy(result) if kind_of(like) == "cupy" else result
+
+
+class _Segments(NamedTuple):
+    """How the rows of both sides are cut for Gram matrices; segment s is rows edges[s] to edges[s + 1] - 1."""
+
+    x_edges: list[int]
+    """Of the blocks."""
+    y_edges: list[int]
+    """Of the rows that meet a block and not its neighbour; of any C parts where all rows meet all blocks."""
+    y_rows: list[int]
+    """How many rows meet each block, of all heads that share its maps."""
+    y_grows: bool
+    """Whether a block meets what the ones before it meet, or what those behind it meet; all rows meet the first."""
+
+    @classmethod
+    def of(cls, problem: Problem, grouping: Subspace) -> _Segments:
+        blocks = block_edges(problem.grouped_rows, grouping.block_size)
+        met = [
+            rows_that_meet(
+                start,
+                stop,
+                group_by=grouping.by,
+                N=problem.queries,
+                M=problem.keys,
+                causal_offset=problem.meeting_offset,
+            )
+            for start, stop in blocks
+        ]
+        by_keys = grouping.by == "keys"
+        y_rows, heads = (problem.queries, problem.heads_per_kv_head) if by_keys else (problem.keys, 1)
+        if problem.causal_offset is None:
+            y_edges = [y_rows * c // max(len(blocks), 1) for c in range(len(blocks) + 1)]
+        elif by_keys:
+            y_edges = [*(first for first, _ in met), y_rows]
+        else:
+            y_edges = [0, *(last for _, last in met)]
+        return cls(
+            x_edges=[0, *(stop for _, stop in blocks)],
+            y_edges=y_edges,
+            y_rows=[(last - first) * heads for first, last in met],
+            y_grows=problem.causal_offset is not None and not by_keys,
+        )
 
 
 def _accumulator(dtype: Any) -> Any:

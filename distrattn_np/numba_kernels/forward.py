@@ -1,15 +1,17 @@
-"""Fused tiled attention with a running softmax, exact or on grouped channels (docs/math.md, eq. 1 to 4 and 10).
+"""Fused tiled attention with a running softmax: exact, on grouped channels, or in a subspace.
 
-    S = scale * (X W) (Y Z)^T,   O = softmax(S) V,   lse = log sum exp S
+    S = scale * (X W) (Y Z)^T,   O = softmax(S) V,   lse = log sum exp S        docs/math.md (eq. 1 to 4, 10, 12, 20)
 
-Reference : reference/distr_attention.py, reference/exact_attention.py        CUDA C++ : raw_kernels/forward.cu
+Reference : reference/distr_attention.py, reference/exact_attention.py, reference/subspace_attention.py
+CUDA C++  : raw_kernels/forward_simt.cu
 Launcher  : distrattn_np/backends/numba_backend.py
 
 Grid      : B * H * query tiles; a query tile does not reach over the edge of a grouping block
 Block     : (thread_columns, thread_rows); thread (tx, ty) owns the queries ty, ty + thread_rows, ... of the tile
             and, of these, the keys (of S) and the columns (of O) tx, tx + thread_columns, ...
-Shared    : query tile [block_q, R], key tile [block_kv, R] and then value tile [block_kv, E] in one place,
-            P [block_q, block_kv], the row maxima of each thread, the maps of one grouping block
+Shared    : query tile [block_q, R], key tile [block_kv, R] and then value tile [block_kv, E] in one place (D instead
+            of R where own blocks are exact), P [block_q, block_kv], the row maxima of each thread, the groups of one
+            grouping block
 Assumes   : tiles from `choose_tiles`; no axis of O is empty. A query that sees nothing gives 0 and lse = -inf
 """
 
@@ -25,6 +27,7 @@ from numba import cuda
 
 from ..problem import GroupBy, ceil_div
 from .fuse_channels import make_fuse_channels, make_sample_channels
+from .reduce_rows import make_load_rows, make_reduce_tile
 
 MAX_SHARED_BYTES = 48 * 1024
 """What a static shared array may take on every GPU; Numba cannot ask for more."""
@@ -77,14 +80,18 @@ def make_forward(
     accumulator: Any,
     width: int,
     value_width: int,
-    group_size: int,
+    rank: int,
     group_by: GroupBy | None,
     has_gains: bool,
+    in_subspace: bool,
     causal: bool,
     tiles: Tiles,
 ) -> Any:
-    """Return the kernel for one choice of widths, grouping and tiles; ``group_by=None`` is exact attention."""
-    RANK = width // group_size
+    """Return the kernel for one choice of widths, method and tiles; ``group_by=None`` is exact attention.
+
+    In a subspace the side that is cut into blocks comes sampled, and tiles of the other are fused here for every block
+    that they meet; own blocks are taken as they are, in their full width, which ``tiles`` must have room for.
+    """
     BLOCK_Q, BLOCK_KV = tiles.block_q, tiles.block_kv
     THREAD_ROWS, THREAD_COLUMNS = tiles.thread_rows, tiles.thread_columns
     THREADS = THREAD_ROWS * THREAD_COLUMNS
@@ -92,26 +99,37 @@ def make_forward(
     KEYS_PER_THREAD = BLOCK_KV // THREAD_COLUMNS
     VALUES_PER_THREAD = ceil_div(value_width, THREAD_COLUMNS)
     VALUE_COLUMNS = VALUES_PER_THREAD * THREAD_COLUMNS
-    Q_SHAPE = (BLOCK_Q, odd(RANK))
-    KV_SHAPE = (BLOCK_KV, tiles.key_value_stride(RANK, value_width))
+    is_grouped = group_by is not None and not in_subspace
+    by_keys = group_by == "keys"
+    own_block_is_exact = in_subspace and by_keys and causal
+    INNER_WIDTH = width if own_block_is_exact else rank
+    Q_SHAPE = (BLOCK_Q, odd(INNER_WIDTH))
+    KV_SHAPE = (BLOCK_KV, tiles.key_value_stride(INNER_WIDTH, value_width))
     P_SHAPE = (BLOCK_Q, odd(BLOCK_KV))
     MAXIMA_SHAPE = (BLOCK_Q, THREAD_COLUMNS)
     S_SHAPE = (ROWS_PER_THREAD, KEYS_PER_THREAD)
     O_SHAPE = (ROWS_PER_THREAD, VALUES_PER_THREAD)
     ZERO = accumulator(0)
     MINUS_INFINITY = accumulator(-np.inf)
-    is_grouped = group_by is not None
-    by_keys = group_by == "keys"
-    sample = make_sample_channels(accumulator, RANK, group_size, THREAD_ROWS, THREAD_COLUMNS)
-    fuse = make_fuse_channels(accumulator, RANK, group_size, has_gains, THREAD_ROWS, THREAD_COLUMNS)
+    group_size = width // rank
+    sample = make_sample_channels(accumulator, rank, group_size, THREAD_ROWS, THREAD_COLUMNS)
+    fuse = make_fuse_channels(accumulator, rank, group_size, has_gains, THREAD_ROWS, THREAD_COLUMNS)
     load_queries, load_keys = (fuse, sample) if by_keys else (sample, fuse)
+    load_rows = make_load_rows(accumulator, False, THREAD_ROWS, THREAD_COLUMNS)
+    load_centred_rows = make_load_rows(accumulator, True, THREAD_ROWS, THREAD_COLUMNS)
+    reduce_queries = make_reduce_tile(accumulator, width, False, THREAD_ROWS, THREAD_COLUMNS)
+    reduce_keys = make_reduce_tile(accumulator, width, True, THREAD_ROWS, THREAD_COLUMNS)
 
     def forward(
         Q: Any,  # [B, H, N, D]
         K: Any,  # [B, H_kv, M, D]
         V: Any,  # [B, H_kv, M, E]
-        channels: Any,  # [B, H_x, C, D]; not read where exact
-        gains: Any,  # [B, H_x, C, D]; not read without gains
+        channels: Any,  # [B, H_x, C, D]; read only where channels are grouped
+        gains: Any,  # [B, H_x, C, D]; read only with gains
+        sampled: Any,  # [B, H_x, rows, R], X W; this and the next three are read only in a subspace
+        fusion: Any,  # [B, H_x, C, D, R], Z
+        ranks: Any,  # [B, H_x, C]
+        key_mean: Any,  # [B, H_kv, D]
         O: Any,  # [B, H, N, E]
         lse: Any,  # [B, H, N]
         query_block: int,  # rows per grouping block, or N
@@ -141,6 +159,7 @@ def make_forward(
         h = cuda.blockIdx.x // query_tiles % heads
         b = cuda.blockIdx.x // query_tiles // heads
         h_kv = h * kv_heads // heads
+        h_x = h_kv if by_keys else h
         query_c = tile // tiles_per_block
         query_start = query_c * query_block + tile % tiles_per_block * BLOCK_Q
         query_stop = min(query_start + BLOCK_Q, (query_c + 1) * query_block, N)
@@ -150,35 +169,67 @@ def make_forward(
         if causal:
             key_stop = min(max(query_stop + causal_offset, 0), M)
 
+        # ---- which keys go through maps, block by block, and which are in own blocks (eq. 20) ----
+        mapped_stop = key_stop
+        own_start = key_stop
+        if own_block_is_exact:
+            own_start = min(max((query_start + causal_offset) // key_block * key_block, 0), M)
+            mapped_stop = min(max((query_stop - 1 + causal_offset) // key_block * key_block, 0), M)
+        mapped_blocks = (mapped_stop + key_block - 1) // key_block
+
         for i in range(ROWS_PER_THREAD):
             row_max[i] = MINUS_INFINITY
             row_sum[i] = ZERO
             for e in range(VALUES_PER_THREAD):
                 O_rmem[i, e] = ZERO
 
-        for block_start in range(0, key_stop, key_block):
-            # ---- maps of this pair of blocks: only one side has more than one, the other's index is 0 ----
-            c = query_c + block_start // key_block
-            h_x = h_kv if by_keys else h
-            for j in range(ty * THREAD_COLUMNS + tx, width, THREADS):
-                channels_smem[j] = j
-                if is_grouped:
-                    channels_smem[j] = channels[b, h_x, c, j]
-                if has_gains:
-                    gains_smem[j] = gains[b, h_x, c, j]
-            cuda.syncthreads()  # the maps are there
-            load_queries(Q, b, h, query_start, query_stop, channels_smem, gains_smem, Q_smem, ty, tx)
+        for step in range(mapped_blocks + (1 if own_block_is_exact else 0)):
+            # ---- the keys of this step and the queries as they meet them, [BLOCK_Q, depth] ----
+            is_own = step == mapped_blocks
+            block_start = own_start if is_own else step * key_block
+            block_stop = key_stop if is_own else min(block_start + key_block, mapped_stop)
+            c = query_c + step  # only one side has more than one block, the other's index is 0
+            depth = rank
+            if in_subspace:
+                mean = key_mean[b, h_kv]
+                if own_block_is_exact and is_own:
+                    depth = width
+                    load_rows(Q, b, h, query_start, query_stop, depth, mean, Q_smem, ty, tx)
+                else:
+                    depth = ranks[b, h_x, c]
+                    Z = fusion[b, h_x, c]
+                    if by_keys:
+                        reduce_queries(Q, b, h, query_start, query_stop, Z, depth, mean, Q_smem, ty, tx)
+                    else:
+                        load_rows(sampled, b, h, query_start, query_stop, depth, mean, Q_smem, ty, tx)
+            else:
+                for j in range(ty * THREAD_COLUMNS + tx, width, THREADS):
+                    channels_smem[j] = j
+                    if is_grouped:
+                        channels_smem[j] = channels[b, h_x, c, j]
+                    if has_gains:
+                        gains_smem[j] = gains[b, h_x, c, j]
+                cuda.syncthreads()  # the maps are there
+                load_queries(Q, b, h, query_start, query_stop, channels_smem, gains_smem, Q_smem, ty, tx)
 
-            block_stop = min(block_start + key_block, key_stop)
             for key_start in range(block_start, block_stop, BLOCK_KV):
-                load_keys(K, b, h_kv, key_start, block_stop, channels_smem, gains_smem, KV_smem, ty, tx)
+                # ---- keys [BLOCK_KV, depth] ----
+                if in_subspace:
+                    if own_block_is_exact and is_own:
+                        load_centred_rows(K, b, h_kv, key_start, block_stop, depth, mean, KV_smem, ty, tx)
+                    elif by_keys:
+                        load_rows(sampled, b, h_kv, key_start, block_stop, depth, mean, KV_smem, ty, tx)
+                    else:
+                        reduce_keys(K, b, h_kv, key_start, block_stop, Z, depth, mean, KV_smem, ty, tx)
+                else:
+                    load_keys(K, b, h_kv, key_start, block_stop, channels_smem, gains_smem, KV_smem, ty, tx)
                 cuda.syncthreads()  # queries and keys are there
 
                 # ---- S = scale * Q K^T [BLOCK_Q, BLOCK_KV] ----
                 for i in range(ROWS_PER_THREAD):
                     for j in range(KEYS_PER_THREAD):
                         S_rmem[i, j] = ZERO
-                for r in range(RANK):
+                for r in range(depth):
                     for i in range(ROWS_PER_THREAD):
                         q = Q_smem[ty + i * THREAD_ROWS, r]
                         for j in range(KEYS_PER_THREAD):
@@ -187,13 +238,22 @@ def make_forward(
                 # ---- scores out of sight, and this thread's share of the row maxima ----
                 for i in range(ROWS_PER_THREAD):
                     row = ty + i * THREAD_ROWS
+                    row_start = 0
                     row_stop = block_stop
                     if causal:
-                        row_stop = min(block_stop, query_start + row + causal_offset + 1)
+                        seen_stop = query_start + row + causal_offset + 1
+                        row_stop = min(block_stop, seen_stop)
+                        if own_block_is_exact:
+                            own_begin = (seen_stop - 1) // key_block * key_block
+                            if is_own:
+                                row_start = own_begin
+                            else:
+                                row_stop = min(block_stop, own_begin)
                     largest = MINUS_INFINITY
                     for j in range(KEYS_PER_THREAD):
                         score = MINUS_INFINITY
-                        if key_start + tx + j * THREAD_COLUMNS < row_stop:
+                        m = key_start + tx + j * THREAD_COLUMNS
+                        if row_start <= m < row_stop:
                             score = scale * S_rmem[i, j]
                         S_rmem[i, j] = score
                         if score > largest:
@@ -234,7 +294,7 @@ def make_forward(
                             O_rmem[i, e] += p * KV_smem[m, tx + e * THREAD_COLUMNS]
                 cuda.syncthreads()  # P, the values and, at the end of a block, its queries and maps are used up
 
-        # ---- write rows query_start to query_stop - 1 ----
+        # ---- write rows query_start to query_stop - 1; every score was lowered by that of the mean (eq. 12) ----
         for i in range(ROWS_PER_THREAD):
             n = query_start + ty + i * THREAD_ROWS
             if n < query_stop:
@@ -245,6 +305,10 @@ def make_forward(
                     if column < value_width:
                         O[b, h, n, column] = O_rmem[i, e] / total if has_seen else ZERO
                 if tx == 0:
-                    lse[b, h, n] = row_max[i] + math.log(total) if has_seen else MINUS_INFINITY
+                    mean_score = ZERO
+                    if in_subspace:
+                        for d in range(width):
+                            mean_score += accumulator(Q[b, h, n, d]) * key_mean[b, h_kv, d]
+                    lse[b, h, n] = row_max[i] + math.log(total) + scale * mean_score if has_seen else MINUS_INFINITY
 
     return cuda.jit(forward)

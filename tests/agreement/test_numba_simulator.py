@@ -15,7 +15,7 @@ from kit.cases import BFLOAT16, Case, Inputs, in_memory, make_inputs, problem_of
 from kit.compare import assert_agrees, assert_same_bits, to_host
 
 from distrattn_np import distr_attention, exact_attention, reference
-from distrattn_np.problem import Problem
+from distrattn_np.problem import Problem, Subspace
 
 numba_backend = pytest.importorskip("distrattn_np.backends.numba_backend")
 if not numba_backend.SIMULATED:
@@ -31,7 +31,7 @@ def small(**changes: Any) -> Case:
 
 EXACT = {"G": 1}
 GROUPINGS = [{"by": by, "fusion": fusion} for by in ("queries", "keys") for fusion in ("sum", "lstsq")]
-CASES = [
+LSH_CASES = [
     # every kernel in every precision
     *(small(dtype=dtype, **how) for dtype in ("float16", "float32", "float64") for how in (EXACT, *GROUPINGS)),
     # causal: square, more keys, fewer keys (queries that see nothing, or keys that nobody sees)
@@ -69,8 +69,54 @@ CASES = [
     small(scale=-0.4, seed=3, **GROUPINGS[1]),
 ]
 
+SUBSPACES = [{"method": "subspace", "by": by} for by in ("keys", "queries")]
+BY_KEYS, BY_QUERIES = SUBSPACES
+CHOSEN_RANKS = {"N": 44, "M": 44, "D": 20, "L": 32, "score_tol": 0.01}
+"""Blocks of 32 rows, which keep all 20 dimensions, and of 12 rows, for which 16 are enough."""
+SUBSPACE_CASES = [
+    # every kernel in every precision
+    *(small(dtype=dtype, **how) for dtype in ("float16", "float32", "float64") for how in SUBSPACES),
+    # causal, as above; own blocks that are whole, partial, cut by a tile of queries, and behind the last key
+    *(
+        small(N=N, M=M, L=L, H=1, H_kv=1, causal=causal, **BY_KEYS)
+        for N, M in ((20, 20), (20, 37), (37, 20))
+        for causal in ("bottom-right", "top-left")
+        for L in (7, 16)
+        if N != M or causal == "bottom-right"
+    ),
+    *(
+        small(N=N, M=M, H=1, H_kv=1, causal=causal, **BY_QUERIES)
+        for N, M in ((20, 37), (37, 20))
+        for causal in ("bottom-right", "top-left")
+    ),
+    # heads that share maps and means, a batch
+    *(small(H=4, H_kv=2, causal=causal, **how) for how in SUBSPACES for causal in (False, True)),
+    small(H=3, H_kv=1, B=2, L=23, N=9, **BY_QUERIES),
+    # ranks: given, one, all but one; chosen, where blocks differ, where all are D, where D has one choice
+    *(small(rank=rank, refine=2, H=1, H_kv=1, **how) for rank, how in ((1, BY_KEYS), (11, BY_QUERIES))),
+    *(small(**CHOSEN_RANKS, H=2, H_kv=1, causal=causal, **how) for how in SUBSPACES for causal in (False, True)),
+    small(D=17, score_tol=1e-9, dtype="float64", H=1, H_kv=1, causal=True, **BY_QUERIES),
+    small(D=5, score_tol=0.1, **BY_KEYS),
+    # refinements
+    *(small(refine=refine, H=1, H_kv=1, causal=True, **how) for how in SUBSPACES for refine in (0, 3)),
+    # widths: odd, R = 1, the widest value row
+    small(D=15, E=33, G=5, **BY_KEYS),
+    small(D=2, E=1, G=2, causal=True, **BY_KEYS),
+    small(N=3, M=2, E=256, H=1, H_kv=1, **BY_QUERIES),
+    # blocks: longer than everything, of one row
+    *(small(L=1000, causal=causal, **BY_KEYS) for causal in (False, "top-left")),
+    *(small(H=1, H_kv=1, N=4, M=5, L=1, causal=causal, **how) for how in SUBSPACES for causal in (False, True)),
+    # one row
+    *(small(N=N, M=M, causal=True, **how) for how in SUBSPACES for N, M in ((1, 23), (20, 1), (1, 1))),
+    # memory
+    small(layout="bnhd", memory="strided", causal=True, **BY_KEYS),
+    small(layout="bnhd", memory="unaligned", dtype="float16", **BY_QUERIES),
+    # options
+    small(scale=-0.4, seed=3, **BY_KEYS),
+]
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+
+@pytest.mark.parametrize("case", [*LSH_CASES, *SUBSPACE_CASES], ids=str)
 def test_call_agrees_with_reference(case: Case) -> None:
     inputs = make_inputs(case)
     given = [to_kind(in_memory(x, case), "numba") for x in inputs]
@@ -85,7 +131,7 @@ def test_exact_call_agrees_with_reference(causal: bool) -> None:
     assert_call_agrees(case, result, expected(case, inputs))
 
 
-@pytest.mark.parametrize("how", [EXACT, *GROUPINGS], ids=str)
+@pytest.mark.parametrize("how", [EXACT, *GROUPINGS, *SUBSPACES], ids=str)
 def test_tiles_of_a_gpu_agree(monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]) -> None:
     """Tests elsewhere use tiles that suit the simulator; here those that a GPU gets, 256 threads a block."""
     choose_tiles = numba_backend.choose_tiles
@@ -97,14 +143,15 @@ def test_tiles_of_a_gpu_agree(monkeypatch: pytest.MonkeyPatch, how: dict[str, An
 
     monkeypatch.setattr(numba_backend, "choose_tiles", choose)
     monkeypatch.setattr(numba_backend, "THREADS", numba_backend.GPU_THREADS)
-    case = small(H=1, H_kv=1, N=33, M=35, L=33, causal=True, dtype="float64", **how)
+    sizes = {"N": 33, "M": 35, "L": 33, "D": 4 if how in SUBSPACES else 12}
+    case = small(H=1, H_kv=1, causal=True, dtype="float64", **sizes, **how)
     inputs = make_inputs(case)
     result = distr_attention(*inputs, backend="numba", return_lse=True, **case.options)
     assert_call_agrees(case, result, expected(case, inputs))
     assert used[0].thread_rows * used[0].thread_columns == 256
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.G > 1], ids=str)
+@pytest.mark.parametrize("case", [case for case in LSH_CASES if case.G > 1], ids=str)
 def test_groups_equal_the_reference(case: Case) -> None:
     """The permutation bit for bit, the gains to rounding: sums of at most 64 products, so 64 eps of each length."""
     inputs = make_inputs(case)
@@ -119,6 +166,84 @@ def test_groups_equal_the_reference(case: Case) -> None:
         # |gain| <= |x_j| / |x_first|: allow for the cancellation within <x_first, x_j>
         eps = np.finfo(accumulator(case)).eps
         assert_agrees(to_host(maps.gains), gains, rtol=64 * eps, atol=64 * eps * np.abs(gains).max(), check_dtype=False)
+
+
+@pytest.mark.parametrize("how", SUBSPACES, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_maps_equal_the_reference(how: dict[str, Any], causal: bool) -> None:
+    """In float64, where each step's rounding, grown by a factor of a thousand or so, is far from any choice."""
+    case = small(**CHOSEN_RANKS, causal=causal, H=2, H_kv=1, dtype="float64", **how)
+    inputs = make_inputs(case)
+    maps = BACKEND.group_maps(case.native_problem(inputs), *(to_kind(x, "numba") for x in (inputs.q, inputs.k)))
+    wanted = subspace_maps(case.native_problem(inputs), inputs)
+    assert_same_bits(to_host(maps.ranks), wanted.ranks)
+    assert set(wanted.ranks.flat) == {16, 20}
+    for name in ("sampling", "fusion", "key_mean"):
+        largest = np.abs(getattr(wanted, name)).max()
+        assert_agrees(to_host(getattr(maps, name)), getattr(wanted, name), rtol=0, atol=1e-12 * largest, context=name)
+    # a difference of sums of squares: half the digits
+    assert_agrees(to_host(maps.score_errors), wanted.score_errors, rtol=1e-10, atol=1e-7, constant_ok=True)
+
+
+@pytest.mark.parametrize("how", SUBSPACES, ids=str)
+@pytest.mark.parametrize("kind", ["numpy", "numba"])
+def test_info_tells_ranks_and_errors(how: dict[str, Any], kind: Any) -> None:
+    case = small(L=7, causal=True, **how)
+    inputs = make_inputs(case)
+    *_, info = distr_attention(*(to_kind(x, kind) for x in inputs), backend="numba", return_info=True, **case.options)
+    wanted = subspace_maps(case.native_problem(inputs), inputs)
+    assert_same_bits(info.ranks, to_kind(wanted.ranks, kind))
+    # the root of a difference of float32 sums of squares, which are scores of about 1
+    errors = to_kind(wanted.score_errors.astype(np.float32), kind)
+    assert_agrees(info.score_errors, errors, rtol=1e-5, atol=np.sqrt(16 * np.finfo(np.float32).eps))
+
+
+@pytest.mark.parametrize("how", SUBSPACES, ids=str)
+def test_one_workspace_for_all_maps_changes_nothing(monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]) -> None:
+    case = small(**how)
+    inputs = make_inputs(case)
+    expected = distr_attention(*inputs, backend="numba", **case.options)
+    monkeypatch.setattr(numba_backend, "WORKSPACE_BYTES", 1)
+    assert_same_bits(distr_attention(*inputs, backend="numba", **case.options), expected)
+
+
+def spoil(inputs: Inputs, how: str) -> Inputs:
+    """Return inputs whose blocks span fewer dimensions than a block keeps."""
+    q, k, v = (x.astype(np.float64) for x in inputs)
+    rng = np.random.default_rng(0)
+    match how:
+        case "keys of rank 3":
+            k = k @ rng.standard_normal((12, 3)) @ rng.standard_normal((3, 12)) / 6
+        case "constant channels":
+            k[..., 3:9] = rng.standard_normal(6)
+        case "equal keys":
+            k[...] = k[:, :, :1]
+        case "zero queries":
+            q[...] = 0
+        case "equal channels":
+            k, q = (np.repeat(x[..., ::2], 2, axis=-1) for x in (k, q))
+    return Inputs(*(x.astype(np.float32) for x in (q, k, v)))
+
+
+@pytest.mark.parametrize("how", SUBSPACES, ids=str)
+@pytest.mark.parametrize(
+    "what", ["keys of rank 3", "constant channels", "equal keys", "zero queries", "equal channels"]
+)
+def test_low_rank_is_exact(how: dict[str, Any], what: str) -> None:
+    """Six directions are kept; what is left of the others is rounding, in a matrix of squares.
+
+    A direction that holds less than 16 eps of the square of a block may be dropped: 1e-3 of a score, and scores are 8
+    here at most.
+    """
+    case = small(causal=what == "equal channels", **how)
+    inputs = spoil(make_inputs(case), what)
+    result, lse = distr_attention(*inputs, backend="numba", return_lse=True, **case.options)
+    exact = reference.exact_attention(*inputs, scale=1 / np.sqrt(12), causal_offset=3 if case.causal else None)
+    for got, wanted in zip((result, lse), exact, strict=True):
+        # the lse of zero queries is the same for all
+        assert_agrees(
+            got, wanted, rtol=0, atol=1e-3, check_dtype=False, context=what, constant_ok=what == "zero queries"
+        )
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
@@ -157,7 +282,7 @@ def test_out_is_written_and_returned(kind: Any, layout: str) -> None:
     assert np.count_nonzero(buffer != -1) == result.size
 
 
-@pytest.mark.parametrize("how", [EXACT, *GROUPINGS], ids=str)
+@pytest.mark.parametrize("how", [EXACT, *GROUPINGS, *SUBSPACES], ids=str)
 def test_no_keys_give_zero(how: dict[str, Any]) -> None:
     case = small(M=0, **how)
     result, lse = distr_attention(*make_inputs(case), backend="numba", return_lse=True, **case.options)
@@ -165,7 +290,7 @@ def test_no_keys_give_zero(how: dict[str, Any]) -> None:
     assert_same_bits(lse, np.full((1, 2, 20), -np.inf, np.float32))
 
 
-@pytest.mark.parametrize("how", [EXACT, *GROUPINGS], ids=str)
+@pytest.mark.parametrize("how", [EXACT, *GROUPINGS, *SUBSPACES], ids=str)
 def test_no_queries_give_an_empty_result(how: dict[str, Any]) -> None:
     case = small(N=0, **how)
     result, lse = distr_attention(*make_inputs(case), backend="numba", return_lse=True, **case.options)
@@ -173,7 +298,7 @@ def test_no_queries_give_an_empty_result(how: dict[str, Any]) -> None:
     assert_same_bits(lse, np.zeros((1, 2, 0), np.float32))
 
 
-@pytest.mark.parametrize("how", [EXACT, *GROUPINGS], ids=str)
+@pytest.mark.parametrize("how", [EXACT, *GROUPINGS, *SUBSPACES], ids=str)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_bad_numbers_stay_in_their_head(how: dict[str, Any], bad: float) -> None:
     case = small(**how)
@@ -209,6 +334,23 @@ def reference_maps(problem: Problem, inputs: Inputs) -> Any:
     )
 
 
+def subspace_maps(problem: Problem, inputs: Inputs) -> reference.Maps:
+    """Return the reference's maps, in float64."""
+    g = problem.grouping
+    assert isinstance(g, Subspace)
+    return reference.make_maps(
+        inputs.q,
+        inputs.k,
+        scale=problem.scale,
+        rank=g.rank,
+        score_tol=g.score_tol,
+        refine=g.refine,
+        block_size=g.block_size,
+        group_by=g.by,
+        causal_offset=problem.causal_offset,
+    )
+
+
 def expected(case: Case, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
     """Return the reference's result, in the layout of the case, and lse."""
     problem = problem_of(*inputs, **(case.options | {"layout": "bhnd"}))
@@ -216,6 +358,9 @@ def expected(case: Case, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
     options: dict[str, Any] = {"scale": problem.scale, "causal_offset": problem.causal_offset}
     if g is None:
         result, lse = reference.exact_attention(*inputs, **options)
+    elif isinstance(g, Subspace):
+        options |= {"block_size": g.block_size, "group_by": g.by}
+        result, lse = reference.subspace_attention(*inputs, subspace_maps(problem, inputs), **options)
     else:
         options |= {"group_size": g.group_size, "block_size": g.block_size, "group_by": g.by}
         result, lse = reference.distr_attention(*inputs, fusion=g.fusion, seed=g.seed, **options)

@@ -21,14 +21,24 @@ import pytest
 
 MAX_SHARED_BYTES = 48 * 1024
 ELEMENTS = ("float16", "float32", "float64")
-# (D, E, G, blocks over, gains, causal): usual, widest, odd
+# (D, E, R, blocks over, gains, in a subspace, causal): usual, widest, odd
 FORWARDS = {
-    "forward-queries-sum": (64, 64, 2, "queries", False, True),
-    "forward-queries-lstsq": (128, 128, 4, "queries", True, False),
-    "forward-keys-lstsq-odd": (255, 33, 3, "keys", True, True),
-    "forward-exact-widest": (256, 256, 1, None, False, False),
+    "forward-queries-sum": (64, 64, 32, "queries", False, False, True),
+    "forward-queries-lstsq": (128, 128, 32, "queries", True, False, False),
+    "forward-keys-lstsq-odd": (255, 33, 85, "keys", True, False, True),
+    "forward-exact-widest": (256, 256, 256, None, False, False, False),
+    "forward-subspace-keys": (128, 128, 64, "keys", False, True, False),
+    "forward-subspace-own-blocks-widest": (256, 256, 255, "keys", False, True, True),
+    "forward-subspace-queries-odd": (33, 7, 20, "queries", False, True, True),
 }
-KERNELS = ("hash_channels", "group_channels", "channel_norms", "fusion_gains", *FORWARDS)
+# (D, R, whether blocks choose their rank)
+MAPS = {"subspace_maps-odd": (33, 20, False), "subspace_maps-widest": (256, 256, True)}
+PLAIN = ("hash_channels", "group_channels", "channel_norms", "fusion_gains", "key_mean", "gram", "gram-centred")
+KERNELS = (*PLAIN, "sum_segments", "reduce_rows", *MAPS, *FORWARDS)
+UNSHARED = ("sum_segments", "reduce_rows")
+"""Kernels whose threads have nothing to tell one another."""
+ADDING = ("key_mean", "sum_segments")
+"""Kernels that add numbers but multiply none."""
 
 
 @pytest.fixture(scope="module", params=[(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
@@ -56,14 +66,16 @@ def test_kernel_compiles_in_its_precision(compiled: tuple[str, dict[str, str]], 
     assert ".local" not in ptx, "an array that should be in registers is in local memory"
     assert not re.search(r"\b(shfl|vote|redux)\.", ptx), "a warp intrinsic, which the simulator does not have"
     shared = [int(size) for size in re.findall(r"\.shared [^;]*\[(\d+)\]", ptx)]
-    assert 0 < sum(shared) <= MAX_SHARED_BYTES
+    assert sum(shared) <= MAX_SHARED_BYTES
+    assert (sum(shared) > 0) == (kernel not in UNSHARED)
     if kernel == "group_channels":
         return  # integers only
+    operation = "add" if kernel in ADDING else "fma"
     if element == "float64":
-        assert re.search(r"\bfma\.rn\.f64", ptx)
+        assert re.search(rf"\b{operation}\.(rn\.)?f64", ptx)
         assert not re.search(r"\b(fma|mul|add|sub|div|ex2)\.[a-z.]*f32", ptx), "float64 is computed in float32"
     else:
-        assert re.search(r"\bfma\.rn\.f32", ptx)
+        assert re.search(rf"\b{operation}\.(rn\.)?f32", ptx)
         assert ".f64" not in ptx, "float32 is computed in float64"
 
 
@@ -84,31 +96,55 @@ def test_tiles_fit_every_width() -> None:
 
 def kernels(types: Any) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     """Yield the id, the kernel and the signature of everything that is to be compiled."""
+    from distrattn_np.backends.numba_backend import GPU_THREADS
     from distrattn_np.numba_kernels.channel_norms import make_channel_norms
     from distrattn_np.numba_kernels.forward import choose_tiles, make_forward
     from distrattn_np.numba_kernels.fusion_gains import make_fusion_gains
+    from distrattn_np.numba_kernels.gram import make_gram
     from distrattn_np.numba_kernels.group_channels import make_group_channels
     from distrattn_np.numba_kernels.hash_channels import make_hash_channels
+    from distrattn_np.numba_kernels.key_mean import make_key_mean
+    from distrattn_np.numba_kernels.reduce_rows import make_reduce_rows
+    from distrattn_np.numba_kernels.subspace_maps import make_subspace_maps
+    from distrattn_np.numba_kernels.sum_segments import make_sum_segments
 
+    product = GPU_THREADS.product
     integer = types.int64
     words, channels = (types.Array(dtype, 4, "C") for dtype in (types.uint16, types.int32))
     planes, lse = (types.Array(types.float32, axes, "C") for axes in (2, 3))
+    ranks, rows = types.Array(types.int32, 3, "C"), types.Array(integer, 1, "C")
     for element in ELEMENTS:
         accumulator = np.float64 if element == "float64" else np.float32
         number = getattr(types, np.dtype(accumulator).name)
         X = types.Array(getattr(types, element), 4, "A")  # "A": any strides
-        sums = types.Array(number, 4, "C")
+        vectors, sums, matrices = (types.Array(number, axes, "C") for axes in (3, 4, 5))
         yield f"hash_channels {element}", make_hash_channels(accumulator, 32, 4), (X, planes, words, integer)
         yield f"group_channels {element}", make_group_channels(128), (words, channels)
         signature: tuple[Any, ...] = (X, sums, integer, integer, integer)
         yield f"channel_norms {element}", make_channel_norms(accumulator, True, True, 8, 32), signature
         signature = (X, sums, channels, sums, integer)
         yield f"fusion_gains {element}", make_fusion_gains(accumulator, 128, 4, 8, 32), signature
-        for name, (D, E, G, by, gains, causal) in FORWARDS.items():
-            tiles = choose_tiles(D, D // G, E, accumulator, simulated=False)
-            maps = (channels if by else types.none, sums if gains else types.none)
+        yield f"key_mean {element}", make_key_mean(accumulator, 8, 32), (X, vectors)
+        yield f"gram {element}", make_gram(accumulator, False, product), (X, types.none, rows, matrices)
+        yield f"gram-centred {element}", make_gram(accumulator, True, product), (X, vectors, rows, matrices)
+        yield f"sum_segments {element}", make_sum_segments(True, product.size), (matrices,)
+        signature = (X, vectors, matrices, ranks, sums, integer)
+        yield f"reduce_rows {element}", make_reduce_rows(accumulator, 128, True, product), signature
+        for name, (D, R, chooses) in MAPS.items():
+            kernel = make_subspace_maps(accumulator, D, R, chooses, True, product)
+            outputs = (matrices, matrices, ranks, vectors)
+            signature = (matrices, matrices, rows, rows, *outputs, sums, sums, integer, number, number)
+            yield f"{name} {element}", kernel, signature
+        for name, (D, E, R, by, gains, in_subspace, causal) in FORWARDS.items():
+            tiles = choose_tiles(
+                D, D if in_subspace and by == "keys" and causal else R, E, accumulator, simulated=False
+            )
+            is_grouped = by is not None and not in_subspace
+            maps = (channels if is_grouped else types.none, sums if gains else types.none)
+            maps += (sums, matrices, ranks, vectors) if in_subspace else (types.none,) * 4
             signature = (X, X, X, *maps, X, lse, integer, integer, integer, number)
-            yield f"{name} {element}", make_forward(accumulator, D, E, G, by, gains, causal, tiles), signature
+            kernel = make_forward(accumulator, D, E, R, by, gains, in_subspace, causal, tiles)
+            yield f"{name} {element}", kernel, signature
 
 
 def compile_all(cc: tuple[int, int]) -> dict[str, str]:
