@@ -61,19 +61,6 @@ class Problem:
         return self.heads // self.kv_heads if self.kv_heads else 1
 
     @property
-    def own_block_is_exact(self) -> bool:
-        """Whether a query scores the keys of its own block exactly (docs/math.md, eq. 20)."""
-        return isinstance(self.grouping, Subspace) and self.grouping.by == "keys" and self.causal_offset is not None
-
-    @property
-    def meeting_offset(self) -> int | None:
-        """`causal_offset` as it says which rows meet a block through its maps: own blocks do not."""
-        if self.causal_offset is None or self.grouping is None or not self.own_block_is_exact:
-            return self.causal_offset
-        # from here on, longer blocks make no difference
-        return self.causal_offset - min(self.grouping.block_size, max(self.keys, self.queries + self.causal_offset))
-
-    @property
     def rank(self) -> int:
         """Inner width R of the score product; the most that a block may have where each chooses its own."""
         match self.grouping:
@@ -107,11 +94,10 @@ class Problem:
     @property
     def meeting_offset(self) -> int | None:
         """`causal_offset` as it says which rows meet a block through its maps: own blocks do not."""
-        match self.grouping, self.causal_offset:
-            case Subspace(by="keys", block_size=block_size), int(offset):
-                return offset - block_size
-            case _:
-                return self.causal_offset
+        if self.causal_offset is None or self.grouping is None or not self.own_block_is_exact:
+            return self.causal_offset
+        # from here on, longer blocks make no difference
+        return self.causal_offset - min(self.grouping.block_size, max(self.keys, self.queries + self.causal_offset))
 
 
 @dataclass(frozen=True, slots=True)
