@@ -22,6 +22,7 @@ MAX_WIDTH = 256
 DEFAULT_BLOCK_SIZE = 1024
 """Rows per block of ``method="lsh"`` where the caller names none; docs/block_size.md says what the choice trades."""
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+FLOAT32_TINY = float(np.finfo(np.float32).tiny)
 
 
 def check_attention(
@@ -34,6 +35,10 @@ def check_attention(
     layout: str,
     out: Any,
     grouping: Grouping | Subspace | None,
+    window: Any = None,
+    softcap: float = 0.0,
+    mask: Any = None,
+    bias: Any = None,
 ) -> Problem:
     """Return the problem that the arguments describe, or raise the first error found."""
     _check_choice("layout", layout, "bhnd", "bnhd")
@@ -60,6 +65,13 @@ def check_attention(
         raise ValueError(_message("v", f"must have k's {kv_heads} heads", describe(v)))
     if v_keys != keys:
         raise ValueError(_message("v", f"must have k's {keys} rows", describe(v)))
+    scores = (batch, heads, queries, keys)
+    if mask is not None:
+        named["mask"] = mask
+        _check_broadcast("mask", mask, q, scores, "bool")
+    if bias is not None:
+        named["bias"] = bias
+        _check_broadcast("bias", bias, q, scores, q.dtype.name, "float32")
     if out is not None:
         _check_out(out, named, _in_layout((batch, heads, queries, value_width), layout))
     return Problem(
@@ -75,6 +87,10 @@ def check_attention(
         causal_offset=_check_causal(causal, queries, keys),
         layout="bnhd" if layout == "bnhd" else "bhnd",
         grouping=_shorten_block(grouping, queries, keys),
+        window=_check_window(window, queries + keys),
+        softcap=_check_softcap(softcap),
+        has_mask=mask is not None,
+        has_bias=bias is not None,
     )
 
 
@@ -160,7 +176,7 @@ def _check_choice(name: str, value: Any, *choices: str) -> None:
         raise ValueError(_message(name, rule, _show(value)))
 
 
-def _check_array(name: str, array: Any, q: Any) -> None:
+def _check_kind(name: str, array: Any, q: Any) -> None:
     if kind_of(array) is None:
         raise TypeError(_message(name, "must be a NumPy, CuPy or Numba device array", describe(array)))
     if kind_of(array) != kind_of(q):
@@ -168,6 +184,10 @@ def _check_array(name: str, array: Any, q: Any) -> None:
     if _device_of(array) != _device_of(q):
         rule = f"must be on q's device {_device_of(q)}"
         raise ValueError(_message(name, rule, f"{describe(array)} on device {_device_of(array)}"))
+
+
+def _check_array(name: str, array: Any, q: Any) -> None:
+    _check_kind(name, array, q)
     if len(array.shape) != 4:
         raise ValueError(_message(name, "must have 4 axes", describe(array)))
     if array.dtype.name not in DTYPES or not np.dtype(array.dtype).isnative:
@@ -177,6 +197,22 @@ def _check_array(name: str, array: Any, q: Any) -> None:
     if array.shape[3] > 1 and 0 not in array.shape and array.strides[3] != array.dtype.itemsize:
         got = f"{describe(array)} with strides {tuple(array.strides)} bytes"
         raise ValueError(_message(name, "the last axis must be contiguous", got))
+    _check_elements(name, array)
+
+
+def _check_broadcast(name: str, array: Any, q: Any, shape: tuple[int, ...], *dtypes: str) -> None:
+    """Raise unless ``array`` broadcasts to ``shape`` and has one of the dtypes."""
+    _check_kind(name, array, q)
+    if array.dtype.name not in dtypes or not np.dtype(array.dtype).isnative:
+        raise TypeError(_message(name, f"the dtype must be {' or '.join(dict.fromkeys(dtypes))}", describe(array)))
+    missing = len(shape) - len(array.shape)
+    if missing < 0 or any(size not in (1, n) for size, n in zip(array.shape, shape[missing:], strict=True)):
+        raise ValueError(_message(name, f"must broadcast to (B, H, N, M) = {shape}", describe(array)))
+    _check_elements(name, array)
+
+
+def _check_elements(name: str, array: Any) -> None:
+    """Raise unless every element lies at a multiple of its size."""
     if any(stride % array.dtype.itemsize for stride in array.strides):
         got = f"{describe(array)} with strides {tuple(array.strides)} bytes"
         raise ValueError(_message(name, "strides must be multiples of the element size", got))
@@ -193,8 +229,8 @@ def _check_out(out: Any, named: dict[str, Any], shape: tuple[int, ...]) -> None:
     if overlaps_itself(out):
         got = f"{describe(out)} with strides {tuple(out.strides)} bytes"
         raise ValueError(_message("out", "elements must not share memory", got))
-    for name in ("q", "k", "v"):
-        if share_memory(out, named[name]):
+    for name, array in named.items():
+        if name != "out" and share_memory(out, array):
             raise ValueError(_message("out", f"must not share memory with {name}", describe(out)))
 
 
@@ -204,6 +240,27 @@ def _check_scale(scale: float | None, width: int) -> float:
     if isinstance(scale, numbers.Real) and not isinstance(scale, bool) and abs(scale) <= FLOAT32_MAX:
         return float(scale)
     raise ValueError(_message("scale", "must be a finite number in the range of float32", _show(scale)))
+
+
+def _check_softcap(softcap: float) -> float:
+    is_number = isinstance(softcap, numbers.Real) and not isinstance(softcap, bool)
+    if is_number and (softcap == 0 or FLOAT32_TINY <= softcap <= FLOAT32_MAX):
+        return float(softcap)
+    raise ValueError(
+        _message("softcap", "must be 0 or a positive finite number in the range of float32", _show(softcap))
+    )
+
+
+def _check_window(window: Any, rows: int) -> tuple[int | None, int | None]:
+    """Return (left, right); no side is longer than ``rows``, so that numbers of any size stay within kernels' ints."""
+    if window is None:
+        return None, None
+    sides = tuple(window) if isinstance(window, tuple | list) else ()
+    if len(sides) != 2 or not all(side is None or _is_count(side) for side in sides):
+        rule = "must be None or (left, right), each None or an integer of at least 0"
+        raise ValueError(_message("window", rule, _show(window)))
+    left, right = (None if side is None else min(int(side), rows) for side in sides)
+    return left, right
 
 
 def _check_group_size(group_size: int | None, width: int) -> int:
@@ -237,9 +294,13 @@ def _check_causal(causal: bool | str, queries: int, keys: int) -> int | None:
 
 
 def _check_integer(name: str, value: Any, *, at_least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < at_least:
+    if not _is_count(value, at_least):
         raise ValueError(_message(name, f"must be an integer of at least {at_least}", _show(value)))
     return int(value)
+
+
+def _is_count(value: Any, at_least: int = 0) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= at_least
 
 
 def _shorten_block(grouping: Grouping | Subspace | None, queries: int, keys: int) -> Grouping | Subspace | None:

@@ -75,7 +75,9 @@ class CupyBackend(Backend):
     kinds: ClassVar[frozenset[Kind]] = frozenset({"cupy", "numba", "numpy"})
     builds_subspace: ClassVar[bool] = True
 
-    def attention(self, problem: Problem, q: Any, k: Any, v: Any, out: Any) -> tuple[Any, Any, Maps]:
+    def attention(
+        self, problem: Problem, q: Any, k: Any, v: Any, out: Any, mask: Any = None, bias: Any = None
+    ) -> tuple[Any, Any, Maps]:
         """Compute one call on the device that holds ``q`` (the current one for NumPy arrays)."""
         with _device_of(q):
             if isinstance(problem.grouping, Subspace) and not uses_tensor_cores(problem, capability()):
@@ -85,7 +87,7 @@ class CupyBackend(Backend):
                 raise NotImplementedError(
                     f"method: {rule}, got {describe(q)}, scale {problem.scale:g}, sm_{capability()}"
                 )
-            return super().attention(problem, q, k, v, out)
+            return super().attention(problem, q, k, v, out, mask, bias)
 
     # ---- arrays ----
 
@@ -237,7 +239,18 @@ class CupyBackend(Backend):
 
     # ---- attention ----
 
-    def attend(self, problem: Problem, Q: Any, K: Any, V: Any, O: Any, lse: Any, maps: Maps) -> None:
+    def attend(
+        self,
+        problem: Problem,
+        Q: Any,
+        K: Any,
+        V: Any,
+        O: Any,
+        lse: Any,
+        maps: Maps,
+        mask: Any = None,  # noqa: ARG002
+        bias: Any = None,  # noqa: ARG002
+    ) -> None:
         ready: GroupMaps | _DenseMaps | None = None
         if isinstance(maps, GroupMaps):
             ready = GroupMaps(_contiguous(maps.channels), None if maps.gains is None else _contiguous(maps.gains))

@@ -61,13 +61,15 @@ class NumbaBackend(Backend):
     name = "numba"
     kinds = frozenset(("numba", "numpy", "cupy"))
 
-    def attention(self, problem: Problem, q: Any, k: Any, v: Any, out: Any) -> tuple[Any, Any, Maps]:
+    def attention(
+        self, problem: Problem, q: Any, k: Any, v: Any, out: Any, mask: Any = None, bias: Any = None
+    ) -> tuple[Any, Any, Maps]:
         """Compute one checked call on the device of its arrays."""
         if problem.dtype not in (np.float16, np.float32, np.float64):
             rule = "the numba backend takes float16, float32 and float64"
             raise NotImplementedError(f"q: {rule}, got {describe(q)}")
         with _on_device_of(q):
-            return super().attention(problem, q, k, v, out)
+            return super().attention(problem, q, k, v, out, mask, bias)
 
     def group_maps(self, problem: Problem, Q: Any, K: Any) -> GroupMaps | None:
         """Return the maps of every block as native arrays; gains have the type of the sums."""
@@ -128,7 +130,18 @@ class NumbaBackend(Backend):
         _launch(kernel, batch * heads * blocks, threads, X, norms, channels, gains, block_size)
         return gains
 
-    def attend(self, problem: Problem, Q: Any, K: Any, V: Any, O: Any, lse: Any, maps: GroupMaps | None) -> None:
+    def attend(
+        self,
+        problem: Problem,
+        Q: Any,
+        K: Any,
+        V: Any,
+        O: Any,
+        lse: Any,
+        maps: GroupMaps | None,
+        mask: Any = None,  # noqa: ARG002
+        bias: Any = None,  # noqa: ARG002
+    ) -> None:
         """Write attention into O and its log-sum-exp into lse."""
         grouping = problem.grouping
         accumulator = _accumulator(problem.dtype)
