@@ -127,9 +127,11 @@ def distr_attention(
 
     Equation (4) of docs/math.md; after [1]_, whose grouping this is with ``method="lsh", fusion="sum",
     group_by="queries"``. 16-bit inputs are multiplied on tensor cores with float32 accumulation; the softmax is float32
-    (float64 for float64). With ``causal`` the maps of a block depend on all of its rows, and those of "subspace" on the
-    rows that meet it and on the mean of all keys, so the result for row n depends on later rows through them, though it
-    never uses their values. The quality on real inputs is measured in docs/accuracy.md; no bound is promised.
+    (float64 for float64). With ``causal`` the result for row n never uses the values of later rows, but it depends on
+    those rows through the maps: the groups of "lsh" are chosen from all rows of a block, and the maps of "subspace" for
+    all rows that meet it, with the mean of all keys subtracted. "subspace" with blocks over keys scores the keys of a
+    query's own block exactly (eq. 20), so later keys have no part in row n but for that mean. The quality on real
+    inputs is measured in docs/accuracy.md; no bound is promised.
 
     References
     ----------

@@ -112,6 +112,20 @@ class Problem:
         """Number of grouping blocks C per head."""
         return 0 if self.grouping is None else -(-self.grouped_rows // self.grouping.block_size)
 
+    @property
+    def own_block_is_exact(self) -> bool:
+        """Whether a query scores the keys of its own block exactly (docs/math.md, eq. 20)."""
+        return isinstance(self.grouping, Subspace) and self.grouping.by == "keys" and self.causal_offset is not None
+
+    @property
+    def meeting_offset(self) -> int | None:
+        """`causal_offset` as it says which rows meet a block through its maps: own blocks do not."""
+        match self.grouping, self.causal_offset:
+            case Subspace(by="keys", block_size=block_size), int(offset):
+                return offset - block_size
+            case _:
+                return self.causal_offset
+
 
 @dataclass(frozen=True, slots=True)
 class GroupMaps:

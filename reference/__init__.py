@@ -14,7 +14,7 @@ from .gram import gram
 from .group_channels import gray_rank, group_channels
 from .hash_channels import HASH_BITS, hash_channels, hyperplanes
 from .score_options import ScoreOptions, Window, cap_scores, key_limits, of_head, visible_keys
-from .subspace_attention import Maps, key_mean, make_maps, subspace_attention, subspace_scores
+from .subspace_attention import Maps, key_mean, make_maps, own_block_begin, subspace_attention, subspace_scores
 from .subspace_maps import (
     RANK_STEP,
     balance_columns,
@@ -55,6 +55,7 @@ __all__ = [
     "key_mean",
     "make_maps",
     "of_head",
+    "own_block_begin",
     "rounding",
     "sample_channels",
     "score_errors",

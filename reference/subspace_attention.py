@@ -1,4 +1,4 @@
-"""The subspace method, block by block, in float64 (docs/math.md, eq. 11 to 19)."""
+"""The subspace method, block by block, in float64 (docs/math.md, eq. 11 to 20)."""
 
 from __future__ import annotations
 
@@ -29,6 +29,15 @@ def key_mean(k: np.ndarray) -> np.ndarray:
     return mean
 
 
+def own_block_begin(queries: np.ndarray, *, block_size: int, causal_offset: int) -> np.ndarray:
+    """Return the first key of the own block of each of these queries: it is scored exactly, and so is what follows.
+
+    Only with blocks over keys in a causal call (eq. 20).
+    """
+    begin: np.ndarray = np.maximum((queries + causal_offset) // block_size * block_size, 0)
+    return begin
+
+
 def make_maps(
     q: np.ndarray,
     k: np.ndarray,
@@ -50,6 +59,8 @@ def make_maps(
     grouped = q if group_by == "queries" else centred
     heads, rows = grouped.shape[1:3]
     starts = range(0, rows, block_size)
+    # a causal query meets no block of keys that it scores exactly
+    meeting_offset = causal_offset - block_size if causal_offset is not None and group_by == "keys" else causal_offset
     shape = (B, heads, len(starts))
     columns = D if rank is None else rank
     maps = Maps(
@@ -58,7 +69,7 @@ def make_maps(
     for b, h in np.ndindex(B, heads):
         for c, start in enumerate(starts):
             stop = min(start + block_size, rows)
-            first, last = rows_that_meet(start, stop, group_by=group_by, N=N, M=M, causal_offset=causal_offset)
+            first, last = rows_that_meet(start, stop, group_by=group_by, N=N, M=M, causal_offset=meeting_offset)
             X = grouped[b, h, start:stop]
             if group_by == "queries":
                 Y = centred[b, h * H_kv // H, first:last]
@@ -79,9 +90,19 @@ def make_maps(
 
 
 def subspace_scores(
-    Q: np.ndarray, K: np.ndarray, W: np.ndarray, Z: np.ndarray, *, block_size: int, group_by: str
+    Q: np.ndarray,
+    K: np.ndarray,
+    W: np.ndarray,
+    Z: np.ndarray,
+    *,
+    block_size: int,
+    group_by: str,
+    exact_from: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Return the approximate ``Q K^T`` (N, M) of one head before scaling (eq. 4); K is centred, W and Z (C, D, R)."""
+    """Return the approximate ``Q K^T`` (N, M) of one head before scaling (eq. 4); K is centred, W and Z (C, D, R).
+
+    ``exact_from`` (N,) is the first key that each query scores exactly, as from `own_block_begin`; None: there is none.
+    """
     scores = np.empty((len(Q), len(K)))
     for c in range(len(W)):
         rows = slice(c * block_size, (c + 1) * block_size)
@@ -89,6 +110,8 @@ def subspace_scores(
             scores[rows] = (Q[rows] @ W[c]) @ (K @ Z[c]).T
         else:
             scores[:, rows] = (Q @ Z[c]) @ (K[rows] @ W[c]).T
+    if exact_from is not None:
+        np.copyto(scores, Q @ K.T, where=np.arange(len(K)) >= exact_from[:, np.newaxis])
     return scores
 
 
@@ -110,12 +133,23 @@ def subspace_attention(
     out = np.zeros((B, H, N, E))
     lse = np.full((B, H, N), -np.inf)
     seen = visible_keys(N, M, causal_offset, options.window)
+    exact_from = None
+    if causal_offset is not None and group_by == "keys":
+        exact_from = own_block_begin(np.arange(N), block_size=block_size, causal_offset=causal_offset)
     for b, h in np.ndindex(B, H):
         h_kv = h * H_kv // H
         h_x = h if group_by == "queries" else h_kv
         Q, mean = q[b, h].astype(np.float64), maps.key_mean[b, h_kv].astype(np.float64)
         K = k[b, h_kv].astype(np.float64) - mean
-        S = subspace_scores(Q, K, maps.sampling[b, h_x], maps.fusion[b, h_x], block_size=block_size, group_by=group_by)
+        S = subspace_scores(
+            Q,
+            K,
+            maps.sampling[b, h_x],
+            maps.fusion[b, h_x],
+            block_size=block_size,
+            group_by=group_by,
+            exact_from=exact_from,
+        )
         # centring takes the same number from all scores of a row: they get it back before they are capped (eq. 12)
         S = scale * (S + (Q @ mean)[:, np.newaxis])
         S = np.where(seen, options.apply(S, b, h), -np.inf)

@@ -108,11 +108,15 @@ class Meter:
 
     @property
     def mean_rank(self) -> float | None:
-        """R, averaged over blocks, heads and layers; None for a method that has none."""
+        """R, averaged over the blocks that some row meets, heads and layers; None where there is none."""
         if self.method.name in PEERS:
             return None
-        ranks = [np.array([problem.rank]) if own is None else to_host(own).ravel() for problem, own in self._calls]
-        return float(np.concatenate(ranks).mean())
+        ranks = [
+            np.array([problem.rank]) if own is None else to_host(own)[:, :, np.array(rows_met(problem)) > 0].ravel()
+            for problem, own in self._calls
+        ]
+        found = np.concatenate(ranks)
+        return float(found.mean()) if found.size else None
 
     def _count(self, problem: Problem, ranks: Any) -> int:
         if self.method.name in PEERS:
@@ -133,27 +137,42 @@ class Meter:
 def subspace_flop(problem: Problem, ranks: np.ndarray) -> int:
     """Return the FLOP of a call whose blocks have these ranks (B, H_x, C).
 
-    Counted are the two products; X W, and Y Z for every row that meets the block (docs/math.md, eq. 4); the Gram
-    matrices (11), each row once for a head that it is pooled in; and the small matrices of every block: the choice of
-    channels (15), the half-steps (16), column scaling and predicted error (17, 18). A block of rank D needs no X W and
-    no Y Z.
+    Counted are the two products, that of the scores over D channels in own blocks (docs/math.md, eq. 20); X W, and Y Z
+    for every row that meets the block (4); the Gram matrices (11), each row once for a head that it is pooled in; and
+    the small matrices of every block: the choice of channels (15), the half-steps (16), column scaling and predicted
+    error (17, 18). A block of rank D, or that nobody meets, needs no X W and no Y Z.
     """
     grouping = problem.grouping
     if not isinstance(grouping, Subspace):
         raise TypeError(f"problem: must be one of the subspace method, got {grouping}")
-    D, E, N, M = problem.width, problem.value_width, problem.queries, problem.keys
+    D, E = problem.width, problem.value_width
     batch, map_heads, _ = ranks.shape
     shared = problem.heads // map_heads  # query heads that share a map
-    flop: int = batch * map_heads * (shared * N + M) * (2 * D * D + D)
+    met = rows_met(problem)
+    flop: int = batch * map_heads * (problem.grouped_rows + shared * max(met, default=0)) * (2 * D * D + D)
     for c, (start, stop) in enumerate(block_edges(problem.grouped_rows, grouping.block_size)):
-        first, last = rows_that_meet(start, stop, group_by=grouping.by, N=N, M=M, causal_offset=problem.causal_offset)
-        mapped_rows = stop - start + shared * (last - first)
+        mapped_rows = stop - start + shared * met[c] if met[c] else 0
         pairs = shared * _block_pairs(problem, grouping.by, start, stop)
+        # whoever meets a block through its maps and does not own it sees all of it
+        own_pairs = pairs - shared * met[c] * (stop - start) if problem.own_block_is_exact else 0
         for R in map(int, ranks[:, :, c].ravel()):
             columns = D if grouping.rank is None else R  # ranks are chosen among the columns made for R = D
             flop += _map_flop(D, columns, grouping.refine)
-            flop += 2 * pairs * (R + E) + (2 * mapped_rows * D * R if R < D else 0)
+            flop += 2 * pairs * (R + E) + 2 * own_pairs * (D - R) + (2 * mapped_rows * D * R if R < D else 0)
     return flop
+
+
+def rows_met(problem: Problem) -> list[int]:
+    """Return how many rows of the other side, of one head, meet each block through its maps."""
+    grouping = problem.grouping
+    if grouping is None:
+        return []
+    N, M, offset = problem.queries, problem.keys, problem.meeting_offset
+    ranges = (
+        rows_that_meet(start, stop, group_by=grouping.by, N=N, M=M, causal_offset=offset)
+        for start, stop in block_edges(problem.grouped_rows, grouping.block_size)
+    )
+    return [last - first for first, last in ranges]
 
 
 def _map_flop(D: int, R: int, refine: int) -> int:

@@ -307,7 +307,7 @@ class _Head:
             rows = slice(n - start, n_stop - start)
             S = buffer[: (n_stop - n) * (m_stop - m)].reshape(-1, m_stop - m)
             Y = _tile(self.K, m, m_stop, dtype)
-            self._write_scores(S, X[rows], Y if key_mean is None else Y - key_mean, m, block)
+            self._write_scores(S, X[rows], Y if key_mean is None else Y - key_mean, n, m, block)
             if problem.softcap:
                 if row_shift is not None:
                     S += row_shift[rows, np.newaxis]
@@ -321,8 +321,11 @@ class _Head:
         lse_shift = 0 if row_shift is None or problem.softcap else row_shift
         softmax.write(self.O[start:stop], self.lse[start:stop], lse_shift)
 
-    def _write_scores(self, S: np.ndarray, X: np.ndarray, Y: np.ndarray, m: int, block: int | None) -> None:
-        """Write the scores (eq. 4) of scaled queries X, sampled if they are of a ``block``, and keys Y from m on."""
+    def _write_scores(self, S: np.ndarray, X: np.ndarray, Y: np.ndarray, n: int, m: int, block: int | None) -> None:
+        """Write the scores (eq. 4, 20) of scaled queries X from n on, sampled if of a ``block``, and keys Y from m on.
+
+        A row's scores with blocks behind its causal limit may be left as they are.
+        """
         if self.maps is None:
             np.matmul(X, Y.T, out=S)
         elif block is not None:
@@ -330,8 +333,23 @@ class _Head:
         else:
             L = self.maps.grouping.block_size
             for c in range(m // L, ceil_div(m + len(Y), L)):
-                rows = slice(max(c * L - m, 0), (c + 1) * L - m)
-                np.matmul(self.maps.fuse(X, c), self.maps.sample(Y[rows], c).T, out=S[:, rows])
+                keys = slice(max(c * L - m, 0), (c + 1) * L - m)
+                own, mapped = self._rows_of_block(c * L, (c + 1) * L, n, len(X))
+                if own < mapped:
+                    np.matmul(X[own:mapped], Y[keys].T, out=S[own:mapped, keys])
+                if mapped < len(X):
+                    np.matmul(self.maps.fuse(X[mapped:], c), self.maps.sample(Y[keys], c).T, out=S[mapped:, keys])
+
+    def _rows_of_block(self, start: int, stop: int, n: int, rows: int) -> tuple[int, int]:
+        """Return the first of ``rows`` queries from n on whose own block is this one, and the first to meet its maps.
+
+        What comes before them does not see the block.
+        """
+        offset = self.problem.causal_offset
+        if offset is None or not self.problem.own_block_is_exact:
+            return 0, 0
+        own, mapped = (min(max(key - offset - n, 0), rows) for key in (start, stop))
+        return own, mapped
 
 
 class _RunningSoftmax:
@@ -441,7 +459,7 @@ def _blocks_with_sums(
             group_by=grouping.by,
             N=problem.queries,
             M=problem.keys,
-            causal_offset=problem.causal_offset,
+            causal_offset=problem.meeting_offset,
         )
         for new_first, new_last in ((meet[0], first), (last, meet[1])):
             total = total + sum_rows(new_first, new_last)

@@ -342,6 +342,12 @@ def plain(
                 S[(slice(start, stop), slice(None)) if g.by == "queries" else (slice(None), slice(start, stop))] = (
                     block if g.by == "queries" else block.T
                 )
+            if problem.own_block_is_exact:
+                own = (
+                    np.arange(problem.keys) // g.block_size
+                    == (np.arange(N) + problem.causal_offset)[:, None] // g.block_size
+                )
+                S = np.where(own, q[b, h] @ K.T, S)
         S = rounded(np.float32(problem.scale) * S)
         shift = 0
         if isinstance(maps, SubspaceMaps):

@@ -109,6 +109,12 @@ class TestMeter:
             meter(q, k, v, causal=False)
         assert meter.mean_rank == (16 + 32) / 2
 
+    def test_blocks_that_nobody_meets_have_no_part_in_the_mean_rank(self):
+        _, meter = metered(Method("subspace", {"score_tol": 1e-9, "block_size": 24}), causal=True)
+        assert meter.mean_rank == 32
+        _, meter = metered(Method("subspace", {"rank": 5, "block_size": 64}), causal=True)
+        assert meter.mean_rank is None
+
     def test_half_precision_inputs_give_float32(self):
         half, _ = metered(EXACT, dtype="float16")
         full, _ = metered(EXACT)
@@ -125,13 +131,18 @@ class TestSubspaceFlop:
     @pytest.mark.parametrize("by", ["queries", "keys"])
     @pytest.mark.parametrize("causal", [False, True])
     def test_products_pair_by_pair(self, by, causal):
-        """Two block ranks, 16 and 32 = D, at 40 rows in blocks of 16: counted from the list of pairs."""
+        """Two block ranks, 16 and 32 = D, at 40 rows in blocks of 16: counted from the list of pairs.
+
+        Causal by keys, both rows of a pair in one block: the score is exact, and the pair needs no maps.
+        """
         D, E, N, L = 32, 16, 40, 16
         problem = self.problem(causal, block_size=L, group_by=by, rank=16, refine=2)
         heads = 2 if by == "keys" else 4
         ranks = np.full((1, heads, 3), 16)
         ranks[0, 0, 1] = D
         pairs = [(n, m) for n in range(N) for m in range(n + 1 if causal else N)]
+        exact_pairs = {(n, m) for n, m in pairs if causal and by == "keys" and n // L == m // L}
+        ever_meeting = {n if by == "keys" else m for n, m in pairs if (n, m) not in exact_pairs}
         flop = 0
         for h in range(heads):
             shared = 2 if by == "keys" else 1  # query heads of a map
@@ -139,12 +150,12 @@ class TestSubspaceFlop:
                 R = ranks[0, h, c]
                 rows = range(c * L, min((c + 1) * L, N))
                 own = [(n, m) for n, m in pairs if (m if by == "keys" else n) in rows]
-                meeting = {n if by == "keys" else m for n, m in own}
-                flop += shared * len(own) * 2 * (R + E)
+                meeting = {n if by == "keys" else m for n, m in own if (n, m) not in exact_pairs}
+                flop += shared * sum(2 * ((D if pair in exact_pairs else R) + E) for pair in own)
                 flop += 5 * (2 * D * D * R + 4 * D * R * R + R**3 // 3) + D * R * R + 4 * D * D * R + 4 * D * R * R
-                if R < D:
+                if R < D and meeting:
                     flop += 2 * D * R * (len(rows) + shared * len(meeting))
-            flop += (shared * N + N) * (2 * D * D + D)
+            flop += (shared * len(ever_meeting) + N) * (2 * D * D + D)
         assert subspace_flop(problem, ranks) == flop
 
     def test_columns_are_made_for_all_ranks_that_may_be_chosen(self):

@@ -57,6 +57,11 @@ def in_window(n: int, m: int, diagonal: int, window: tuple[int | None, int | Non
     return all(side is None or distance <= side for side, distance in zip(window, (before, after), strict=True))
 
 
+def owns(n: int, m: int, offset: int | None, L: int) -> bool:
+    """Eq. 20: whether key m lies in the own block of query n."""
+    return offset is not None and math.floor(m / L) == math.floor((n + offset) / L)
+
+
 def weighted_groups(
     X: np.ndarray, others: list[np.ndarray], groups: list[list[int]], fusion: str
 ) -> list[tuple[int, dict[int, float]]]:
@@ -184,7 +189,7 @@ def subspace_block(X: np.ndarray, Y: np.ndarray, rank: int, refine: int) -> tupl
 def subspace_scores(
     q: np.ndarray, k: np.ndarray, *, scale: float, offset: int | None, rank: int, refine: int, L: int, by: str
 ) -> np.ndarray:
-    """Eq. 4 and 11 to 15 for every pair, what centring took away added back: (B, H, N, M)."""
+    """Eq. 4, 11 to 15 and 20 for every pair, what centring took away added back: (B, H, N, M)."""
     B, H, N, _ = q.shape
     H_kv, M = k.shape[1:3]
     S = np.zeros((B, H, N, M))
@@ -200,14 +205,15 @@ def subspace_scores(
                 Y = np.array([K[m] for m in range(M) if any(sees(n, m, offset) for n in block)])
             else:
                 X = K[block.start : block.stop]
-                met = [n for n in range(N) if any(sees(n, m, offset) for m in block)]
+                met = [n for n in range(N) if any(not owns(n, m, offset, L) and sees(n, m, offset) for m in block)]
                 Y = np.array([q[b, s, n] for s in sharing for n in met])
-            if len(Y) == 0:
-                continue
-            W, Z = subspace_block(X, Y, rank, refine)
+            W = Z = np.zeros((q.shape[3], rank))
+            if len(Y) > 0:
+                W, Z = subspace_block(X, Y, rank, refine)
             for x in block:
                 for y in range(M if by == "queries" else N):
                     n, m = (x, y) if by == "queries" else (y, x)
                     row, other = (q[b, h, n], K[m]) if by == "queries" else (K[m], q[b, h, n])
-                    S[b, h, n, m] = scale * (dot(row @ W, other @ Z) + dot(q[b, h, n], mean))
+                    score = dot(row, other) if by == "keys" and owns(n, m, offset, L) else dot(row @ W, other @ Z)
+                    S[b, h, n, m] = scale * (score + dot(q[b, h, n], mean))
     return S

@@ -37,6 +37,12 @@ CASES = [
         for causal in ("bottom-right", "top-left")
         for how in ({"G": 1}, GROUPINGS[1], GROUPINGS[3], *SUBSPACES)
     ),
+    # blocks that end inside a tile, and one of all keys; queries of a whole tile past the last block
+    *(
+        Case(N=N, M=M, L=L, causal=causal, **LONG, **SUBSPACES[1])
+        for N, M, causal in ((QUERY_TILE + 9, 611, True), (QUERY_TILE + 400, 300, "top-left"))
+        for L in (7, 100, 700)
+    ),
     # heads that share keys, a batch, odd widths, rows that do not lie one after another
     Case(B=2, H=6, H_kv=2, N=37, M=53, D=9, E=7, G=3, L=16, layout="bnhd", memory="strided", **GROUPINGS[1]),
     Case(B=2, H=6, H_kv=2, N=37, M=53, D=9, E=7, G=3, L=16, memory="strided", causal=True, **GROUPINGS[3]),
@@ -137,6 +143,23 @@ def test_subspace_maps_are_those_of_the_reference(
         assert set(np.unique(maps.ranks)) == {16, 24}
     for name in ("sampling", "fusion", "key_mean", "score_errors"):
         assert_agrees(getattr(maps, name), getattr(expected, name), rtol=1e-5, atol=1e-5, context=name)
+
+
+def test_own_blocks_do_without_their_maps() -> None:
+    """Nobody meets the last block of a call aligned bottom-right: what stands in its maps is never read."""
+    case = Case(H=4, N=700, M=650, D=8, E=5, L=90, dtype="float32", causal=True, method="subspace", by="keys")
+    q, k, v = make_inputs(case)
+    problem = native_problem(case, q, k, v)
+    maps = BACKEND.group_maps(problem, q, k)
+    assert not maps.sampling[:, :, -1].any()
+    assert not maps.score_errors[:, :, -1].any()
+    assert (maps.score_errors[:, :, :-1] > 0).all()
+    maps.sampling[:, :, -1] = maps.fusion[:, :, -1] = np.nan
+    out, lse = np.empty_like(q[..., :5]), np.empty(q.shape[:3], np.float32)
+    BACKEND.attend(problem, q, k, v, out, lse, maps)
+    expected, expected_lse = run(case, q, k, v)
+    assert_same_bits(out, expected)
+    assert_same_bits(lse, expected_lse)
 
 
 def test_info_of_a_call() -> None:

@@ -54,17 +54,20 @@ def best_error(X: np.ndarray, Y: np.ndarray, rank: int) -> float:
     return float(np.linalg.norm(singular[rank:]) / np.linalg.norm(singular))
 
 
-@pytest.mark.parametrize("offset", [None, 0, 2, -2])
+# 5: the last queries own the last, short block of 13 keys; 9: the last of them own a block past it
+@pytest.mark.parametrize("offset", [None, 0, 2, -2, 5, 9])
 @pytest.mark.parametrize("by", ["queries", "keys"])
 @pytest.mark.parametrize("refine", [0, 1, 3])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_attention_is_equations_11_to_15(shape: tuple[int, ...], refine: int, by: str, offset: int | None) -> None:
+def test_attention_is_equations_11_to_15_and_20(
+    shape: tuple[int, ...], refine: int, by: str, offset: int | None
+) -> None:
     B, H, H_kv, N, M, D, E = shape
     q, k, v = draw(B, H, N, D), draw(B, H_kv, M, D, seed=1) + 3, draw(B, H_kv, M, E, seed=2)
-    options: dict[str, Any] = {"scale": 0.4, "block_size": 8, "group_by": by, "causal_offset": offset}
+    options: dict[str, Any] = {"scale": 0.4, "block_size": 4, "group_by": by, "causal_offset": offset}
     maps = reference.make_maps(q, k, rank=2, score_tol=None, refine=refine, **options)
     out, lse = reference.subspace_attention(q, k, v, maps, **options)
-    S = definition.subspace_scores(q, k, scale=0.4, offset=offset, rank=2, refine=refine, L=8, by=by)
+    S = definition.subspace_scores(q, k, scale=0.4, offset=offset, rank=2, refine=refine, L=4, by=by)
     expected_out, expected_lse = definition.attend(S, v, offset=offset)
     assert_agrees(out, expected_out, rtol=0, atol=1e-9)
     assert_agrees(lse, expected_lse, rtol=0, atol=1e-9)
@@ -243,6 +246,69 @@ def test_adding_a_vector_to_every_key_changes_nothing_but_lse() -> None:
         results.append(reference.subspace_attention(q, keys, v, maps, **options))
     assert_agrees(results[1][0], results[0][0], rtol=0, atol=1e-9)
     assert_agrees(results[1][1], results[0][1] + 0.3 * (q @ shift), rtol=1e-12, atol=1e-9)
+
+
+@pytest.mark.parametrize("offset", [-9, -1, 0, 3, 8])
+@pytest.mark.parametrize("L", [1, 3, 4, 50])
+def test_own_block_begins_at_the_first_key_that_is_owned(L: int, offset: int) -> None:
+    N, M = 12, 40
+    begin = reference.own_block_begin(np.arange(N), block_size=L, causal_offset=offset)
+    for n in range(N):
+        owned = [m for m in range(M) if definition.owns(n, m, offset, L)]
+        assert begin[n] == (owned[0] if owned else 0)
+
+
+def causal_results(q: np.ndarray, k: np.ndarray, v: np.ndarray, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return `subspace_attention` of a call by keys, aligned bottom-right."""
+    blocks = {"block_size": 8, "group_by": "keys", "causal_offset": k.shape[2] - q.shape[2], "scale": 0.4} | options
+    maps = reference.make_maps(q, k, rank=2, score_tol=None, refine=1, **blocks)
+    return reference.subspace_attention(q, k, v, maps, **blocks)
+
+
+@pytest.mark.parametrize(("N", "M"), [(21, 21), (13, 30), (30, 13)])
+def test_one_block_of_all_keys_is_exact_causal_attention(N: int, M: int) -> None:
+    q, k, v = draw(1, 2, N, 6), draw(1, 1, M, 6, seed=1) + 3, draw(1, 1, M, 3, seed=2)
+    expected = reference.exact_attention(q, k, v, scale=0.4, causal_offset=M - N)
+    for got, want in zip(causal_results(q, k, v, block_size=M), expected, strict=True):
+        assert_agrees(got, want, rtol=0, atol=1e-9)
+    assert np.abs(causal_results(q, k, v, block_size=M // 3)[0] - expected[0]).max() > 1e-2
+
+
+@pytest.mark.parametrize(("N", "M"), [(30, 30), (18, 37)])
+def test_later_keys_have_no_part_in_a_row_but_for_the_mean(N: int, M: int) -> None:
+    """The keys after a query change places, which keeps the mean, and get other values."""
+    q, k, v = draw(1, 2, N, 6), draw(1, 1, M, 6, seed=1) + 3, draw(1, 1, M, 3, seed=2)
+    out, lse = causal_results(q, k, v)
+    for n in (0, 7, 8, 12, N - 2):
+        after = n + M - N + 1
+        other_k, other_v = k.copy(), v.copy()
+        other_k[:, :, after:] = k[:, :, after:][:, :, ::-1]
+        other_v[:, :, after:] += 9
+        other_out, other_lse = causal_results(q, other_k, other_v)
+        assert_agrees(other_out[:, :, : n + 1], out[:, :, : n + 1], rtol=0, atol=1e-11)
+        assert_agrees(other_lse[:, :, : n + 1], lse[:, :, : n + 1], rtol=0, atol=1e-11)
+        assert np.abs(other_out[:, :, n + 1 :] - out[:, :, n + 1 :]).max() > 0.1
+
+
+@pytest.mark.parametrize(("options", "rank"), [({"rank": 5}, 5), ({"score_tol": 1e-3}, 16)])
+@pytest.mark.parametrize("refine", [0, 1])
+def test_blocks_that_nobody_meets_have_maps_of_zero(options: dict[str, Any], rank: int, refine: int) -> None:
+    """13 keys in blocks of 4, met by queries of later blocks: the last two blocks by none, as nobody sees key 12."""
+    q, k = draw(1, 2, 9, 24), draw(1, 1, 13, 24, seed=1)
+    maps = reference.make_maps(
+        q,
+        k,
+        scale=0.4,
+        block_size=4,
+        group_by="keys",
+        causal_offset=3,
+        **({"rank": None, "score_tol": None, "refine": refine} | options),
+    )
+    assert maps.sampling[0, 0, :2].any(axis=(1, 2)).all()
+    assert not maps.sampling[0, 0, 2:].any()
+    assert not maps.fusion[0, 0, 2:].any()
+    assert (maps.ranks[0, 0, 2:] == rank).all()
+    assert (maps.score_errors[0, 0, 2:] == 0).all()
 
 
 @pytest.mark.parametrize(("N", "M"), [(0, 3), (3, 0), (0, 0)])

@@ -112,6 +112,36 @@ def test_one_vector_added_to_every_key_changes_nothing_but_lse(backend: Runner, 
 
 
 @subspace_law
+def test_one_block_of_all_keys_is_exact_causal_attention(backend: Runner, draw: Draw) -> None:
+    case, inputs = draw(subspace_calls(backend, by="keys", causal=True, L=1024))
+    exact = backend.exact(*inputs, **case.attention_options)
+    # keys are centred and rounded once more
+    assert_same_result(backend.distr(*inputs, **case.options), exact, case, 4 * rounding(case, inputs))
+
+
+@subspace_law
+def test_later_keys_have_no_part_in_a_row_but_for_the_mean(backend: Runner, draw: Draw) -> None:
+    """The keys after a query change places, which keeps the mean, and get other values."""
+    case, (q, k, v) = draw(
+        subspace_calls(
+            backend,
+            hostile=False,
+            dtype=st.sampled_from(["float64"]),
+            by="keys",
+            causal=st.sampled_from([True, "top-left"]),
+        )
+    )
+    n = draw(st.integers(0, case.N - 1))
+    after = max(n + 1 + (0 if case.causal == "top-left" else case.M - case.N), 0)
+    other = Inputs(q, k.copy(), v.copy())
+    other.k[:, :, after:] = k[:, :, after:][:, :, ::-1]
+    other.v[:, :, after:] = -v[:, :, after:]
+    expected, actual = (backend.distr(*inputs, **case.options) for inputs in (Inputs(q, k, v), other))
+    rows_of = [(out[:, :, : n + 1], lse[:, :, : n + 1]) for out, lse in (actual, expected)]
+    assert_same_result(*rows_of, case, 1e-6 + rounding(case, other))
+
+
+@subspace_law
 def test_finite_inputs_give_finite_results(backend: Runner, draw: Draw) -> None:
     """Offsets of 400, channels of scales far apart, constant and zero channels, equal rows; no score overflows."""
     case, (q, k, v) = draw(subspace_calls(backend))
