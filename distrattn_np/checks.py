@@ -155,6 +155,24 @@ def check_grouping(
     )
 
 
+def check_merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, *, layout: str) -> None:
+    """Raise the first error found in the arguments of `merge`."""
+    _check_choice("layout", layout, "bhnd", "bnhd")
+    _check_array("out_a", out_a, out_a, "out_a")
+    _check_array("out_b", out_b, out_a, "out_a")
+    if tuple(out_b.shape) != tuple(out_a.shape):
+        raise ValueError(_message("out_b", f"must have out_a's shape {tuple(out_a.shape)}", describe(out_b)))
+    if out_a.shape[3] == 0:
+        raise ValueError(_message("out_a", "the last axis must not be empty", describe(out_a)))
+    rows = _bhnd_shape(out_a, layout)[:3]
+    for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
+        _check_kind(name, lse, out_a, "out_a")
+        if lse.dtype != np.float32:
+            raise TypeError(_message(name, "the dtype must be float32", describe(lse)))
+        if tuple(lse.shape) != rows:
+            raise ValueError(_message(name, f"must have shape (B, H, N) = {rows}", describe(lse)))
+
+
 def check_backend_name(name: str | None) -> None:
     """Raise unless ``name`` is one of the backends."""
     if name is not None:
@@ -176,24 +194,25 @@ def _check_choice(name: str, value: Any, *choices: str) -> None:
         raise ValueError(_message(name, rule, _show(value)))
 
 
-def _check_kind(name: str, array: Any, q: Any) -> None:
+def _check_kind(name: str, array: Any, q: Any, first: str = "q") -> None:
+    """Raise unless ``array`` is of the kind and on the device of ``q``, the argument named ``first``."""
     if kind_of(array) is None:
         raise TypeError(_message(name, "must be a NumPy, CuPy or Numba device array", describe(array)))
     if kind_of(array) != kind_of(q):
-        raise TypeError(_message(name, f"must be a {kind_of(q)} array, as q is", describe(array)))
+        raise TypeError(_message(name, f"must be a {kind_of(q)} array, as {first} is", describe(array)))
     if _device_of(array) != _device_of(q):
-        rule = f"must be on q's device {_device_of(q)}"
+        rule = f"must be on {first}'s device {_device_of(q)}"
         raise ValueError(_message(name, rule, f"{describe(array)} on device {_device_of(array)}"))
 
 
-def _check_array(name: str, array: Any, q: Any) -> None:
-    _check_kind(name, array, q)
+def _check_array(name: str, array: Any, q: Any, first: str = "q") -> None:
+    _check_kind(name, array, q, first)
     if len(array.shape) != 4:
         raise ValueError(_message(name, "must have 4 axes", describe(array)))
     if array.dtype.name not in DTYPES or not np.dtype(array.dtype).isnative:
         raise TypeError(_message(name, f"the dtype must be one of {', '.join(DTYPES)}", describe(array)))
     if array.dtype != q.dtype:
-        raise TypeError(_message(name, f"must have q's dtype {q.dtype}", describe(array)))
+        raise TypeError(_message(name, f"must have {first}'s dtype {q.dtype}", describe(array)))
     if array.shape[3] > 1 and 0 not in array.shape and array.strides[3] != array.dtype.itemsize:
         got = f"{describe(array)} with strides {tuple(array.strides)} bytes"
         raise ValueError(_message(name, "the last axis must be contiguous", got))

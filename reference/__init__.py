@@ -13,6 +13,7 @@ from .fusion_gains import fusion_gains
 from .gram import gram
 from .group_channels import gray_rank, group_channels
 from .hash_channels import HASH_BITS, hash_channels, hyperplanes
+from .merge_results import merge_results
 from .score_options import ScoreOptions, Window, cap_scores, key_limits, of_head, visible_keys
 from .subspace_attention import Maps, key_mean, make_maps, own_block_begin, subspace_attention, subspace_scores
 from .subspace_maps import (
@@ -54,6 +55,7 @@ __all__ = [
     "key_limits",
     "key_mean",
     "make_maps",
+    "merge_results",
     "of_head",
     "own_block_begin",
     "rounding",

@@ -6,6 +6,7 @@ CuPy's current stream; whatever is allocated beside such an array comes from CuP
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from ..numba_kernels.forward import choose_tiles, make_forward
 from ..numba_kernels.fusion_gains import make_fusion_gains
 from ..numba_kernels.group_channels import make_group_channels
 from ..numba_kernels.hash_channels import make_hash_channels
+from ..numba_kernels.merge_results import make_merge_results
 from ..problem import Grouping, GroupMaps, Layout, Problem, ceil_div
 from ..reference import hyperplanes
 from . import Backend, Maps, host_copy_back
@@ -179,6 +181,15 @@ class NumbaBackend(Backend):
             problem.causal_offset or 0,
             accumulator(problem.scale),
         )
+
+    def merge_results(self, out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, layout: Layout) -> tuple[Any, Any]:
+        """Merge two results over disjoint keys and their lse, Numba arrays in ``layout`` (eq. 25)."""
+        with _on_device_of(out_a):
+            O_a, O_b = (self.bring_in(x, layout) for x in (out_a, out_b))
+            O, lse = self.empty(tuple(O_a.shape), O_a, layout), self.empty_lse(tuple(O_a.shape[:3]), O_a)
+            kernel = make_merge_results(_accumulator(O.dtype))
+            _launch(kernel, ceil_div(math.prod(O.shape), THREADS.group), THREADS.group, O_a, lse_a, O_b, lse_b, O, lse)
+            return self.hand_back(O, layout, like=out_a, out=None), lse
 
     def bring_in(self, array: Any, layout: Layout) -> Any:
         """Return ``array`` as a native view; a NumPy array as a device copy."""

@@ -569,3 +569,69 @@ def test_missing_package_says_what_to_install(name: str, monkeypatch: pytest.Mon
     message = f"backend: {name!r} needs a package that is not installed: {backends.INSTALL[name]}"
     with pytest.raises(ImportError, match=f"^{re.escape(message)}$"):
         load(name)
+
+
+LSE = f"{NUMPY} (2, 4, 5) and dtype"
+WRONG_MERGES = {
+    "out_a-list": ({"out_a": [1.0]}, TypeError, "out_a: must be a NumPy, CuPy or Numba device array, got list"),
+    "out_b-none": ({"out_b": None}, TypeError, "out_b: must be a NumPy, CuPy or Numba device array, got NoneType"),
+    "lse_b-none": ({"lse_b": None}, TypeError, "lse_b: must be a NumPy, CuPy or Numba device array, got NoneType"),
+    "out_a-3d": (
+        {"out_a": normal(4, 5, 3)},
+        ValueError,
+        f"out_a: must have 4 axes, got {NUMPY} (4, 5, 3) and dtype float32",
+    ),
+    "out_a-no-width": (
+        {"out_a": normal(2, 4, 5, 0), "out_b": normal(2, 4, 5, 0)},
+        ValueError,
+        f"out_a: the last axis must not be empty, got {NUMPY} (2, 4, 5, 0) and dtype float32",
+    ),
+    "out_b-dtype": (
+        {"out_b": normal(2, 4, 5, 3, dtype="f8")},
+        TypeError,
+        f"out_b: must have out_a's dtype float32, got {OUT} float64",
+    ),
+    "out_b-shape": (
+        {"out_b": normal(2, 4, 6, 3)},
+        ValueError,
+        f"out_b: must have out_a's shape (2, 4, 5, 3), got {NUMPY} (2, 4, 6, 3) and dtype float32",
+    ),
+    "lse_a-dtype": (
+        {"lse_a": normal(2, 4, 5, dtype="f8")},
+        TypeError,
+        f"lse_a: the dtype must be float32, got {LSE} float64",
+    ),
+    "lse_b-shape": (
+        {"lse_b": normal(2, 5, 4)},
+        ValueError,
+        f"lse_b: must have shape (B, H, N) = (2, 4, 5), got {NUMPY} (2, 5, 4) and dtype float32",
+    ),
+    "lse_a-layout": (
+        {"layout": "bnhd"},
+        ValueError,
+        f"lse_a: must have shape (B, H, N) = (2, 5, 4), got {LSE} float32",
+    ),
+    "layout": ({"layout": "thd"}, ValueError, "layout: must be 'bhnd' or 'bnhd', got 'thd'"),
+}
+
+
+@pytest.mark.parametrize(("changed", "error", "message"), WRONG_MERGES.values(), ids=WRONG_MERGES)
+def test_wrong_argument_of_merge_is_named(changed: dict[str, Any], error: type[Exception], message: str) -> None:
+    good = {
+        "out_a": normal(2, 4, 5, 3),
+        "lse_a": normal(2, 4, 5),
+        "out_b": normal(2, 4, 5, 3),
+        "lse_b": normal(2, 4, 5),
+    }
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        distrattn_np.merge(**good | changed)
+
+
+@pytest.mark.parametrize("name", ["lse_a", "out_b", "lse_b"])
+def test_mixed_kinds_of_merge_are_named(name: str) -> None:
+    cuda = pytest.importorskip("numba.cuda")
+    good = {name: normal(2, 4, 5, *([3] if "out" in name else [])) for name in ("out_a", "lse_a", "out_b", "lse_b")}
+    shape = (OUT if "out" in name else LSE).replace("numpy", "numba")
+    message = f"{name}: must be a numpy array, as out_a is, got {shape} float32"
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        distrattn_np.merge(**good | {name: cuda.to_device(good[name])})
