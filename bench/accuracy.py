@@ -18,6 +18,8 @@ import numpy as np
 from .. import checks, demo, reference
 from ..problem import Grouping, Problem, Subspace, block_edges
 from ..reference.distr_attention import rows_that_meet
+from ..work import visible_pairs
+from .models.methods import rows_met
 
 BEGIN, END = "<!-- accuracy:begin -->\n", "<!-- accuracy:end -->"
 BEST = "best linear map (SVD)"
@@ -113,7 +115,7 @@ def _measure(inputs: demo.Inputs, label: str, options: dict[str, Any]) -> Measur
     return Measured(
         label=label,
         blocks=f"{grouping.block_size} {grouping.by}",
-        mean_rank=problem.rank if by_blocks is None else by_blocks.ranks.mean(),
+        mean_rank=problem.rank if by_blocks is None else by_blocks.ranks[:, :, np.array(rows_met(problem)) > 0].mean(),
         output_error=float(np.mean(output_errors)),
         total_variation=float(np.mean(total_variations)),
         score_error=float(np.sqrt(np.mean(squares))),
@@ -135,6 +137,10 @@ def approximate_scores(
             Q, K, channels[b, h_x], own_gains, group_size=grouping.group_size, **sizes
         )
     mean = maps.key_mean[b, h_kv]
+    if problem.causal_offset is not None and grouping.by == "keys":
+        sizes["exact_from"] = reference.own_block_begin(
+            np.arange(problem.queries), block_size=grouping.block_size, causal_offset=problem.causal_offset
+        )
     centred = reference.subspace_scores(Q, K - mean, maps.sampling[b, h_x], maps.fusion[b, h_x], **sizes)
     scores: Rows = problem.scale * (centred + (Q @ mean)[:, np.newaxis])
     return scores
@@ -165,7 +171,7 @@ def blocks_and_what_meets(
     Q = inputs.q[b, h * shared : (h + 1) * shared] if by == "keys" else inputs.q[b, h : h + 1]
     for start, stop in block_edges(problem.grouped_rows, grouping.block_size):
         first, last = rows_that_meet(
-            start, stop, group_by=by, N=problem.queries, M=problem.keys, causal_offset=problem.causal_offset
+            start, stop, group_by=by, N=problem.queries, M=problem.keys, causal_offset=problem.meeting_offset
         )
         if by == "keys":
             yield K[start:stop], Q[:, first:last].reshape(-1, problem.width).astype(np.float64)
@@ -174,14 +180,14 @@ def blocks_and_what_meets(
 
 
 def _predicted_error(problem: Problem, grouping: Grouping | Subspace, maps: reference.Maps) -> float:
-    """Return the root mean square of the predictions over the pairs that they are for."""
-    pairs = []
-    for start, stop in block_edges(problem.grouped_rows, grouping.block_size):
-        first, last = rows_that_meet(
-            start, stop, group_by=grouping.by, N=problem.queries, M=problem.keys, causal_offset=problem.causal_offset
-        )
-        pairs.append((stop - start) * (last - first))
-    return float(np.sqrt(np.average(np.square(maps.score_errors).mean(axis=(0, 1)), weights=pairs)))
+    """Return the root mean square of the predictions, over the pairs that they are for and the exact ones."""
+    edges = block_edges(problem.grouped_rows, grouping.block_size)
+    pairs = [(stop - start) * met for (start, stop), met in zip(edges, rows_met(problem), strict=True)]
+    squares = np.square(maps.score_errors).mean(axis=(0, 1)) @ pairs
+    all_pairs = sum(pairs)
+    if problem.own_block_is_exact:
+        all_pairs = visible_pairs(problem.queries, problem.keys, problem.causal_offset)
+    return float(np.sqrt(squares / all_pairs))
 
 
 def _softmax(S: Rows) -> Rows:

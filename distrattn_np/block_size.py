@@ -15,7 +15,8 @@ def choose_block_size(width: int, rank: int | None) -> tuple[int, str]:
 
     Rows of the other side are multiplied by the map of every block that they meet, D R / L multiply-adds a score. That
     must hide behind the exponentials, or add at most a tenth to the R + D of the two products. Where every block
-    chooses its own rank (None), R is taken for D / 2.
+    chooses its own rank (None), R is taken for D / 2. Exact own blocks cost (D - R) L / N more and 2 D R / N less: too
+    little to make the choice depend on N.
     """
     rank = width // 2 if rank is None else rank
     products = rank + width
