@@ -3,10 +3,11 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from .attention import distr_attention, exact_attention
+from .merge import merge
 
 try:
     __version__ = version("distrattn_np")
 except PackageNotFoundError:  # an uninstalled source tree
     __version__ = "0+unknown"
 
-__all__ = ["__version__", "distr_attention", "exact_attention"]
+__all__ = ["__version__", "distr_attention", "exact_attention", "merge"]

@@ -24,7 +24,11 @@ def distr_attention(
     block_size: int | None = None,
     seed: int = 0,
     causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
+    softcap: float = 0.0,
+    mask: Any = None,
+    bias: Any = None,
     layout: str = "bhnd",
     out: Any = None,
     return_lse: bool = False,
@@ -72,14 +76,23 @@ def distr_attention(
         Seeds the hyperplanes of "lsh"; the same seed gives the same groups on every backend.
     causal : bool or {"bottom-right", "top-left"}
         True and "bottom-right": query n sees keys ``m <= n + M - N``. "top-left": keys ``m <= n``.
+    window : (left, right), optional
+        Query n sees keys ``n + diagonal - left <= m <= n + diagonal + right``, of those that ``causal`` lets it see;
+        None on a side: no limit there. ``diagonal`` is 0 for "top-left" and ``M - N`` otherwise, causal or not.
     scale : float, optional
         Multiplies the scores. Default: ``1 / sqrt(D)``.
+    softcap : float
+        The scaled scores S become ``softcap * tanh(S / softcap)``. 0: as they are.
+    mask : array, broadcasts to (B, H, N, M) in either layout, bool, kind of ``q``
+        True where a query may attend a key. Any strides; never expanded in memory.
+    bias : array, broadcasts to (B, H, N, M) in either layout, dtype of ``q`` or float32, kind of ``q``
+        Added to the scaled and capped scores. Any strides; never expanded in memory.
     layout : {"bhnd", "bnhd"}
         Order of the axes of q, k, v and the result; "bnhd" is (B, N, H, D).
     out : array, optional
         Written and returned. Shape, dtype, kind and device of the result; must not overlap the inputs.
     return_lse : bool
-        Also return the log-sum-exp of the scaled scores of each row.
+        Also return the log-sum-exp of each row of the scores that the softmax sees: scaled, capped, with the bias.
     return_info : bool
         Also return the block size with its reason, and the rank and predicted score error of every block.
     backend : {"numpy", "cupy", "numba"}, optional
@@ -108,6 +121,10 @@ def distr_attention(
 
     Notes
     -----
+    A score passes through ``scale``, ``softcap``, ``bias`` and ``mask`` in this order, and does not count beyond
+    ``window`` or the causal limit. The channels are reduced as if there were only the causal limit: rows that nobody
+    attends to, such as padding, must hold finite numbers.
+
     Equation (4) of docs/math.md; after [1]_, whose grouping this is with ``method="lsh", fusion="sum",
     group_by="queries"``. 16-bit inputs are multiplied on tensor cores with float32 accumulation; the softmax is float32
     (float64 for float64). With ``causal`` the result for row n never uses the values of later rows, but it depends on
@@ -145,9 +162,22 @@ def distr_attention(
         seed=seed,
     )
     checks.check_backend_name(backend)
-    problem = checks.check_attention(q, k, v, causal=causal, scale=scale, layout=layout, out=out, grouping=grouping)
+    problem = checks.check_attention(
+        q,
+        k,
+        v,
+        causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        mask=mask,
+        bias=bias,
+        layout=layout,
+        out=out,
+        grouping=grouping,
+    )
     chosen = backends.load(backend, like=q)
-    result, lse, maps = chosen.attention(problem, q, k, v, out)
+    result, lse, maps = chosen.attention(problem, q, k, v, out, mask, bias)
     results = [result]
     if return_lse:
         results.append(lse)
@@ -162,16 +192,20 @@ def exact_attention(
     v: Any,
     *,
     causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
+    softcap: float = 0.0,
+    mask: Any = None,
+    bias: Any = None,
     layout: str = "bhnd",
     out: Any = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Any:
-    """Exact attention ``softmax(scale q k^T) v``: what `distr_attention` gives for ``group_size=1``.
+    """Exact attention ``softmax(scale q k^T + bias) v``: what `distr_attention` gives for ``group_size=1``.
 
-    Parameters, results and errors are those of `distr_attention` without the grouping options; equations (1) to (3) of
-    docs/math.md.
+    Parameters, results and errors are those of `distr_attention` without the grouping options; equations (1) to (3)
+    and (21) to (24) of docs/math.md.
 
     Examples
     --------
@@ -181,8 +215,21 @@ def exact_attention(
     array([1., 1., 1., 1.], dtype=float32)
     """
     checks.check_backend_name(backend)
-    problem = checks.check_attention(q, k, v, causal=causal, scale=scale, layout=layout, out=out, grouping=None)
-    result, lse, _ = backends.load(backend, like=q).attention(problem, q, k, v, out)
+    problem = checks.check_attention(
+        q,
+        k,
+        v,
+        causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        mask=mask,
+        bias=bias,
+        layout=layout,
+        out=out,
+        grouping=None,
+    )
+    result, lse, _ = backends.load(backend, like=q).attention(problem, q, k, v, out, mask, bias)
     return (result, lse) if return_lse else result
 
 

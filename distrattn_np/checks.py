@@ -22,6 +22,7 @@ MAX_WIDTH = 256
 DEFAULT_BLOCK_SIZE = 1024
 """Rows per block of ``method="lsh"`` where the caller names none; docs/block_size.md says what the choice trades."""
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+FLOAT32_TINY = float(np.finfo(np.float32).tiny)
 
 
 def check_attention(
@@ -34,6 +35,10 @@ def check_attention(
     layout: str,
     out: Any,
     grouping: Grouping | Subspace | None,
+    window: Any = None,
+    softcap: float = 0.0,
+    mask: Any = None,
+    bias: Any = None,
 ) -> Problem:
     """Return the problem that the arguments describe, or raise the first error found."""
     _check_choice("layout", layout, "bhnd", "bnhd")
@@ -60,6 +65,13 @@ def check_attention(
         raise ValueError(_message("v", f"must have k's {kv_heads} heads", describe(v)))
     if v_keys != keys:
         raise ValueError(_message("v", f"must have k's {keys} rows", describe(v)))
+    scores = (batch, heads, queries, keys)
+    if mask is not None:
+        named["mask"] = mask
+        _check_broadcast("mask", mask, q, scores, "bool")
+    if bias is not None:
+        named["bias"] = bias
+        _check_broadcast("bias", bias, q, scores, q.dtype.name, "float32")
     if out is not None:
         _check_out(out, named, _in_layout((batch, heads, queries, value_width), layout))
     return Problem(
@@ -75,6 +87,10 @@ def check_attention(
         causal_offset=_check_causal(causal, queries, keys),
         layout="bnhd" if layout == "bnhd" else "bhnd",
         grouping=_shorten_block(grouping, queries, keys),
+        window=_check_window(window, queries + keys),
+        softcap=_check_softcap(softcap),
+        has_mask=mask is not None,
+        has_bias=bias is not None,
     )
 
 
@@ -139,6 +155,24 @@ def check_grouping(
     )
 
 
+def check_merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, *, layout: str) -> None:
+    """Raise the first error found in the arguments of `merge`."""
+    _check_choice("layout", layout, "bhnd", "bnhd")
+    _check_array("out_a", out_a, out_a, "out_a")
+    _check_array("out_b", out_b, out_a, "out_a")
+    if tuple(out_b.shape) != tuple(out_a.shape):
+        raise ValueError(_message("out_b", f"must have out_a's shape {tuple(out_a.shape)}", describe(out_b)))
+    if out_a.shape[3] == 0:
+        raise ValueError(_message("out_a", "the last axis must not be empty", describe(out_a)))
+    rows = _bhnd_shape(out_a, layout)[:3]
+    for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
+        _check_kind(name, lse, out_a, "out_a")
+        if lse.dtype != np.float32:
+            raise TypeError(_message(name, "the dtype must be float32", describe(lse)))
+        if tuple(lse.shape) != rows:
+            raise ValueError(_message(name, f"must have shape (B, H, N) = {rows}", describe(lse)))
+
+
 def check_backend_name(name: str | None) -> None:
     """Raise unless ``name`` is one of the backends."""
     if name is not None:
@@ -160,23 +194,44 @@ def _check_choice(name: str, value: Any, *choices: str) -> None:
         raise ValueError(_message(name, rule, _show(value)))
 
 
-def _check_array(name: str, array: Any, q: Any) -> None:
+def _check_kind(name: str, array: Any, q: Any, first: str = "q") -> None:
+    """Raise unless ``array`` is of the kind and on the device of ``q``, the argument named ``first``."""
     if kind_of(array) is None:
         raise TypeError(_message(name, "must be a NumPy, CuPy or Numba device array", describe(array)))
     if kind_of(array) != kind_of(q):
-        raise TypeError(_message(name, f"must be a {kind_of(q)} array, as q is", describe(array)))
+        raise TypeError(_message(name, f"must be a {kind_of(q)} array, as {first} is", describe(array)))
     if _device_of(array) != _device_of(q):
-        rule = f"must be on q's device {_device_of(q)}"
+        rule = f"must be on {first}'s device {_device_of(q)}"
         raise ValueError(_message(name, rule, f"{describe(array)} on device {_device_of(array)}"))
+
+
+def _check_array(name: str, array: Any, q: Any, first: str = "q") -> None:
+    _check_kind(name, array, q, first)
     if len(array.shape) != 4:
         raise ValueError(_message(name, "must have 4 axes", describe(array)))
     if array.dtype.name not in DTYPES or not np.dtype(array.dtype).isnative:
         raise TypeError(_message(name, f"the dtype must be one of {', '.join(DTYPES)}", describe(array)))
     if array.dtype != q.dtype:
-        raise TypeError(_message(name, f"must have q's dtype {q.dtype}", describe(array)))
+        raise TypeError(_message(name, f"must have {first}'s dtype {q.dtype}", describe(array)))
     if array.shape[3] > 1 and 0 not in array.shape and array.strides[3] != array.dtype.itemsize:
         got = f"{describe(array)} with strides {tuple(array.strides)} bytes"
         raise ValueError(_message(name, "the last axis must be contiguous", got))
+    _check_elements(name, array)
+
+
+def _check_broadcast(name: str, array: Any, q: Any, shape: tuple[int, ...], *dtypes: str) -> None:
+    """Raise unless ``array`` broadcasts to ``shape`` and has one of the dtypes."""
+    _check_kind(name, array, q)
+    if array.dtype.name not in dtypes or not np.dtype(array.dtype).isnative:
+        raise TypeError(_message(name, f"the dtype must be {' or '.join(dict.fromkeys(dtypes))}", describe(array)))
+    missing = len(shape) - len(array.shape)
+    if missing < 0 or any(size not in (1, n) for size, n in zip(array.shape, shape[missing:], strict=True)):
+        raise ValueError(_message(name, f"must broadcast to (B, H, N, M) = {shape}", describe(array)))
+    _check_elements(name, array)
+
+
+def _check_elements(name: str, array: Any) -> None:
+    """Raise unless every element lies at a multiple of its size."""
     if any(stride % array.dtype.itemsize for stride in array.strides):
         got = f"{describe(array)} with strides {tuple(array.strides)} bytes"
         raise ValueError(_message(name, "strides must be multiples of the element size", got))
@@ -193,8 +248,8 @@ def _check_out(out: Any, named: dict[str, Any], shape: tuple[int, ...]) -> None:
     if overlaps_itself(out):
         got = f"{describe(out)} with strides {tuple(out.strides)} bytes"
         raise ValueError(_message("out", "elements must not share memory", got))
-    for name in ("q", "k", "v"):
-        if share_memory(out, named[name]):
+    for name, array in named.items():
+        if name != "out" and share_memory(out, array):
             raise ValueError(_message("out", f"must not share memory with {name}", describe(out)))
 
 
@@ -204,6 +259,27 @@ def _check_scale(scale: float | None, width: int) -> float:
     if isinstance(scale, numbers.Real) and not isinstance(scale, bool) and abs(scale) <= FLOAT32_MAX:
         return float(scale)
     raise ValueError(_message("scale", "must be a finite number in the range of float32", _show(scale)))
+
+
+def _check_softcap(softcap: float) -> float:
+    is_number = isinstance(softcap, numbers.Real) and not isinstance(softcap, bool)
+    if is_number and (softcap == 0 or FLOAT32_TINY <= softcap <= FLOAT32_MAX):
+        return float(softcap)
+    raise ValueError(
+        _message("softcap", "must be 0 or a positive finite number in the range of float32", _show(softcap))
+    )
+
+
+def _check_window(window: Any, rows: int) -> tuple[int | None, int | None]:
+    """Return (left, right); no side is longer than ``rows``, so that numbers of any size stay within kernels' ints."""
+    if window is None:
+        return None, None
+    sides = tuple(window) if isinstance(window, tuple | list) else ()
+    if len(sides) != 2 or not all(side is None or _is_count(side) for side in sides):
+        rule = "must be None or (left, right), each None or an integer of at least 0"
+        raise ValueError(_message("window", rule, _show(window)))
+    left, right = (None if side is None else min(int(side), rows) for side in sides)
+    return left, right
 
 
 def _check_group_size(group_size: int | None, width: int) -> int:
@@ -237,9 +313,13 @@ def _check_causal(causal: bool | str, queries: int, keys: int) -> int | None:
 
 
 def _check_integer(name: str, value: Any, *, at_least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < at_least:
+    if not _is_count(value, at_least):
         raise ValueError(_message(name, f"must be an integer of at least {at_least}", _show(value)))
     return int(value)
+
+
+def _is_count(value: Any, at_least: int = 0) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= at_least
 
 
 def _shorten_block(grouping: Grouping | Subspace | None, queries: int, keys: int) -> Grouping | Subspace | None:

@@ -1,9 +1,11 @@
-"""What is to be computed, as plain numbers: sizes, scale, causal limit, grouping. No arrays, no backend."""
+"""What is to be computed, as plain numbers: sizes, scale, limits, grouping. No arrays, no backend."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from .reference.score_options import Window, key_limits
 
 Layout = Literal["bhnd", "bnhd"]
 GroupBy = Literal["queries", "keys"]
@@ -54,6 +56,30 @@ class Problem:
     layout: Layout
     grouping: Grouping | Subspace | None
     """None is exact attention."""
+    window: Window = (None, None)
+    """Keys that a query sees before and after its own (eq. 23); None: all on that side."""
+    softcap: float = 0.0
+    """The scores stay within plus and minus this (eq. 21); zero: no cap."""
+    has_mask: bool = False
+    """Whether a mask comes with q, k and v."""
+    has_bias: bool = False
+    """Whether a bias comes with q, k and v."""
+
+    @property
+    def key_limits(self) -> tuple[int | None, int | None]:
+        """(low, high): query n sees keys n + low <= m <= n + high, causal limit and window together; None: no limit."""
+        return key_limits(self.queries, self.keys, self.causal_offset, self.window)
+
+    @property
+    def score_options(self) -> frozenset[str]:
+        """Names of the options in use, beside the causal limit, that change or hide scores."""
+        in_use = {
+            "window": self.window != (None, None),
+            "softcap": self.softcap != 0,
+            "mask": self.has_mask,
+            "bias": self.has_bias,
+        }
+        return frozenset(name for name, used in in_use.items() if used)
 
     @property
     def heads_per_kv_head(self) -> int:

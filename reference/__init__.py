@@ -7,12 +7,14 @@ compared with.
 
 from .channel_norms import channel_norms
 from .distr_attention import distr_attention, fused_scores, group_maps
-from .exact_attention import exact_attention, softmax_attention, visible_keys
+from .exact_attention import exact_attention, softmax_attention
 from .fuse_channels import fuse_channels, sample_channels
 from .fusion_gains import fusion_gains
 from .gram import gram
 from .group_channels import gray_rank, group_channels
 from .hash_channels import HASH_BITS, hash_channels, hyperplanes
+from .merge_results import merge_results
+from .score_options import ScoreOptions, Window, cap_scores, key_limits, of_head, visible_keys
 from .subspace_attention import Maps, key_mean, make_maps, own_block_begin, subspace_attention, subspace_scores
 from .subspace_maps import (
     RANK_STEP,
@@ -30,7 +32,10 @@ __all__ = [
     "HASH_BITS",
     "RANK_STEP",
     "Maps",
+    "ScoreOptions",
+    "Window",
     "balance_columns",
+    "cap_scores",
     "channel_norms",
     "cholesky",
     "choose_channels",
@@ -47,8 +52,11 @@ __all__ = [
     "half_step",
     "hash_channels",
     "hyperplanes",
+    "key_limits",
     "key_mean",
     "make_maps",
+    "merge_results",
+    "of_head",
     "own_block_begin",
     "rounding",
     "sample_channels",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from .channel_norms import channel_norms
-from .exact_attention import softmax_attention, visible_keys
+from .exact_attention import softmax_attention
 from .fuse_channels import fuse_channels, sample_channels
 from .fusion_gains import fusion_gains
 from .group_channels import group_channels
 from .hash_channels import hash_channels, hyperplanes
+from .score_options import NO_OPTIONS, ScoreOptions, visible_keys
 
 
 def rows_that_meet(
@@ -104,6 +105,7 @@ def distr_attention(
     fusion: str,
     seed: int,
     causal_offset: int | None = None,
+    options: ScoreOptions = NO_OPTIONS,
     maps: tuple[np.ndarray, np.ndarray | None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return approximate attention (B, H, N, E) and its lse (B, H, N) in float64.
@@ -126,7 +128,7 @@ def distr_attention(
     channels, gains = maps
     out = np.zeros((B, H, N, E))
     lse = np.full((B, H, N), -np.inf)
-    seen = visible_keys(N, M, causal_offset)
+    seen = visible_keys(N, M, causal_offset, options.window)
     for b, h in np.ndindex(B, H):
         h_kv = h * H_kv // H
         h_x = h if group_by == "queries" else h_kv
@@ -139,6 +141,6 @@ def distr_attention(
             block_size=block_size,
             group_by=group_by,
         )
-        S = np.where(seen, scale * S, -np.inf)
+        S = np.where(seen, options.apply(scale * S, b, h), -np.inf)
         out[b, h], lse[b, h] = softmax_attention(S, v[b, h_kv].astype(np.float64))
     return out, lse

@@ -1,15 +1,10 @@
-"""Attention as it is defined (docs/math.md, eq. 1 to 3)."""
+"""Attention as it is defined (docs/math.md, eq. 1 to 3 and 21 to 24)."""
 
 from __future__ import annotations
 
 import numpy as np
 
-
-def visible_keys(N: int, M: int, causal_offset: int | None) -> np.ndarray:
-    """Return the (N, M) table of eq. 3: query n sees key m where ``m <= n + causal_offset`` (None: everywhere)."""
-    if causal_offset is None:
-        return np.ones((N, M), dtype=bool)
-    return np.arange(M) <= np.arange(N)[:, None] + causal_offset
+from .score_options import NO_OPTIONS, ScoreOptions, visible_keys
 
 
 def softmax_attention(S: np.ndarray, V: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -40,16 +35,22 @@ def softmax_attention(S: np.ndarray, V: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def exact_attention(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, *, scale: float, causal_offset: int | None = None
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    *,
+    scale: float,
+    causal_offset: int | None = None,
+    options: ScoreOptions = NO_OPTIONS,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return exact attention of (B, H, N, D), (B, H_kv, M, D), (B, H_kv, M, E) in float64, and its lse (B, H, N)."""
     B, H, N, _ = q.shape
     H_kv, M, E = k.shape[1], k.shape[2], v.shape[3]
     out = np.zeros((B, H, N, E))
     lse = np.full((B, H, N), -np.inf)
-    seen = visible_keys(N, M, causal_offset)
+    seen = visible_keys(N, M, causal_offset, options.window)
     for b, h in np.ndindex(B, H):
         Q, K, V = (x.astype(np.float64) for x in (q[b, h], k[b, h * H_kv // H], v[b, h * H_kv // H]))
-        S = np.where(seen, scale * (Q @ K.T), -np.inf)
+        S = np.where(seen, options.apply(scale * (Q @ K.T), b, h), -np.inf)
         out[b, h], lse[b, h] = softmax_attention(S, V)
     return out, lse

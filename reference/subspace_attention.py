@@ -7,8 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from .distr_attention import rows_that_meet
-from .exact_attention import softmax_attention, visible_keys
+from .exact_attention import softmax_attention
 from .gram import gram
+from .score_options import NO_OPTIONS, ScoreOptions, visible_keys
 from .subspace_maps import subspace_maps
 
 
@@ -124,13 +125,14 @@ def subspace_attention(
     block_size: int,
     group_by: str,
     causal_offset: int | None = None,
+    options: ScoreOptions = NO_OPTIONS,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return attention through `make_maps` (B, H, N, E) and its lse (B, H, N), in float64."""
     B, H, N, _ = q.shape
     H_kv, M, E = k.shape[1], k.shape[2], v.shape[3]
     out = np.zeros((B, H, N, E))
     lse = np.full((B, H, N), -np.inf)
-    seen = visible_keys(N, M, causal_offset)
+    seen = visible_keys(N, M, causal_offset, options.window)
     exact_from = None
     if causal_offset is not None and group_by == "keys":
         exact_from = own_block_begin(np.arange(N), block_size=block_size, causal_offset=causal_offset)
@@ -148,7 +150,8 @@ def subspace_attention(
             group_by=group_by,
             exact_from=exact_from,
         )
-        S = np.where(seen, scale * S, -np.inf)
+        # centring takes the same number from all scores of a row: they get it back before they are capped (eq. 12)
+        S = scale * (S + (Q @ mean)[:, np.newaxis])
+        S = np.where(seen, options.apply(S, b, h), -np.inf)
         out[b, h], lse[b, h] = softmax_attention(S, v[b, h_kv].astype(np.float64))
-        lse[b, h] += scale * (Q @ mean)
     return out, lse

@@ -166,8 +166,8 @@ class TestRun:
     def test_a_result_that_is_off_is_not_timed(self, tmp_path, monkeypatch, capsys):
         attend = NUMPY.attend
 
-        def off(self, problem, Q, K, V, O, lse, maps):
-            attend(self, problem, Q, K, V, O, lse, maps)
+        def off(self, problem, Q, K, V, O, lse, maps, *rest):
+            attend(self, problem, Q, K, V, O, lse, maps, *rest)
             if maps is not None:
                 O[..., -1, :] *= 1.001  # the last query of each head
 
@@ -186,9 +186,9 @@ class TestRun:
     def test_rows_that_nobody_wrote_are_wrong(self, tmp_path, monkeypatch):
         attend = NUMPY.attend
 
-        def forget_a_head(self, problem, Q, K, V, O, lse, maps):
+        def forget_a_head(self, problem, Q, K, V, O, lse, maps, *rest):
             kept = O[:, 1].copy()  # a head that the oracle does not look at
-            attend(self, problem, Q, K, V, O, lse, maps)
+            attend(self, problem, Q, K, V, O, lse, maps, *rest)
             O[:, 1] = kept
 
         monkeypatch.setattr(NUMPY, "attend", forget_a_head)
@@ -221,10 +221,10 @@ class TestRun:
     def test_a_failure_is_told_and_the_run_goes_on(self, error, status, code, tmp_path, monkeypatch):
         attend = NUMPY.attend
 
-        def fail(self, problem, Q, K, V, O, lse, maps):
+        def fail(self, problem, Q, K, V, O, lse, maps, *rest):
             if maps is None and problem.queries in (40, 70):  # not the packaged sample, whose error is taken beside
                 raise error
-            attend(self, problem, Q, K, V, O, lse, maps)
+            attend(self, problem, Q, K, V, O, lse, maps, *rest)
 
         monkeypatch.setattr(NUMPY, "attend", fail)
         got, measured = run("-G", "1,2", "-N", "40,70", path=tmp_path / "report.json")

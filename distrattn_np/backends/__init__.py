@@ -32,8 +32,12 @@ class Backend(ABC):
     """Array kinds that it takes."""
     builds_subspace: ClassVar[bool] = False
     """Whether it covers ``method="subspace"``."""
+    score_options: ClassVar[frozenset[str]] = frozenset()
+    """Which of "window", "softcap", "mask" and "bias" it covers."""
 
-    def attention(self, problem: Problem, q: Any, k: Any, v: Any, out: Any) -> tuple[Any, Any, Maps]:
+    def attention(
+        self, problem: Problem, q: Any, k: Any, v: Any, out: Any, mask: Any = None, bias: Any = None
+    ) -> tuple[Any, Any, Maps]:
         """Compute one checked call.
 
         Returns
@@ -48,7 +52,11 @@ class Backend(ABC):
         if isinstance(problem.grouping, Subspace) and not self.builds_subspace:
             rule = f"'subspace' is not built for the {self.name} backend yet"
             raise NotImplementedError(f"method: {rule}, got {describe(q)}")
+        for name in sorted(problem.score_options - self.score_options):
+            rule = f"is not built for the {self.name} backend yet"
+            raise NotImplementedError(f"{name}: {rule}, got {describe(q)}")
         Q, K, V = (self.bring_in(x, problem.layout) for x in (q, k, v))
+        mask, bias = (None if x is None else self.bring_in(x, "bhnd") for x in (mask, bias))
         if out is not None and self.shares_memory(out):
             O = self.bring_in(out, problem.layout)
         else:
@@ -57,7 +65,7 @@ class Backend(ABC):
         maps = None
         if 0 not in O.shape:
             maps = self.group_maps(problem, Q, K)
-            self.attend(problem, Q, K, V, O, lse, maps)
+            self.attend(problem, Q, K, V, O, lse, maps, mask, bias)
         result = self.hand_back(O, problem.layout, like=q, out=out)
         return result, self.hand_back(lse, None, like=q, out=None), maps
 
@@ -66,8 +74,22 @@ class Backend(ABC):
         """Return the maps of every block (docs/math.md, eq. 5 to 9 and 11 to 19); None for exact attention."""
 
     @abstractmethod
-    def attend(self, problem: Problem, Q: Any, K: Any, V: Any, O: Any, lse: Any, maps: Any) -> None:
-        """Write attention into O (B, H, N, E) and its log-sum-exp into lse (B, H, N); no axis of O is empty."""
+    def attend(
+        self,
+        problem: Problem,
+        Q: Any,
+        K: Any,
+        V: Any,
+        O: Any,
+        lse: Any,
+        maps: Any,
+        mask: Any = None,
+        bias: Any = None,
+    ) -> None:
+        """Write attention into O (B, H, N, E) and its log-sum-exp into lse (B, H, N); no axis of O is empty.
+
+        ``mask`` and ``bias`` broadcast to (B, H, N, M); they are None where `score_options` does not name them.
+        """
 
     @abstractmethod
     def bring_in(self, array: Any, layout: Layout) -> Any:

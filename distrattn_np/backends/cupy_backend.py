@@ -80,10 +80,12 @@ class CupyBackend(Backend):
     kinds: ClassVar[frozenset[Kind]] = frozenset({"cupy", "numba", "numpy"})
     builds_subspace: ClassVar[bool] = True
 
-    def attention(self, problem: Problem, q: Any, k: Any, v: Any, out: Any) -> tuple[Any, Any, Maps]:
+    def attention(
+        self, problem: Problem, q: Any, k: Any, v: Any, out: Any, mask: Any = None, bias: Any = None
+    ) -> tuple[Any, Any, Maps]:
         """Compute one call on the device that holds ``q`` (the current one for NumPy arrays)."""
         with _device_of(q):
-            return super().attention(problem, q, k, v, out)
+            return super().attention(problem, q, k, v, out, mask, bias)
 
     # ---- arrays ----
 
@@ -244,7 +246,18 @@ class CupyBackend(Backend):
 
     # ---- attention ----
 
-    def attend(self, problem: Problem, Q: Any, K: Any, V: Any, O: Any, lse: Any, maps: Maps) -> None:
+    def attend(
+        self,
+        problem: Problem,
+        Q: Any,
+        K: Any,
+        V: Any,
+        O: Any,
+        lse: Any,
+        maps: Maps,
+        mask: Any = None,  # noqa: ARG002
+        bias: Any = None,  # noqa: ARG002
+    ) -> None:
         on_tensor_cores = uses_tensor_cores(problem, capability())
         ready: GroupMaps | _DenseMaps | None = None
         if isinstance(maps, GroupMaps):

@@ -26,6 +26,7 @@ from ..numba_kernels.gram import ProductTiles, make_gram
 from ..numba_kernels.group_channels import make_group_channels
 from ..numba_kernels.hash_channels import make_hash_channels
 from ..numba_kernels.key_mean import make_key_mean
+from ..numba_kernels.merge_results import make_merge_results
 from ..numba_kernels.reduce_rows import make_reduce_rows
 from ..numba_kernels.subspace_maps import SQUARE_BUFFERS, WIDE_BUFFERS, make_subspace_maps
 from ..numba_kernels.sum_segments import make_sum_segments
@@ -87,13 +88,15 @@ class NumbaBackend(Backend):
     kinds = frozenset(("numba", "numpy", "cupy"))
     builds_subspace: ClassVar[bool] = True
 
-    def attention(self, problem: Problem, q: Any, k: Any, v: Any, out: Any) -> tuple[Any, Any, Maps]:
+    def attention(
+        self, problem: Problem, q: Any, k: Any, v: Any, out: Any, mask: Any = None, bias: Any = None
+    ) -> tuple[Any, Any, Maps]:
         """Compute one checked call on the device of its arrays."""
         if problem.dtype not in (np.float16, np.float32, np.float64):
             rule = "the numba backend takes float16, float32 and float64"
             raise NotImplementedError(f"q: {rule}, got {describe(q)}")
         with _on_device_of(q):
-            return super().attention(problem, q, k, v, out)
+            return super().attention(problem, q, k, v, out, mask, bias)
 
     def group_maps(self, problem: Problem, Q: Any, K: Any) -> Maps:
         """Return the maps of every block as native arrays; all floats have the type of the sums."""
@@ -242,7 +245,18 @@ class NumbaBackend(Backend):
         _launch(kernel, batch * heads * blocks, threads, X, norms, channels, gains, block_size)
         return gains
 
-    def attend(self, problem: Problem, Q: Any, K: Any, V: Any, O: Any, lse: Any, maps: Maps) -> None:
+    def attend(
+        self,
+        problem: Problem,
+        Q: Any,
+        K: Any,
+        V: Any,
+        O: Any,
+        lse: Any,
+        maps: Maps,
+        mask: Any = None,  # noqa: ARG002
+        bias: Any = None,  # noqa: ARG002
+    ) -> None:
         """Write attention into O and its log-sum-exp into lse."""
         grouping = problem.grouping
         accumulator = _accumulator(problem.dtype)
@@ -300,6 +314,15 @@ class NumbaBackend(Backend):
                 return absent, absent, sampled, maps.fusion, maps.ranks, maps.key_mean
             case _:
                 return (absent,) * 6
+
+    def merge_results(self, out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, layout: Layout) -> tuple[Any, Any]:
+        """Merge two results over disjoint keys and their lse, Numba arrays in ``layout`` (eq. 25)."""
+        with _on_device_of(out_a):
+            O_a, O_b = (self.bring_in(x, layout) for x in (out_a, out_b))
+            O, lse = self.empty(tuple(O_a.shape), O_a, layout), self.empty_lse(tuple(O_a.shape[:3]), O_a)
+            kernel = make_merge_results(_accumulator(O.dtype))
+            _launch(kernel, ceil_div(math.prod(O.shape), THREADS.group), THREADS.group, O_a, lse_a, O_b, lse_b, O, lse)
+            return self.hand_back(O, layout, like=out_a, out=None), lse
 
     def bring_in(self, array: Any, layout: Layout) -> Any:
         """Return ``array`` as a native view; a NumPy array as a device copy."""

@@ -43,6 +43,7 @@ class NumpyBackend(Backend):
     name = "numpy"
     kinds = frozenset({"numpy"})
     builds_subspace: ClassVar[bool] = True
+    score_options: ClassVar[frozenset[str]] = frozenset({"window", "softcap", "mask", "bias"})
 
     def group_maps(self, problem: Problem, Q: np.ndarray, K: np.ndarray) -> Maps:
         """Return the maps of every block; what multiplies has the precision of the scores."""
@@ -154,6 +155,8 @@ class NumpyBackend(Backend):
         O: np.ndarray,
         lse: np.ndarray,
         maps: Maps,
+        mask: np.ndarray | None = None,
+        bias: np.ndarray | None = None,
     ) -> None:
         """Write attention into O (B, H, N, E) and its log-sum-exp into lse (B, H, N), a tile of queries at a time."""
         N, grouping = problem.queries, problem.grouping
@@ -164,8 +167,17 @@ class NumpyBackend(Backend):
 
         def attend_tile(b: int, h: int, t: int) -> None:
             h_kv = h // problem.heads_per_kv_head
-            head_maps = _maps_of_head(problem, maps, b, h, h_kv)
-            _Head(problem, Q[b, h], K[b, h_kv], V[b, h_kv], O[b, h], lse[b, h], head_maps).attend(*tiles[t])
+            _Head(
+                problem,
+                Q[b, h],
+                K[b, h_kv],
+                V[b, h_kv],
+                O[b, h],
+                lse[b, h],
+                _maps_of_head(problem, maps, b, h, h_kv),
+                None if mask is None else reference.of_head(mask, b, h),
+                None if bias is None else reference.of_head(bias, b, h),
+            ).attend(*tiles[t])
 
         rows = max(stop - start for start, stop in tiles)
         _run_tasks(
@@ -263,41 +275,51 @@ class _Head:
     O: np.ndarray  # (N, E)
     lse: np.ndarray  # (N,)
     maps: _HeadMaps | None  # None: exact
+    mask: np.ndarray | None  # broadcasts to (N, M)
+    bias: np.ndarray | None  # broadcasts to (N, M)
 
     def attend(self, start: int, stop: int) -> None:
         """Write O and lse of the queries ``start`` to ``stop - 1``, all of one block."""
-        problem, offset = self.problem, self.problem.causal_offset
+        problem = self.problem
+        low, high = problem.key_limits
         dtype = _compute_dtype(problem)
-        # the keys that the last of these queries sees (eq. 3), and the first query that sees any
-        keys = problem.keys if offset is None else min(max(stop + offset, 0), problem.keys)
-        first = start if offset is None else min(max(start, -offset), stop)
-        if keys == 0:
-            first = stop
-        self.O[start:first] = 0
-        self.lse[start:first] = -np.inf
-        if first == stop:
-            return
+        # from the first key that the first of these queries sees to the last that the last sees (eq. 3 and 23)
+        m_first = 0 if low is None else max(start + low, 0)
+        m_last = problem.keys if high is None else min(stop + high, problem.keys)
 
-        X = _tile(self.Q, first, stop, dtype) * dtype.type(problem.scale)
+        X = _tile(self.Q, start, stop, dtype) * dtype.type(problem.scale)
         key_mean = None if self.maps is None else self.maps.key_mean
-        lse_shift = 0 if key_mean is None else X @ key_mean
+        row_shift = None if key_mean is None else X @ key_mean
         block = None
         if self.maps is not None and self.maps.grouping.by == "queries":
             block = start // self.maps.grouping.block_size
             X = self.maps.sample(X, block)
-        softmax = _RunningSoftmax(stop - first, problem.value_width, dtype)
-        buffer = np.empty((stop - first) * min(KEY_TILE, keys), dtype)
-        for m in range(0, keys, KEY_TILE):
-            m_stop = min(m + KEY_TILE, keys)
-            unseen = 0 if offset is None else max(m - offset - first, 0)  # the rows before it see nothing of this tile
-            S = buffer[: (stop - first - unseen) * (m_stop - m)].reshape(-1, m_stop - m)
+        softmax = _RunningSoftmax(stop - start, problem.value_width, dtype)
+        buffer = np.empty((stop - start) * max(min(KEY_TILE, m_last - m_first), 0), dtype)
+        for m in range(m_first, m_last, KEY_TILE):
+            m_stop = min(m + KEY_TILE, m_last)
+            # the queries that see a key of this tile
+            n = start if high is None else max(start, m - high)
+            n_stop = stop if low is None else min(stop, m_stop - low)
+            shown = None if self.mask is None else _part(self.mask, n, n_stop, m, m_stop)
+            if shown is not None and not shown.any():
+                continue
+            rows = slice(n - start, n_stop - start)
+            S = buffer[: (n_stop - n) * (m_stop - m)].reshape(-1, m_stop - m)
             Y = _tile(self.K, m, m_stop, dtype)
-            self._write_scores(S, X[unseen:], Y if key_mean is None else Y - key_mean, first + unseen, m, block)
-            if offset is not None and first + unseen + offset < m_stop - 1:
-                last_seen = np.arange(first + unseen, stop)[:, None] + offset
-                np.copyto(S, -np.inf, where=np.arange(m, m_stop) > last_seen)
-            softmax.add(unseen, S, _tile(self.V, m, m_stop, dtype))
-        softmax.write(self.O[first:stop], self.lse[first:stop], lse_shift)
+            self._write_scores(S, X[rows], Y if key_mean is None else Y - key_mean, n, m, block)
+            if problem.softcap:
+                if row_shift is not None:
+                    S += row_shift[rows, np.newaxis]
+                _cap_scores(S, problem.softcap)
+            if self.bias is not None:
+                S += _part(self.bias, n, n_stop, m, m_stop)
+            if shown is not None and not shown.all():
+                np.copyto(S, -np.inf, where=~shown)
+            _hide_beyond_limits(S, n, m, low, high)
+            softmax.add(rows, S, _tile(self.V, m, m_stop, dtype))
+        lse_shift = 0 if row_shift is None or problem.softcap else row_shift
+        softmax.write(self.O[start:stop], self.lse[start:stop], lse_shift)
 
     def _write_scores(self, S: np.ndarray, X: np.ndarray, Y: np.ndarray, n: int, m: int, block: int | None) -> None:
         """Write the scores (eq. 4, 20) of scaled queries X from n on, sampled if of a ``block``, and keys Y from m on.
@@ -339,9 +361,9 @@ class _RunningSoftmax:
         self.row_sum = np.zeros((rows, 1), dtype)
         self.product = np.empty_like(self.O)
 
-    def add(self, first: int, S: np.ndarray, V: np.ndarray) -> None:
-        """Take in the scores S (which become P) and values V of one tile of keys, for the rows from ``first`` on."""
-        O, row_max, row_sum, product = (x[first:] for x in (self.O, self.row_max, self.row_sum, self.product))
+    def add(self, rows: slice, S: np.ndarray, V: np.ndarray) -> None:
+        """Take in the scores S (which become P) of some rows and the values V of one tile of keys."""
+        O, row_max, row_sum, product = (x[rows] for x in (self.O, self.row_max, self.row_sum, self.product))
         new_max = np.maximum(row_max, S.max(axis=1, keepdims=True))
         shift = _finite_shift(new_max)
         S -= shift
@@ -364,11 +386,37 @@ class _RunningSoftmax:
         np.copyto(self.O, 0, where=empty)
         O[...] = self.O
         lse[...] = (np.log(self.row_sum) + _finite_shift(self.row_max))[:, 0] + lse_shift
+        np.copyto(lse, -np.inf, where=empty[:, 0])  # whatever its query holds
 
 
 def _finite_shift(row_max: np.ndarray) -> np.ndarray:
     # a row of scores that are all minus infinity has no weight; shifted by its maximum it would be NaN
     return np.where(row_max == -np.inf, row_max.dtype.type(0), row_max)
+
+
+def _cap_scores(S: np.ndarray, softcap: float) -> None:
+    """Put `reference.cap_scores` of the scores in their place (eq. 21)."""
+    S /= softcap
+    np.tanh(S, out=S)
+    S *= softcap
+
+
+def _hide_beyond_limits(S: np.ndarray, n: int, m: int, low: int | None, high: int | None) -> None:
+    """Set the scores of queries from n on and keys from m on to minus infinity where no query may look (eq. 23)."""
+    rows, columns = np.arange(n, n + len(S))[:, np.newaxis], np.arange(m, m + S.shape[1])
+    if high is not None and n + high < columns[-1]:
+        np.copyto(S, -np.inf, where=columns > rows + high)
+    if low is not None and rows[-1, 0] + low > m:
+        np.copyto(S, -np.inf, where=columns < rows + low)
+
+
+def _part(table: np.ndarray, n: int, n_stop: int, m: int, m_stop: int) -> np.ndarray:
+    """Return the rows n and columns m of what broadcasts to (N, M); one row or column stays one."""
+    rows, columns = (
+        slice(0, 1) if size == 1 else part
+        for size, part in zip(table.shape, (slice(n, n_stop), slice(m, m_stop)), strict=True)
+    )
+    return table[rows, columns]
 
 
 def _weigh_members(
@@ -467,7 +515,7 @@ def _tile_bytes(problem: Problem, rows: int) -> int:
     D, E, R = problem.width, problem.value_width, problem.rank
     itemsize = _compute_dtype(problem).itemsize
     keys = min(KEY_TILE, problem.keys)
-    scores = rows * keys * (itemsize + 1)  # and the causal mask
+    scores = rows * keys * (itemsize + 1)  # and which of them are hidden
     # X, O and the product; K and V converted, K centred; a sampled side, a fused side and what is being added to it
     return scores + itemsize * (rows * (D + 2 * E) + keys * (2 * D + E) + 3 * R * max(rows, keys))
 

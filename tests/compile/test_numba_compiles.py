@@ -34,8 +34,8 @@ FORWARDS = {
 # (D, R, whether blocks choose their rank)
 MAPS = {"subspace_maps-odd": (33, 20, False), "subspace_maps-widest": (256, 256, True)}
 PLAIN = ("hash_channels", "group_channels", "channel_norms", "fusion_gains", "key_mean", "gram", "gram-centred")
-KERNELS = (*PLAIN, "sum_segments", "reduce_rows", *MAPS, *FORWARDS)
-UNSHARED = ("sum_segments", "reduce_rows")
+KERNELS = (*PLAIN, "merge_results", "sum_segments", "reduce_rows", *MAPS, *FORWARDS)
+UNSHARED = ("merge_results", "sum_segments", "reduce_rows")
 """Kernels whose threads have nothing to tell one another."""
 ADDING = ("key_mean", "sum_segments")
 """Kernels that add numbers but multiply none."""
@@ -104,6 +104,7 @@ def kernels(types: Any) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     from distrattn_np.numba_kernels.group_channels import make_group_channels
     from distrattn_np.numba_kernels.hash_channels import make_hash_channels
     from distrattn_np.numba_kernels.key_mean import make_key_mean
+    from distrattn_np.numba_kernels.merge_results import make_merge_results
     from distrattn_np.numba_kernels.reduce_rows import make_reduce_rows
     from distrattn_np.numba_kernels.subspace_maps import make_subspace_maps
     from distrattn_np.numba_kernels.sum_segments import make_sum_segments
@@ -124,6 +125,7 @@ def kernels(types: Any) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
         yield f"channel_norms {element}", make_channel_norms(accumulator, True, True, 8, 32), signature
         signature = (X, sums, channels, sums, integer)
         yield f"fusion_gains {element}", make_fusion_gains(accumulator, 128, 4, 8, 32), signature
+        yield f"merge_results {element}", make_merge_results(accumulator), (X, lse, X, lse, X, lse)
         yield f"key_mean {element}", make_key_mean(accumulator, 8, 32), (X, vectors)
         yield f"gram {element}", make_gram(accumulator, False, product), (X, types.none, rows, matrices)
         yield f"gram-centred {element}", make_gram(accumulator, True, product), (X, vectors, rows, matrices)

@@ -216,8 +216,83 @@ WRONG_ARRAYS = {
     ),
 }
 
+SCORES = "(B, H, N, M) = (2, 4, 5, 7)"
+WRONG_SCORE_ARRAYS = {
+    **{
+        f"{name}-{kind}": (
+            {name: value},
+            TypeError,
+            f"{name}: must be a NumPy, CuPy or Numba device array, got {type(value).__name__}",
+        )
+        for name in ("mask", "bias")
+        for kind, value in (("list", [[True]]), ("bool", True), ("number", 1.0), ("name", "causal"))
+    },
+    "mask-float": (
+        {"mask": normal(5, 7)},
+        TypeError,
+        f"mask: the dtype must be bool, got {NUMPY} (5, 7) and dtype float32",
+    ),
+    "mask-uint8": (
+        {"mask": np.ones((5, 7), np.uint8)},
+        TypeError,
+        f"mask: the dtype must be bool, got {NUMPY} (5, 7) and dtype uint8",
+    ),
+    "mask-masked": (
+        {"mask": np.ma.masked_all((5, 7), bool)},
+        TypeError,
+        "mask: must be a NumPy, CuPy or Numba device array, got MaskedArray",
+    ),
+    "bias-bool": (
+        {"bias": np.ones((5, 7), bool)},
+        TypeError,
+        f"bias: the dtype must be float32, got {NUMPY} (5, 7) and dtype bool",
+    ),
+    "bias-double": (
+        {"bias": normal(5, 7, dtype="f8")},
+        TypeError,
+        f"bias: the dtype must be float32, got {NUMPY} (5, 7) and dtype float64",
+    ),
+    "bias-half": (
+        {"bias": normal(5, 7, dtype="f2")},
+        TypeError,
+        f"bias: the dtype must be float32, got {NUMPY} (5, 7) and dtype float16",
+    ),
+    "bias-big-endian": (
+        {"bias": normal(5, 7, dtype=">f4")},
+        TypeError,
+        f"bias: the dtype must be float32, got {NUMPY} (5, 7) and dtype >f4",
+    ),
+    "bias-double-for-half": (
+        {name: normal(*shape, dtype="f2") for name, shape in (("q", (2, 4, 5, 6)), ("k", (2, 2, 7, 6)))}
+        | {"v": normal(2, 2, 7, 3, dtype="f2"), "out": np.zeros((2, 4, 5, 3), "f2"), "bias": normal(7, dtype="f8")},
+        TypeError,
+        f"bias: the dtype must be float16 or float32, got {NUMPY} (7,) and dtype float64",
+    ),
+    **{
+        f"mask-{'x'.join(map(str, shape))}": (
+            {"mask": np.ones(shape, bool)},
+            ValueError,
+            f"mask: must broadcast to {SCORES}, got {NUMPY} {shape} and dtype bool",
+        )
+        for shape in ((5,), (7, 5), (4, 7), (2, 5, 7), (2, 2, 5, 7), (0, 1), (1, 2, 4, 5, 7), (2, 5, 4, 7))
+    },
+    "bias-kv-heads": (
+        {"bias": normal(2, 2, 5, 7)},
+        ValueError,
+        f"bias: must broadcast to {SCORES}, got {NUMPY} (2, 2, 5, 7) and dtype float32",
+    ),
+    "bias-odd-strides": (
+        {"bias": field(2, 4, 5, 7)},
+        ValueError,
+        f"bias: strides must be multiples of the element size, got {NUMPY} (2, 4, 5, 7) and dtype float32 "
+        "with strides (580, 145, 29, 4) bytes",
+    ),
+}
+
 SCALE = "scale: must be a finite number in the range of float32, got"
 SCALES = [float("nan"), float("inf"), -float("inf"), 1e39, 10**400, True, "0.5", 1j]
+SOFTCAP = "softcap: must be 0 or a positive finite number in the range of float32, got"
+WINDOW = "window: must be None or (left, right), each None or an integer of at least 0, got"
 CAUSAL = "causal: must be True, False, 'bottom-right' or 'top-left', got"
 
 WRONG_OPTIONS = {
@@ -230,6 +305,16 @@ WRONG_OPTIONS = {
     "causal-one": ({"causal": 1}, f"{CAUSAL} 1"),
     "causal-name": ({"causal": "lower"}, f"{CAUSAL} 'lower'"),
     "causal-array": ({"causal": np.ones(2, bool)}, f"{CAUSAL} numpy array of shape (2,) and dtype bool"),
+    **{
+        f"softcap-{str(x)[:5]}": ({"softcap": x}, f"{SOFTCAP} {x!r}")
+        for x in (-1.0, float("nan"), float("inf"), 1e39, 1e-39, True, None, "0.5", 1j)
+    },
+    "softcap-array": ({"softcap": np.ones(2)}, f"{SOFTCAP} numpy array of shape (2,) and dtype float64"),
+    **{
+        f"window-{str(x)[:9]}": ({"window": x}, f"{WINDOW} {x!r}")
+        for x in (3, (3,), (1, 2, 3), (-1, 0), (0, -1), (1.0, 0), (True, 0), ("1", 0), {1, 2}, "ab", (None, 2.5))
+    },
+    "window-array": ({"window": np.ones(2, int)}, f"{WINDOW} numpy array of shape (2,) and dtype int64"),
     "layout-name": ({"layout": "nbhd"}, "layout: must be 'bhnd' or 'bnhd', got 'nbhd'"),
     "layout-none": ({"layout": None}, "layout: must be 'bhnd' or 'bnhd', got None"),
     "backend-name": ({"backend": "torch"}, "backend: must be 'numpy', 'cupy' or 'numba', got 'torch'"),
@@ -294,6 +379,14 @@ def test_wrong_array_is_named(function: Any, changed: dict[str, Any], error: typ
 
 
 @pytest.mark.parametrize("function", [distrattn_np.distr_attention, distrattn_np.exact_attention])
+@pytest.mark.parametrize(("changed", "error", "message"), WRONG_SCORE_ARRAYS.values(), ids=WRONG_SCORE_ARRAYS)
+def test_wrong_mask_or_bias_is_named(
+    function: Any, changed: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    assert_refused(function, changed, error, message)
+
+
+@pytest.mark.parametrize("function", [distrattn_np.distr_attention, distrattn_np.exact_attention])
 @pytest.mark.parametrize(("changed", "message"), WRONG_OPTIONS.values(), ids=WRONG_OPTIONS)
 def test_wrong_option_is_named(function: Any, changed: dict[str, Any], message: str) -> None:
     assert_refused(function, changed, ValueError, message)
@@ -323,6 +416,63 @@ def test_out_over_an_input_is_named(name: str) -> None:
     call = {"q": normal(2, 2, 5, 6), "k": normal(2, 2, 5, 6), "v": normal(2, 2, 5, 6)}
     message = f"out: must not share memory with {name}, got {NUMPY} (2, 2, 5, 6) and dtype float32"
     assert_refused(distrattn_np.exact_attention, call | {"out": call[name]}, ValueError, message)
+
+
+@pytest.mark.parametrize("name", ["mask", "bias"])
+def test_out_over_a_mask_or_bias_is_named(name: str) -> None:
+    out = np.zeros((2, 4, 5, 3), np.float32)
+    over = out[0, 0, 0, :1].view(bool)[:1] if name == "mask" else out[0, 0, 0, :1]
+    message = f"out: must not share memory with {name}, got {OUT} float32"
+    assert_refused(distrattn_np.exact_attention, {"out": out, name: over}, ValueError, message)
+
+
+def test_misaligned_bias_is_named() -> None:
+    bias = misaligned(1, 1, 5, 7)
+    address = bias.__array_interface__["data"][0]
+    shown = f"{NUMPY} (1, 1, 5, 7) and dtype float32 at address {address:#x}"
+    message = f"bias: the address must be a multiple of the element size, got {shown}"
+    assert_refused(distrattn_np.exact_attention, {"bias": bias}, ValueError, message)
+
+
+SCORE_OPTIONS = {
+    "window": (2, None),
+    "softcap": 1.5,
+    "mask": np.ones((5, 7), bool),
+    "bias": np.ones((5, 7), np.float32),
+}
+
+
+@pytest.mark.parametrize("function", [distrattn_np.distr_attention, distrattn_np.exact_attention])
+@pytest.mark.parametrize("name", SCORE_OPTIONS)
+def test_option_that_the_numba_backend_does_not_build_is_named(function: Any, name: str) -> None:
+    pytest.importorskip("numba.cuda")
+    message = f"{name}: is not built for the numba backend yet, got {Q} float32"
+    changed = {name: SCORE_OPTIONS[name], "backend": "numba"}
+    if function is distrattn_np.distr_attention:
+        changed["method"] = "lsh"
+    assert_refused(function, changed, NotImplementedError, message)
+
+
+@pytest.mark.parametrize("name", SCORE_OPTIONS)
+def test_option_that_a_backend_does_not_build_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    numpy_backend = backends.load_by_name("numpy")
+    monkeypatch.setattr(numpy_backend, "score_options", frozenset(SCORE_OPTIONS) - {name})
+    message = f"{name}: is not built for the numpy backend yet, got {Q} float32"
+    assert_refused(distrattn_np.exact_attention, SCORE_OPTIONS, NotImplementedError, message)
+
+
+@pytest.mark.parametrize("name", ["cupy", "numba"])
+def test_gpu_backends_name_no_score_option_yet(name: str) -> None:
+    pytest.importorskip(name)
+    assert backends.load_by_name(name).score_options == frozenset()
+
+
+def test_options_that_change_nothing_are_taken_by_every_backend() -> None:
+    pytest.importorskip("numba.cuda")
+    call = arguments(out=None)
+    expected = distrattn_np.exact_attention(**call, backend="numba")
+    got = distrattn_np.exact_attention(**call, backend="numba", window=(None, None), softcap=0, mask=None, bias=None)
+    assert_same_bits(got, expected)
 
 
 def test_out_over_the_end_of_an_input_is_named() -> None:
@@ -382,6 +532,13 @@ def test_broadcast_inputs_are_accepted() -> None:
     assert_same_bits(distrattn_np.distr_attention(q, *wide), expected)
 
 
+@pytest.mark.parametrize(("name", "array"), [("mask", np.ones((5, 7), bool)), ("bias", np.ones((5, 7), np.float32))])
+def test_mask_or_bias_of_another_kind_is_named(name: str, array: np.ndarray) -> None:
+    cuda = pytest.importorskip("numba.cuda")
+    message = f"{name}: must be a numpy array, as q is, got numba array of shape (5, 7) and dtype {array.dtype}"
+    assert_refused(distrattn_np.exact_attention, {name: cuda.to_device(array)}, TypeError, message)
+
+
 @pytest.mark.parametrize("name", ["k", "v", "out"])
 def test_mixed_kinds_are_named(name: str) -> None:
     cuda = pytest.importorskip("numba.cuda")
@@ -412,3 +569,69 @@ def test_missing_package_says_what_to_install(name: str, monkeypatch: pytest.Mon
     message = f"backend: {name!r} needs a package that is not installed: {backends.INSTALL[name]}"
     with pytest.raises(ImportError, match=f"^{re.escape(message)}$"):
         load(name)
+
+
+LSE = f"{NUMPY} (2, 4, 5) and dtype"
+WRONG_MERGES = {
+    "out_a-list": ({"out_a": [1.0]}, TypeError, "out_a: must be a NumPy, CuPy or Numba device array, got list"),
+    "out_b-none": ({"out_b": None}, TypeError, "out_b: must be a NumPy, CuPy or Numba device array, got NoneType"),
+    "lse_b-none": ({"lse_b": None}, TypeError, "lse_b: must be a NumPy, CuPy or Numba device array, got NoneType"),
+    "out_a-3d": (
+        {"out_a": normal(4, 5, 3)},
+        ValueError,
+        f"out_a: must have 4 axes, got {NUMPY} (4, 5, 3) and dtype float32",
+    ),
+    "out_a-no-width": (
+        {"out_a": normal(2, 4, 5, 0), "out_b": normal(2, 4, 5, 0)},
+        ValueError,
+        f"out_a: the last axis must not be empty, got {NUMPY} (2, 4, 5, 0) and dtype float32",
+    ),
+    "out_b-dtype": (
+        {"out_b": normal(2, 4, 5, 3, dtype="f8")},
+        TypeError,
+        f"out_b: must have out_a's dtype float32, got {OUT} float64",
+    ),
+    "out_b-shape": (
+        {"out_b": normal(2, 4, 6, 3)},
+        ValueError,
+        f"out_b: must have out_a's shape (2, 4, 5, 3), got {NUMPY} (2, 4, 6, 3) and dtype float32",
+    ),
+    "lse_a-dtype": (
+        {"lse_a": normal(2, 4, 5, dtype="f8")},
+        TypeError,
+        f"lse_a: the dtype must be float32, got {LSE} float64",
+    ),
+    "lse_b-shape": (
+        {"lse_b": normal(2, 5, 4)},
+        ValueError,
+        f"lse_b: must have shape (B, H, N) = (2, 4, 5), got {NUMPY} (2, 5, 4) and dtype float32",
+    ),
+    "lse_a-layout": (
+        {"layout": "bnhd"},
+        ValueError,
+        f"lse_a: must have shape (B, H, N) = (2, 5, 4), got {LSE} float32",
+    ),
+    "layout": ({"layout": "thd"}, ValueError, "layout: must be 'bhnd' or 'bnhd', got 'thd'"),
+}
+
+
+@pytest.mark.parametrize(("changed", "error", "message"), WRONG_MERGES.values(), ids=WRONG_MERGES)
+def test_wrong_argument_of_merge_is_named(changed: dict[str, Any], error: type[Exception], message: str) -> None:
+    good = {
+        "out_a": normal(2, 4, 5, 3),
+        "lse_a": normal(2, 4, 5),
+        "out_b": normal(2, 4, 5, 3),
+        "lse_b": normal(2, 4, 5),
+    }
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        distrattn_np.merge(**good | changed)
+
+
+@pytest.mark.parametrize("name", ["lse_a", "out_b", "lse_b"])
+def test_mixed_kinds_of_merge_are_named(name: str) -> None:
+    cuda = pytest.importorskip("numba.cuda")
+    good = {name: normal(2, 4, 5, *([3] if "out" in name else [])) for name in ("out_a", "lse_a", "out_b", "lse_b")}
+    shape = (OUT if "out" in name else LSE).replace("numpy", "numba")
+    message = f"{name}: must be a numpy array, as out_a is, got {shape} float32"
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        distrattn_np.merge(**good | {name: cuda.to_device(good[name])})

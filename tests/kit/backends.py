@@ -85,6 +85,8 @@ class Limits:
     dtypes: tuple[str, ...]
     methods: tuple[str, ...] = ("lsh",)
     """Those that the backend builds."""
+    score_options: bool = False
+    """Whether it builds window, softcap, mask and bias."""
 
 
 # the sizes straddle the tile edges of every kernel: a tile has 16, 32, 64 or 128 rows
@@ -100,6 +102,7 @@ LIMITS = {
         (1, 2, 3, 7, 8, 16, 33, 40, 64, 96),
         (*ANY_FLOAT, "bfloat16"),
         ("lsh", "subspace"),
+        score_options=True,
     ),
     "cupy": Limits(12, (1, 2), HEADS, ROWS, (7, 64), ("float16", "float32")),
     "numba": Limits(5, (1, 2), HEADS, ROWS, (6, 32), ("float32",), ("lsh", "subspace")),
@@ -137,6 +140,7 @@ class Runner:
 
     def _call(self, function: Any, q: np.ndarray, k: np.ndarray, v: np.ndarray, options: dict[str, Any]) -> Any:
         given = [self.give(x) for x in (q, k, v)]
+        options = {name: self.give(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
         results = function(*given, backend=self.backend, return_lse=True, **options)
         for result in results:
             assert kind_of(result) == self.kind

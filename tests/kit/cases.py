@@ -9,6 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from distrattn_np.reference.distr_attention import rows_that_meet
+from distrattn_np.reference.score_options import NO_OPTIONS
 
 from distrattn_np import checks, reference
 from distrattn_np.backends import Maps
@@ -46,6 +47,14 @@ class Case:
     refine: int = 1
     causal: bool | str = False
     scale: float | None = None
+    window: tuple[int | None, int | None] | None = None
+    softcap: float = 0.0
+    mask: str | None = None
+    """Those axes of "bhnm" that are not one in the mask; None: no mask."""
+    bias: str | None = None
+    """The same of the bias."""
+    bias_dtype: str | None = None
+    """None: the dtype of the case."""
     layout: str = "bhnd"
     memory: str = "contiguous"
     """"strided": every second row of a wider buffer. "unaligned": rows start at odd elements."""
@@ -68,7 +77,45 @@ class Case:
     @property
     def attention_options(self) -> dict[str, Any]:
         """Keywords of `exact_attention`."""
-        return {"causal": self.causal, "scale": self.scale, "layout": self.layout}
+        given = {
+            "window": self.window,
+            "softcap": self.softcap or None,
+            "mask": self.mask_array,
+            "bias": self.bias_array,
+        }
+        used = {name: value for name, value in given.items() if value is not None}
+        return {"causal": self.causal, "scale": self.scale, "layout": self.layout} | used
+
+    @property
+    def mask_array(self) -> np.ndarray | None:
+        """A mask that shows three keys in four, except to the first query and, from 300 keys on, those 20 to 219."""
+        if self.mask is None:
+            return None
+        mask = np.random.default_rng([self.seed, 1]).random(self._score_axes(self.mask)) < 0.75
+        if "n" in self.mask:
+            mask[..., 0, :] = False
+        if "m" in self.mask and self.M >= 300:
+            mask[..., 20:220] = False
+        return mask
+
+    @property
+    def bias_array(self) -> np.ndarray | None:
+        """A bias of a few nats that hides one key in ten."""
+        if self.bias is None:
+            return None
+        rng = np.random.default_rng([self.seed, 2])
+        bias = rng.normal(scale=2, size=self._score_axes(self.bias))
+        bias[rng.random(bias.shape) < 0.1] = -np.inf
+        return bias.astype(BFLOAT16 if (self.bias_dtype or self.dtype) == "bfloat16" else self.bias_dtype or self.dtype)
+
+    @property
+    def score_options(self) -> reference.ScoreOptions:
+        """What the reference takes."""
+        return reference.ScoreOptions(self.window or (None, None), self.softcap, self.mask_array, self.bias_array)
+
+    def _score_axes(self, letters: str) -> tuple[int, ...]:
+        sizes = {"b": self.B, "h": self.H, "n": self.N, "m": self.M}
+        return tuple(size if letter in letters else 1 for letter, size in sizes.items())
 
     @property
     def options(self) -> dict[str, Any]:
@@ -183,8 +230,8 @@ def unsafe_firsts(X: np.ndarray, Y: np.ndarray, order: np.ndarray, group_size: i
     return np.take_along_axis(groups, weights[tied].argmax(axis=1)[:, None], axis=1)[:, 0]
 
 
-def reference_maps(problem: Problem, q: np.ndarray, k: np.ndarray) -> Maps:
-    """Return the reference's maps in float32, as every backend holds them; None for exact attention."""
+def reference_maps(problem: Problem, q: np.ndarray, k: np.ndarray, dtype: Any = np.float32) -> Maps:
+    """Return the reference's maps, in float32 as most backends hold them; None for exact attention."""
     g = problem.grouping
     if g is None:
         return None
@@ -200,7 +247,7 @@ def reference_maps(problem: Problem, q: np.ndarray, k: np.ndarray) -> Maps:
             group_by=g.by,
             causal_offset=problem.causal_offset,
         )
-        return SubspaceMaps(*(x if x.dtype == np.int32 else x.astype(np.float32) for x in maps))
+        return SubspaceMaps(*(x if x.dtype == np.int32 else x.astype(dtype) for x in maps))
     channels, gains = reference.group_maps(
         q,
         k,
@@ -211,14 +258,23 @@ def reference_maps(problem: Problem, q: np.ndarray, k: np.ndarray) -> Maps:
         seed=g.seed,
         causal_offset=problem.causal_offset,
     )
-    return GroupMaps(channels, None if gains is None else gains.astype(np.float32))
+    return GroupMaps(channels, None if gains is None else gains.astype(dtype))
 
 
-def truth(problem: Problem, q: np.ndarray, k: np.ndarray, v: np.ndarray, maps: Maps) -> tuple[np.ndarray, np.ndarray]:
+def truth(
+    problem: Problem,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    maps: Maps,
+    options: reference.ScoreOptions = NO_OPTIONS,
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the reference's result and lse in float64 for these very inputs and maps."""
     g = problem.grouping
     if g is None or maps is None:
-        return reference.exact_attention(q, k, v, scale=problem.scale, causal_offset=problem.causal_offset)
+        return reference.exact_attention(
+            q, k, v, scale=problem.scale, causal_offset=problem.causal_offset, options=options
+        )
     if isinstance(maps, SubspaceMaps):
         return reference.subspace_attention(
             q,
@@ -229,6 +285,7 @@ def truth(problem: Problem, q: np.ndarray, k: np.ndarray, v: np.ndarray, maps: M
             block_size=g.block_size,
             group_by=g.by,
             causal_offset=problem.causal_offset,
+            options=options,
         )
     return reference.distr_attention(
         q,
@@ -241,11 +298,19 @@ def truth(problem: Problem, q: np.ndarray, k: np.ndarray, v: np.ndarray, maps: M
         fusion=g.fusion,
         seed=g.seed,
         causal_offset=problem.causal_offset,
+        options=options,
         maps=(maps.channels, maps.gains),
     )
 
 
-def plain(problem: Problem, q: np.ndarray, k: np.ndarray, v: np.ndarray, maps: Maps) -> tuple[np.ndarray, np.ndarray]:
+def plain(
+    problem: Problem,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    maps: Maps,
+    options: reference.ScoreOptions = NO_OPTIONS,
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the same in plain NumPy of the inputs' precision: float32 sums, every step's result rounded to the dtype.
 
     The yardstick of the 16-bit rule: nobody would call this computation wrong, so twice its error is not wrong either.
@@ -259,7 +324,7 @@ def plain(problem: Problem, q: np.ndarray, k: np.ndarray, v: np.ndarray, maps: M
     B, H, N, _ = q.shape
     out = np.zeros((B, H, N, v.shape[3]), np.float32)
     lse = np.full((B, H, N), -np.inf, np.float32)
-    seen = reference.visible_keys(N, problem.keys, problem.causal_offset)
+    seen = reference.visible_keys(N, problem.keys, problem.causal_offset, options.window)
     g = problem.grouping
     for b, h in np.ndindex(B, H):
         h_kv = h // problem.heads_per_kv_head
@@ -283,7 +348,13 @@ def plain(problem: Problem, q: np.ndarray, k: np.ndarray, v: np.ndarray, maps: M
                     == (np.arange(N) + problem.causal_offset)[:, None] // g.block_size
                 )
                 S = np.where(own, q[b, h] @ K.T, S)
-        S = np.where(seen, rounded(np.float32(problem.scale) * S), -np.inf).astype(np.float32)
+        S = rounded(np.float32(problem.scale) * S)
+        shift = 0
+        if isinstance(maps, SubspaceMaps):
+            shift = np.float32(problem.scale) * (q[b, h] @ maps.key_mean[b, h_kv])
+            if options.softcap:
+                S, shift = S + shift[:, None], 0
+        S = np.where(seen, rounded(options.apply(S, b, h)), -np.inf).astype(np.float32)
         row_max = S.max(axis=1, initial=-np.inf, keepdims=True)
         row_max = np.where(row_max == -np.inf, np.float32(0), row_max)
         P = np.exp(S - row_max)
@@ -291,9 +362,7 @@ def plain(problem: Problem, q: np.ndarray, k: np.ndarray, v: np.ndarray, maps: M
         P = rounded(np.divide(P, row_sum, out=np.zeros_like(P), where=row_sum != 0))
         out[b, h] = P @ v[b, h_kv]
         with np.errstate(divide="ignore"):
-            lse[b, h] = np.log(row_sum[:, 0]) + row_max[:, 0]
-        if isinstance(maps, SubspaceMaps):
-            lse[b, h] += np.float32(problem.scale) * (q[b, h] @ maps.key_mean[b, h_kv])
+            lse[b, h] = np.log(row_sum[:, 0]) + row_max[:, 0] + shift
     return out.astype(dtype), lse
 
 

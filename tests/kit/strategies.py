@@ -21,15 +21,31 @@ SPACING = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float
 LSE_ROUNDING = SPACING["float32"]
 """lse is float32 whatever the inputs are."""
 
+axes = st.one_of(st.none(), st.sets(st.sampled_from("bhnm")).map("".join))
+side = st.sampled_from([None, 0, 1, 30, 100, 10**12])
+SCORE_OPTIONS = {
+    "window": st.one_of(st.none(), st.tuples(side, side)),
+    "softcap": st.sampled_from([0.0, 0.3, 5.0, 50.0]),
+    "mask": axes,
+    "bias": axes,
+    "bias_dtype": st.sampled_from([None, "float32"]),
+}
+"""Fields of `Case`."""
+
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
 
-def law(body: Callable[[Runner, Draw], None], *, method: str = "lsh") -> Any:
+def law(body: Callable[[Runner, Draw], None], *, method: str = "lsh", score_options: bool = False) -> Any:
     """Make a test of ``body(backend, draw)``: every backend that runs here, as many examples as it can afford.
 
-    ``method`` is one that the law needs; backends that do not build it are left out.
+    ``method`` is one that the law needs, ``score_options`` whether it needs those; backends that do not build them are
+    left out.
     """
-    able = [runner for runner in runners() if method in runner.limits.methods]
+    able = [
+        runner
+        for runner in runners()
+        if method in runner.limits.methods and runner.limits.score_options >= score_options
+    ]
 
     @pytest.mark.parametrize("backend", able, ids=lambda runner: runner.name)
     def test(backend: Runner) -> None:
@@ -49,8 +65,13 @@ def law(body: Callable[[Runner, Draw], None], *, method: str = "lsh") -> Any:
 
 
 @st.composite
-def calls(draw: Draw, limits: Limits, *, hostile: bool = True, **fixed: Any) -> tuple[Case, Inputs]:
-    """Draw one call. ``fixed`` pins fields of `Case` (a value or a strategy); ``hostile=False`` leaves out ties."""
+def calls(
+    draw: Draw, limits: Limits, *, hostile: bool = True, score_options: bool = False, **fixed: Any
+) -> tuple[Case, Inputs]:
+    """Draw one call. ``fixed`` pins fields of `Case` (a value or a strategy); ``hostile=False`` leaves out ties.
+
+    ``score_options`` draws windows, caps, masks and biases too.
+    """
 
     def pick(name: str, strategy: st.SearchStrategy[Any]) -> Any:
         chosen = fixed.get(name, strategy)
@@ -80,6 +101,7 @@ def calls(draw: Draw, limits: Limits, *, hostile: bool = True, **fixed: Any) -> 
         causal=pick("causal", st.sampled_from([False, True, "top-left"])),
         scale=pick("scale", st.sampled_from([None, 0.5, -0.25])),
         seed=pick("seed", st.integers(0, 3)),
+        **{name: pick(name, strategy) for name, strategy in SCORE_OPTIONS.items() if score_options or name in fixed},
     )
     shapes = ((case.B, H, N, D), (case.B, H_kv, M, D), (case.B, H_kv, M, case.E))
     return case, Inputs(*(draw(arrays(shape, case.numpy_dtype, hostile=hostile)) for shape in shapes))

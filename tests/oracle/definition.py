@@ -51,6 +51,12 @@ def sees(n: int, m: int, offset: int | None) -> bool:
     return offset is None or m <= n + offset
 
 
+def in_window(n: int, m: int, diagonal: int, window: tuple[int | None, int | None]) -> bool:
+    """Eq. 23."""
+    before, after = n + diagonal - m, m - (n + diagonal)
+    return all(side is None or distance <= side for side, distance in zip(window, (before, after), strict=True))
+
+
 def owns(n: int, m: int, offset: int | None, L: int) -> bool:
     """Eq. 20: whether key m lies in the own block of query n."""
     return offset is not None and math.floor(m / L) == math.floor((n + offset) / L)
@@ -123,16 +129,37 @@ def exact_scores(q: np.ndarray, k: np.ndarray, *, scale: float) -> np.ndarray:
     return S
 
 
-def attend(S: np.ndarray, v: np.ndarray, *, offset: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Eq. 2 and 3, one query at a time, without subtracting a maximum: for scores of ordinary size."""
+def attend(
+    S: np.ndarray,
+    v: np.ndarray,
+    *,
+    offset: int | None,
+    window: tuple[int | None, int | None] = (None, None),
+    softcap: float = 0.0,
+    mask: np.ndarray | None = None,
+    bias: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Eq. 2, 3 and 21 to 24, one query at a time, without subtracting a maximum: for scores of ordinary size."""
     B, H, N, M = S.shape
+    diagonal = M - N if offset is None else offset
+    shown = np.broadcast_to(True if mask is None else mask, S.shape)
+    added = np.broadcast_to(0.0 if bias is None else bias, S.shape)
+
+    def final(score: float, extra: float) -> float:
+        return (softcap * math.tanh(score / softcap) if softcap > 0 else score) + float(extra)
+
     H_kv, E = v.shape[1], v.shape[3]
     out, lse = np.zeros((B, H, N, E)), np.full((B, H, N), -math.inf)
     for b, h, n in np.ndindex(B, H, N):
-        weights = {m: math.exp(S[b, h, n, m]) for m in range(M) if sees(n, m, offset)}
+        weights = {
+            m: math.exp(final(S[b, h, n, m], added[b, h, n, m]))
+            for m in range(M)
+            if sees(n, m, offset) and in_window(n, m, diagonal, window) and shown[b, h, n, m]
+        }
         total = sum(weights.values())
-        if weights:
-            lse[b, h, n] = math.log(total)
+        if total == 0:
+            continue
+        lse[b, h, n] = math.log(total)
         for m, weight in weights.items():
             out[b, h, n] += weight / total * v[b, h * H_kv // H, m]
     return out, lse

@@ -18,7 +18,7 @@ from kit.compare import assert_agrees, assert_no_worse_than_plain, assert_same_b
 from distrattn_np import distr_attention, exact_attention, reference
 from distrattn_np.backends import numpy_backend
 from distrattn_np.backends.numpy_backend import BACKEND, KEY_TILE, QUERY_TILE
-from distrattn_np.problem import Problem, Subspace
+from distrattn_np.problem import Problem
 
 GROUPINGS = [{"by": by, "fusion": fusion} for by in ("queries", "keys") for fusion in ("sum", "lstsq")]
 SUBSPACES = [{"method": "subspace", "by": by} for by in ("queries", "keys")]
@@ -57,6 +57,19 @@ CASES = [
     Case(N=70, M=90, D=1, E=1, G=1, layout="bnhd"),
     Case(N=1, M=900, D=8, E=8, **GROUPINGS[1]),
     Case(N=90, M=1, D=8, E=8, causal="top-left", **GROUPINGS[2]),
+    # windows, caps, masks and biases that cross tiles, end in them and hide whole ones
+    *(
+        Case(N=QUERY_TILE + 200, M=2 * KEY_TILE + 1, causal=causal, **LONG, **options, **how)
+        for causal, options in (
+            (False, {"window": (40, 3), "softcap": 2.0}),
+            (True, {"window": (KEY_TILE + 10, None), "mask": "nm", "bias": "m"}),
+            ("top-left", {"window": (None, 0), "softcap": 0.5, "mask": "m", "bias": "hn", "bias_dtype": "float32"}),
+            (False, {"window": (0, 0), "bias": "nm"}),
+        )
+        for how in ({"G": 1}, GROUPINGS[1], GROUPINGS[3], *SUBSPACES)
+    ),
+    Case(B=2, H=6, H_kv=2, N=37, M=53, D=9, E=7, G=3, layout="bnhd", mask="bhnm", bias="bhnm", softcap=1.0),
+    Case(B=2, H=6, H_kv=2, N=53, M=37, D=9, E=7, G=3, window=(5, None), mask="b", bias="", softcap=9.0, causal=True),
 ]
 
 
@@ -73,31 +86,8 @@ def run(case: Case, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.nda
 def test_float64_is_the_reference(case: Case) -> None:
     q, k, v = make_inputs(case)
     problem = native_problem(case, q, k, v)
-    if problem.grouping is None:
-        expected, expected_lse = reference.exact_attention(
-            q, k, v, scale=problem.scale, causal_offset=problem.causal_offset
-        )
-    elif isinstance(problem.grouping, Subspace):
-        g = problem.grouping
-        blocks = {"block_size": g.block_size, "group_by": g.by, "causal_offset": problem.causal_offset}
-        maps = reference.make_maps(
-            q, k, scale=problem.scale, rank=g.rank, score_tol=g.score_tol, refine=g.refine, **blocks
-        )
-        expected, expected_lse = reference.subspace_attention(q, k, v, maps, scale=problem.scale, **blocks)
-    else:
-        g = problem.grouping
-        expected, expected_lse = reference.distr_attention(
-            q,
-            k,
-            v,
-            scale=problem.scale,
-            group_size=g.group_size,
-            block_size=g.block_size,
-            group_by=g.by,
-            fusion=g.fusion,
-            seed=g.seed,
-            causal_offset=problem.causal_offset,
-        )
+    maps = reference_maps(problem, q, k, np.float64)
+    expected, expected_lse = truth(problem, q, k, v, maps, case.score_options)
     out, lse = run(case, q, k, v)
     assert_agrees(out, expected, rtol=1e-12, atol=1e-13)
     assert_agrees(lse, expected_lse.astype(np.float32), rtol=1e-6, atol=1e-6)
@@ -110,8 +100,8 @@ def test_no_worse_than_plain_numpy(case: Case, dtype: str) -> None:
     q, k, v = make_inputs(case)
     problem = native_problem(case, q, k, v)
     maps = reference_maps(problem, q, k)
-    expected, expected_lse = truth(problem, q, k, v, maps)
-    usual, usual_lse = plain(problem, q, k, v, maps)
+    expected, expected_lse = truth(problem, q, k, v, maps, case.score_options)
+    usual, usual_lse = plain(problem, q, k, v, maps, case.score_options)
     out, lse = run(case, q, k, v)
     # a few units in the last place of numbers of order one: plain may be right by luck
     atol = 1e-6 if dtype == "float32" else 0

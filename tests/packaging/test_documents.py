@@ -2,11 +2,10 @@
 
 import doctest
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
-
-from distrattn_np import attention
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -50,7 +49,8 @@ def test_readme_has_the_two_commands_and_the_tables():
         assert text.index(begin) < text.index(begin.replace(":begin", ":end"))
 
 
-def test_doctests_of_the_public_calls():
-    result = doctest.testmod(attention)
+@pytest.mark.parametrize("module", ["attention", "merge"])
+def test_doctests_of_the_public_calls(module):
+    result = doctest.testmod(import_module(f"distrattn_np.{module}"))
     assert result.attempted > 0
     assert result.failed == 0

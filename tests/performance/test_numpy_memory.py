@@ -107,3 +107,21 @@ def test_the_widest_tiles(dtype: str) -> None:
     assert LIMIT < 24 * 1024**2 * 4, "a score table of every head would not be noticed"
     for options in GROUPINGS + SUBSPACES:
         assert own_bytes(distr_attention, q, k, v, causal=True, **options) < LIMIT
+
+
+@pytest.mark.usefixtures("cores")
+@pytest.mark.parametrize("options", [{"method": "lsh"}, {"method": "subspace", "block_size": 1024}], ids=str)
+def test_mask_and_bias_are_not_expanded(options: dict[str, Any]) -> None:
+    q, k, v = random(1, 2, 8192, 32), *random(2, 1, 1, 8192, 32)
+    assert LIMIT <= 8192 * 8192, "a table of bools for one head would not be noticed"
+    mask, bias = np.arange(8192) % 3 > 0, random(2, 1, 8192)
+    options = options | {"mask": mask, "bias": bias, "window": (3000, 200), "softcap": 4.0}
+    assert own_bytes(distr_attention, q, k, v, **options) < LIMIT
+
+
+@pytest.mark.usefixtures("cores")
+def test_whole_tables_are_read_in_place() -> None:
+    q, k, v = random(1, 2, 4096, 16, dtype="float16"), *random(2, 1, 2, 4096, 16, dtype="float16")
+    bias = random(2, 4096, 4096, dtype="float16").transpose(0, 2, 1)
+    assert bias.nbytes >= LIMIT, "a copy of the bias would not be noticed"
+    assert own_bytes(exact_attention, q, k, v, bias=bias, mask=bias > -2) < LIMIT
