@@ -184,7 +184,10 @@ def unsafe_firsts(X: np.ndarray, Y: np.ndarray, order: np.ndarray, group_size: i
 
 
 def reference_maps(problem: Problem, q: np.ndarray, k: np.ndarray) -> Maps:
-    """Return the reference's maps in float32, as every backend holds them; None for exact attention."""
+    """Return the reference's maps as every backend holds them; None for exact attention.
+
+    Float32, but dense ones float64 for float64 arrays.
+    """
     g = problem.grouping
     if g is None:
         return None
@@ -200,7 +203,8 @@ def reference_maps(problem: Problem, q: np.ndarray, k: np.ndarray) -> Maps:
             group_by=g.by,
             causal_offset=problem.causal_offset,
         )
-        return SubspaceMaps(*(x if x.dtype == np.int32 else x.astype(np.float32) for x in maps))
+        dtype = np.float64 if q.dtype == np.float64 else np.float32
+        return SubspaceMaps(*(x if x.dtype == np.int32 else x.astype(dtype) for x in maps))
     channels, gains = reference.group_maps(
         q,
         k,
