@@ -2,8 +2,8 @@
 
 Maps: ranks are equal, predicted errors close, and scores through them no further from exact ones than through the
 reference's; their numbers may differ, as only products of the two maps count. Given the maps, 16 bits: no worse than
-twice the error of plain NumPy in the same precision, against float64. float32: 1e-5 relative. Not checked here: that the
-approximation is near exact attention, and speed.
+twice the error of plain NumPy in the same precision, against float64. float32: 1e-5 relative. Not checked here: that
+the approximation is near exact attention, and speed.
 """
 
 from __future__ import annotations
