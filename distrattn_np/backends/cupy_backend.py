@@ -553,7 +553,7 @@ class _Forward:
 
     def _items_per_launch(self, items: int, on_hopper: bool) -> int:
         """Return how many query blocks one launch takes: what fits the workspace, in whole waves of the device."""
-        item_bytes = self.problem.keys * pad(self.rank) * self._reduced_type.itemsize
+        item_bytes: int = self.problem.keys * pad(self.rank) * self._reduced_type.itemsize
         fitting = max(1, WORKSPACE_BYTES // max(item_bytes, 1))
         if fitting >= items:
             return items

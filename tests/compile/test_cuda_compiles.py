@@ -19,17 +19,21 @@ from distrattn_np import tiles
 STEMS = sorted(path.stem for path in RAW_KERNELS.glob("*.cu"))
 HEADERS = sorted(path.name for path in RAW_KERNELS.glob("*.cuh"))
 PORTABLE = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+ON_TENSOR_CORES = ("forward_mma", "gram", "reduce_rows", "narrow_maps")
+"""Those whose instructions begin with sm_80."""
 
 
 def architectures(stem: str) -> tuple[str, ...]:
-    return ("sm_90a",) if stem == "forward_sm90" else PORTABLE
+    if stem == "forward_sm90":
+        return ("sm_90a",)
+    return PORTABLE if stem in ON_TENSOR_CORES else ("sm_75", *PORTABLE)
 
 
 def builds(stem: str) -> list[tuple[str, dict[str, Any]]]:
     """Return (architecture, -D set) of every build that is tried.
 
     The file's own defaults on every architecture; each set of the launcher on two, in turn, so that neighbouring sets
-    cover all six. The nightly profile builds every set for every architecture.
+    cover all of them. The nightly profile builds every set for every architecture.
     """
     archs = architectures(stem)
     chosen = [(arch, {}) for arch in archs]
@@ -61,7 +65,13 @@ def test_kernel_compiles_without_spills_or_local_memory(stem: str) -> None:
     assert not faults, f"{len(faults)} of {len(builds(stem))} builds:\n" + "\n".join(faults)
 
 
-@pytest.mark.parametrize("stem", ["forward_mma", "forward_simt", "forward_sm90", "fuse_channels", "hash_channels"])
+@pytest.mark.parametrize(
+    "stem",
+    [
+        *("forward_mma", "forward_simt", "forward_sm90", "fuse_channels", "hash_channels"),
+        *("gram", "gram_simt", "reduce_rows", "reduce_rows_simt", "subspace_maps", "sum_segments", "add_mean_scores"),
+    ],
+)
 def test_launcher_names_the_sets_that_it_builds(stem: str) -> None:
     """Else the test above would try a kernel's defaults only."""
     assert len(tiles.compile_cases(stem)) > 1
@@ -96,6 +106,10 @@ def test_forward_sm90_runs_on_warpgroup_tensor_cores(tmp_path: Path) -> None:
         ("forward_mma", {"LAUNCH_SHARED_BYTES": 1}, "tiles.py and this file disagree on the shared memory"),
         ("forward_simt", {"BLOCK_Q": 40}, "every thread owns the same number of queries"),
         ("forward_simt", {"D": 257}, "rows have 1 to 256 elements"),
+        ("forward_simt", {"OWN_BLOCK": 1}, "own blocks are of keys, in causal calls with maps"),
+        ("forward_mma", {"OWN_BLOCK": 1}, "own blocks are of keys, in causal calls with dense maps"),
+        ("gram_simt", {"D": 257}, "rows have 1 to 256 elements"),
+        ("reduce_rows_simt", {"R": 65}, "a map has at least one column and at most D"),
         ("forward_sm90", {"BLOCK_KV": 136}, "S [64, BLOCK_KV] is held in registers"),
         ("channel_norms", {"ELEMENT": 5}, "ELEMENT is FLOAT16, BFLOAT16, FLOAT32 or FLOAT64"),
     ],

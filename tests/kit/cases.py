@@ -230,8 +230,11 @@ def unsafe_firsts(X: np.ndarray, Y: np.ndarray, order: np.ndarray, group_size: i
     return np.take_along_axis(groups, weights[tied].argmax(axis=1)[:, None], axis=1)[:, 0]
 
 
-def reference_maps(problem: Problem, q: np.ndarray, k: np.ndarray, dtype: Any = np.float32) -> Maps:
-    """Return the reference's maps, in float32 as most backends hold them; None for exact attention."""
+def reference_maps(problem: Problem, q: np.ndarray, k: np.ndarray, dtype: Any = None) -> Maps:
+    """Return the reference's maps as every backend holds them; None for exact attention.
+
+    Float32, but dense ones float64 for float64 arrays, unless ``dtype`` says otherwise.
+    """
     g = problem.grouping
     if g is None:
         return None
@@ -247,6 +250,7 @@ def reference_maps(problem: Problem, q: np.ndarray, k: np.ndarray, dtype: Any = 
             group_by=g.by,
             causal_offset=problem.causal_offset,
         )
+        dtype = dtype or (np.float64 if q.dtype == np.float64 else np.float32)
         return SubspaceMaps(*(x if x.dtype == np.int32 else x.astype(dtype) for x in maps))
     channels, gains = reference.group_maps(
         q,

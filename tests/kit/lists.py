@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .cases import Case
+
+BY = ("queries", "keys")
 
 
 def grouping(width: int) -> int:
@@ -134,4 +138,109 @@ FEW: list[Case] = [
     Case(N=70, M=90, D=128, E=128, G=4, dtype="float16"),
     Case(N=70, M=90, D=32, E=32, H=2, H_kv=1, G=1, dtype="float32", causal=True),
     Case(N=70, M=90, D=32, E=32, H=2, H_kv=1, L=64, dtype="float32", layout="bnhd", memory="strided"),
+]
+
+
+def subspace(**fields: Any) -> Case:
+    """Return a case of the subspace method; ``**fields`` are those of `Case`."""
+    return Case(**({"method": "subspace", "N": 150, "M": 180, "L": 64} | fields))
+
+
+# every dtype with every way of cutting blocks; a query's own block lies elsewhere with each alignment
+SUBSPACE_FEATURES = [
+    subspace(H=4, dtype=dtype, by=by, causal=causal)
+    for dtype in ("float16", "bfloat16", "float32", "float64")
+    for by in ("queries", "keys")
+    for causal in (False, "bottom-right", "top-left")
+]
+
+SUBSPACE_OPTIONS = [
+    # no refinement and several; ranks that are no multiple of a tensor-core step, and of one column
+    *(
+        subspace(dtype=dtype, by=by, refine=refine)
+        for dtype in ("float16", "float32")
+        for by in BY
+        for refine in (0, 3)
+    ),
+    *(subspace(by=by, rank=rank, causal=True) for by in BY for rank in (1, 11, 48, 63)),
+    # ranks that differ between blocks, some of them all of the width
+    *(
+        subspace(dtype=dtype, by=by, score_tol=0.3, causal=by == "keys")
+        for dtype in ("float16", "float64")
+        for by in BY
+    ),
+    *(subspace(by=by, score_tol=tol, D=40) for by in BY for tol in (1e-6, 100.0)),
+    # scales that tensor cores do not take
+    *(
+        subspace(dtype=dtype, by=by, scale=-0.2, causal=True)
+        for dtype in ("float16", "bfloat16", "float32")
+        for by in BY
+    ),
+]
+
+# own blocks that begin inside a tile, that a tile holds several of, and that rows share with none or all
+SUBSPACE_BLOCKS = [
+    subspace(N=N, M=M, L=L, dtype=dtype, by="keys", causal=causal)
+    for N, M in ((200, 230), (230, 200))
+    for L in (1, 16, 100, 128, 1024)
+    for dtype in ("float16", "float32")
+    for causal in ("bottom-right", "top-left")
+]
+
+# rows around the edges of tiles; M < N leaves queries without a key, or behind all blocks
+SUBSPACE_TAILS = [
+    subspace(N=N, M=M, by="keys" if (i + j) % 3 else "queries", causal=causal, dtype="float32" if j % 2 else "float16")
+    for i, N in enumerate((1, 63, 64, 65, 129))
+    for j, M in enumerate((0, 1, 63, 64, 65, 129))
+    for causal in ("bottom-right", "top-left")
+]
+
+# query heads that share key heads, and with them maps
+SUBSPACE_HEADS = [
+    subspace(B=2, H=6, H_kv=H_kv, N=70, M=90, L=32, by=by, dtype=dtype, causal=True)
+    for H_kv in (1, 3, 6)
+    for by in BY
+    for dtype in ("float16", "float32")
+]
+
+SUBSPACE_MEMORY = [
+    subspace(layout=layout, memory=memory, by=by, causal=by == "keys", dtype=dtype)
+    for layout in ("bhnd", "bnhd")
+    for memory in ("contiguous", "strided", "unaligned")
+    for by in BY
+    for dtype in ("float16", "float32")
+    if (layout, memory) != ("bhnd", "contiguous")
+]
+
+SUBSPACE_WIDTHS = [
+    subspace(
+        N=70, M=90, L=32, D=D, E=E, rank=max(D // 2, 1), by="keys" if i % 2 else "queries", causal=True, dtype=dtype
+    )
+    for dtype in ("float16", "float32", "float64")
+    for i, (D, E) in enumerate(
+        ((16, 16), (32, 32), (80, 80), (96, 64), (128, 128), (192, 128), (256, 256), (33, 7), (2, 3), (7, 256))
+    )
+]
+
+SUBSPACE = [
+    *SUBSPACE_FEATURES,
+    *SUBSPACE_OPTIONS,
+    *SUBSPACE_BLOCKS,
+    *SUBSPACE_TAILS,
+    *SUBSPACE_HEADS,
+    *SUBSPACE_MEMORY,
+    *SUBSPACE_WIDTHS,
+]
+
+# for the compute-sanitizer: each kernel once, ragged
+SUBSPACE_SMALL = [
+    *(
+        subspace(N=70, M=90, L=32, dtype=dtype, by=by, causal=causal)
+        for dtype in ("float16", "float32", "float64")
+        for by in BY
+        for causal in (False, True)
+    ),
+    subspace(N=70, M=90, L=32, D=33, E=7, rank=11, by="keys", causal="top-left"),
+    subspace(N=70, M=90, L=32, score_tol=0.3, dtype="bfloat16", by="keys", causal=True),
+    subspace(N=70, M=90, L=32, scale=-0.2, by="queries"),
 ]
