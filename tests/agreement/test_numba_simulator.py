@@ -1,7 +1,7 @@
 """Whether the Numba kernels, run thread by thread in Numba's simulator, compute what the float64 reference computes.
 
-Not checked here: the speed, memory races that the simulator's scheduling does not meet, and a GPU's arithmetic; the
-same calls run on a GPU with the other backends' agreement tests.
+Not checked here: the speed, memory races that the simulator's scheduling does not meet, and a GPU's arithmetic; on a
+GPU these kernels run with the other backends' agreement tests, and those of the subspace method with the properties.
 """
 
 from __future__ import annotations
