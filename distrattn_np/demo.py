@@ -290,7 +290,11 @@ def attention_rows(inputs: Inputs, problem: Problem, maps: Maps | None, b: int, 
     match problem.grouping, maps:
         case Subspace(block_size=L, by="keys"), reference.Maps(W, Z, key_mean):
             mean = key_mean[b, h_kv].astype(np.float32)
-            S = reference.subspace_scores(Q, K - mean, W[b, h_kv], Z[b, h_kv], block_size=L, group_by="keys")
+            offset = problem.causal_offset
+            own = None if offset is None else reference.own_block_begin(rows, block_size=L, causal_offset=offset)
+            S = reference.subspace_scores(
+                Q, K - mean, W[b, h_kv], Z[b, h_kv], block_size=L, group_by="keys", exact_from=own
+            )
         case Grouping(group_size=group_size, block_size=L, by="queries"), (channels, gains):
             S = np.empty((len(rows), len(K)), dtype=np.float32)
             block_of_row = rows // L

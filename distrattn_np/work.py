@@ -20,7 +20,7 @@ class Work:
     exact_flop: int
     """FLOP of exact attention on the same shape, ``2 pairs (D + E)``: divided by a time it compares methods."""
     executed_flop: int
-    """FLOP of the two products as computed, ``2 pairs (R + E)``, and of hashing and fusion."""
+    """FLOP of the two products as computed, ``2 pairs (R + E)`` (D + E in own blocks), and of hashing and fusion."""
     minimum_bytes: int
     """q, k and v read once, the result written once."""
 
@@ -32,7 +32,10 @@ def work_of(problem: Problem) -> Work:
     return Work(
         pairs=pairs,
         exact_flop=2 * pairs * (D + E),
-        executed_flop=2 * pairs * (R + E) + grouping_flop(problem) + fusion_flop(problem),
+        executed_flop=2 * pairs * (R + E)
+        + 2 * own_pairs(problem) * (D - R)
+        + grouping_flop(problem)
+        + fusion_flop(problem),
         minimum_bytes=_elements(problem) * np.dtype(problem.dtype).itemsize,
     )
 
@@ -47,6 +50,19 @@ def visible_pairs(N: int, M: int, causal_offset: int | None) -> int:
         return growing * (growing + 1) // 2 + max(last - M, 0) * M
 
     return keys_up_to(N + causal_offset) - keys_up_to(causal_offset)
+
+
+def own_pairs(problem: Problem) -> int:
+    """Return the visible pairs over all heads whose scores are exact while others are not (eq. 20)."""
+    if not problem.own_block_is_exact or problem.grouping is None:
+        return 0
+    pairs = visible_pairs(problem.queries, problem.keys, problem.causal_offset)
+    for start, stop in block_edges(problem.keys, problem.grouping.block_size):
+        first, last = rows_that_meet(
+            start, stop, group_by="keys", N=problem.queries, M=problem.keys, causal_offset=problem.meeting_offset
+        )
+        pairs -= (stop - start) * (last - first)  # who meets a block through its maps sees all of it
+    return problem.batch * problem.heads * pairs
 
 
 def grouping_flop(problem: Problem) -> int:
@@ -84,7 +100,7 @@ def fusion_flop(problem: Problem) -> int:
             group_by=grouping.by,
             N=problem.queries,
             M=problem.keys,
-            causal_offset=problem.causal_offset,
+            causal_offset=problem.meeting_offset,
         )
         fused_rows += last - first
     if isinstance(grouping, Subspace):

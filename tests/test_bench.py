@@ -17,8 +17,8 @@ from distrattn_np.bench.oracle import Oracle, WrongResult
 from distrattn_np.bench.timing import time_cold
 
 from distrattn_np import backends, bench, reference
-from distrattn_np.problem import Grouping, GroupMaps, Problem
-from distrattn_np.work import visible_pairs, work_of
+from distrattn_np.problem import Grouping, GroupMaps, Problem, Subspace
+from distrattn_np.work import own_pairs, visible_pairs, work_of
 
 ROOT = Path(__file__).parents[1]
 NUMPY = type(backends.load_by_name("numpy"))
@@ -78,6 +78,29 @@ class TestWork:
         assert work.exact_flop == exact
         assert work.executed_flop == executed
         assert work.minimum_bytes == 2 * (2 * 4 * 11 * (D + E) + 2 * 2 * 13 * (D + E))
+
+    @pytest.mark.parametrize("by", ["queries", "keys"])
+    @pytest.mark.parametrize("offset", [None, -9, -2, 0, 2, 9])
+    def test_own_pairs_are_those_of_the_definition(self, offset, by):
+        problem = Problem(
+            batch=2,
+            heads=4,
+            kv_heads=2,
+            queries=11,
+            keys=13,
+            width=8,
+            value_width=6,
+            dtype=np.dtype(np.float16),
+            scale=1.0,
+            causal_offset=offset,
+            layout="bhnd",
+            grouping=Subspace(rank=2, score_tol=None, refine=1, block_size=4, by=by),
+        )
+        found = 0
+        if offset is not None and by == "keys":
+            seen = reference.visible_keys(11, 13, offset)
+            found = sum(seen[n, m] and m // 4 == (n + offset) // 4 for n in range(11) for m in range(13))
+        assert own_pairs(problem) == 2 * 4 * found
 
     def test_exact_attention_executes_what_it_counts(self):
         work = work_of(Shape(B=1, H=2, kv_heads=2, N=8, M=8, D=4, E=4, dtype="float32", causal=True).problem(EXACT))

@@ -43,10 +43,13 @@ def subspace_scores(q, k, scale, group_size, **options):
     rank = D // group_size
     maps = reference.make_maps(q, k, scale=scale, rank=rank, score_tol=None, causal_offset=offset, **options)
     sizes = {name: options[name] for name in ("block_size", "group_by")}
+    own = reference.own_block_begin(np.arange(q.shape[2]), block_size=options["block_size"], causal_offset=offset)
     for b, h in np.ndindex(q.shape[:2]):
         h_kv = h * H_kv // H
         K = k[b, h_kv] - maps.key_mean[b, h_kv]
-        yield reference.subspace_scores(q[b, h], K, maps.sampling[b, h_kv], maps.fusion[b, h_kv], **sizes)
+        yield reference.subspace_scores(
+            q[b, h], K, maps.sampling[b, h_kv], maps.fusion[b, h_kv], exact_from=own, **sizes
+        )
 
 
 def attention_matrices(q, k, scale, method, **options):
