@@ -262,7 +262,7 @@ def reference_maps(problem: Problem, q: np.ndarray, k: np.ndarray, dtype: Any = 
         seed=g.seed,
         causal_offset=problem.causal_offset,
     )
-    return GroupMaps(channels, None if gains is None else gains.astype(dtype))
+    return GroupMaps(channels, None if gains is None else gains.astype(dtype or np.float32))
 
 
 def truth(
