@@ -126,12 +126,6 @@ struct KeyTiles {
   }
 };
 
-// The first key that a query scores exactly (eq. 20).
-__device__ __forceinline__ int own_block_begin(int query, int causal_offset, int key_block_size) {
-  const int last_key = max(0, query + causal_offset);
-  return last_key - last_key % key_block_size;
-}
-
 // Sets the scores of keys after the last that each of this lane's two rows sees to minus infinity.
 __device__ __forceinline__ void hide_scores(float (&S)[BLOCK_KV / 2], int first_key, const int (&last_key)[2]) {
 #pragma unroll
