@@ -54,7 +54,7 @@ static_assert(THREADS % WARP_SIZE == 0 && THREADS >= 256, "one thread for every 
 constexpr int COLUMN_TILES = WIDTH / TILE;
 constexpr int ROW_TILES = R_PADDED / TILE;
 constexpr int ROW_TILES_AT_ONCE = THREADS / COLUMN_TILES;  // threads beyond these have no part in a product
-constexpr int MOST_PASSES = 2;  // tiles that a thread holds the sums of
+constexpr int MOST_PASSES = 8 / sizeof(real_t);  // tiles that a thread has the registers for the sums of
 constexpr int NEEDED_PASSES = (ROW_TILES + ROW_TILES_AT_ONCE - 1) / ROW_TILES_AT_ONCE;
 constexpr int PASSES = NEEDED_PASSES < MOST_PASSES ? NEEDED_PASSES : MOST_PASSES;
 
