@@ -14,7 +14,7 @@ def distr_attention(
     k: Any,
     v: Any,
     *,
-    method: str = "lsh",
+    method: str = "subspace",
     group_size: int | None = None,
     rank: int | None = None,
     score_tol: float | None = None,
