@@ -230,7 +230,7 @@ def maps_pitch(width: int, columns: int) -> int:
 def maps_defines(width: int, columns: int, shared_limit: int) -> Defines:
     """Return the -D options of subspace_maps.cu: its rows lie in shared memory where that is large enough."""
     threads = 256
-    vectors = 2 * 16 * pad(width) + 16 * 20 + 5 * pad(columns) + 2 * pad(width) + threads // 32 + 1
+    vectors = 2 * 16 * pad(width) + 16 * 20 + 4 * pad(columns) + threads // 32 + 1
     fixed_bytes, rows_bytes = ceil_div(4 * vectors, 16) * 16, 4 * pad(columns) * maps_pitch(width, columns)
     in_shared = fixed_bytes + rows_bytes <= shared_limit
     return {

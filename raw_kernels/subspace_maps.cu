@@ -57,6 +57,10 @@ constexpr int ROW_TILES_AT_ONCE = THREADS / COLUMN_TILES;  // threads beyond the
 constexpr int MOST_PASSES = 2;  // tiles that a thread holds the sums of
 constexpr int NEEDED_PASSES = (ROW_TILES + ROW_TILES_AT_ONCE - 1) / ROW_TILES_AT_ONCE;
 constexpr int PASSES = NEEDED_PASSES < MOST_PASSES ? NEEDED_PASSES : MOST_PASSES;
+// While channels are chosen:
+constexpr int PER_LANE = (WIDTH + WARP_SIZE - 1) / WARP_SIZE;  // channels that a lane of every warp looks after
+constexpr int STRIP = 16;                                      // channels of a warp's part of A - F F^T
+constexpr bool REST_FITS = WIDTH <= 4 * WARP_SIZE;  // the registers of all warps; else its rows are made when needed
 
 #if ELEMENT == FLOAT64
 typedef unsigned long long ordered_t;
@@ -68,13 +72,10 @@ __device__ inline ordered_t bits_of(float x) { return __float_as_uint(x); }
 
 struct alignas(16) SharedVectors {
   real_t panel[2][PANEL * WIDTH];
-  real_t factor[BLOCK * FACTOR_PITCH];  // lower triangle of a diagonal block's factor; its diagonal inverted
+  real_t factor[BLOCK * FACTOR_PITCH];  // a diagonal block's factor, column after column; its diagonal inverted
   real_t squares[R_PADDED];             // diagonal of G before elimination, later squared lengths of X W
   real_t y_squares[R_PADDED];           // squared lengths of Y Z
   real_t scales[R_PADDED];
-  real_t row[R_PADDED];      // of F, while channels are chosen
-  real_t outside[WIDTH];     // squared length of a channel outside the span of the chosen ones
-  ordered_t keys[WIDTH];     // that times the channel's weight, as a number to compare; 0 for a chosen channel
   real_t warp_sums[THREADS / WARP_SIZE];
   int channels[R_PADDED];
   int rank;
@@ -82,6 +83,8 @@ struct alignas(16) SharedVectors {
 constexpr int ROWS_BYTES = R_PADDED * PITCH * sizeof(real_t);
 constexpr int SHARED_BYTES = sizeof(SharedVectors) + (IN_SHARED ? ROWS_BYTES : 0);
 static_assert(SHARED_BYTES <= 227 * 1024, "more shared memory than any device gives a block");
+// As far as shared memory reaches; registers suffice for two.
+constexpr int BLOCKS_PER_PROCESSOR = IN_SHARED && sizeof(real_t) == 4 && 2 * SHARED_BYTES <= 224 * 1024 ? 2 : 1;
 #ifdef LAUNCH_SHARED_BYTES
 static_assert(LAUNCH_SHARED_BYTES == SHARED_BYTES, "tiles.py and this file disagree on the shared memory");
 #endif
@@ -114,14 +117,14 @@ __device__ inline void add_outer_product(real_t (&sums)[TILE][TILE], Four x, Fou
 // target^T = source^T gram for two parts of the rows: all columns times a symmetric matrix [WIDTH, WIDTH].
 __device__ inline void multiply_columns(SharedVectors& shared, real_t* rows, int source, int target,
                                         const real_t* __restrict__ gram) {
-  const int column = threadIdx.x % COLUMN_TILES * TILE;
+  const int thread = thread_index_anew(), column = thread % COLUMN_TILES * TILE;
   auto load_panel = [&](int k) {
     if (k >= WIDTH) return;
-    for (int i = threadIdx.x * CHUNK; i < PANEL * WIDTH; i += THREADS * CHUNK)
+    for (int i = thread * CHUNK; i < PANEL * WIDTH; i += THREADS * CHUNK)
       copy_async_or_zero(shared.panel[k / PANEL % 2] + i, gram + k * WIDTH + i, true);
   };
 #pragma unroll 1
-  for (int first = threadIdx.x / COLUMN_TILES; first - (int)threadIdx.x / COLUMN_TILES < ROW_TILES;
+  for (int first = thread / COLUMN_TILES; first - thread / COLUMN_TILES < ROW_TILES;
        first += PASSES * ROW_TILES_AT_ONCE) {
     real_t sums[PASSES][TILE][TILE] = {};
     load_panel(0);
@@ -158,7 +161,7 @@ __device__ inline void multiply_columns(SharedVectors& shared, real_t* rows, int
 #pragma unroll
     for (int p = 0; p < PASSES; ++p) {
       const int tile = first + p * ROW_TILES_AT_ONCE;
-      if (tile >= ROW_TILES || threadIdx.x >= COLUMN_TILES * ROW_TILES_AT_ONCE) break;
+      if (tile >= ROW_TILES || thread >= COLUMN_TILES * ROW_TILES_AT_ONCE) break;
 #pragma unroll
       for (int i = 0; i < TILE; ++i) store4(rows + (tile * TILE + i) * PITCH + target + column, sums[p][i]);
     }
@@ -166,54 +169,114 @@ __device__ inline void multiply_columns(SharedVectors& shared, real_t* rows, int
   }
 }
 
-// The channels of eq. 15 and, in T, the rows F that they leave: Z of the half-step that starts from them. A thread keeps a
-// channel; every warp finds the largest for itself.
+// The channels of eq. 15 and, in T, the rows F that they leave: Z of the half-step that starts from them. Every warp knows
+// how much of each channel is outside the span of the chosen ones and finds the largest for itself, so that a step waits
+// for the other threads once, when its row of F is there.
 __device__ inline void choose_channels(SharedVectors& shared, real_t* rows, const real_t* __restrict__ A,
                                        const real_t* __restrict__ B) {
-  const int d = threadIdx.x;
-  const bool is_channel = d < D;
-  const real_t length = is_channel ? A[d * WIDTH + d] : 0.0f, weight = is_channel ? B[d * WIDTH + d] : 0.0f;
-  real_t outside = length;
-  bool is_free = is_channel;
-#pragma unroll 1
-  for (int r = 0; r < R_PADDED; ++r) {
-    // Numbers that are not negative are ordered like their bits; one is added, so that a chosen channel counts least.
-    if (d < WIDTH) {
-      shared.outside[d] = outside;
-      shared.keys[d] = is_free ? (bits_of(outside * weight) & ~ordered_t(0) >> 1) + 1 : 0;
-    }
-    __syncthreads();  // the keys are written before they are compared, row r - 1 before it is read
-    ordered_t largest = 0;
-    for (int i = d % WARP_SIZE; i < WIDTH; i += WARP_SIZE) largest = max(largest, shared.keys[i]);
-    largest = max_of_warp(largest);
-    unsigned places_behind = 0;  // it, counted from the last channel on: the earliest of equals has most
-    for (int i = d % WARP_SIZE; i < WIDTH; i += WARP_SIZE)
-      if (shared.keys[i] == largest) places_behind = max(places_behind, static_cast<unsigned>(WIDTH - 1 - i));
-    const int chosen = WIDTH - 1 - max_of_warp(places_behind);
-    const bool is_padding = r >= R;
-    const real_t entry = d < WIDTH && !is_padding ? A[chosen * WIDTH + d] : 0.0f;
-    const real_t pivot = shared.outside[chosen];
-    if (d < r) shared.row[d] = rows[d * PITCH + T + chosen];
-    if (d == 0) shared.channels[r] = chosen;
-    __syncthreads();  // the row of F is gathered; keys and outside are read before they are overwritten
-    if (d < WIDTH) {
-      real_t left = entry;
-#pragma unroll 8
-      for (int s = 0; s < r; ++s) left = fma(-shared.row[s], rows[s * PITCH + T + d], left);
-      const real_t F = pivot > 0.0f && !is_padding ? left * rsqrt(pivot) : 0.0f;
-      rows[r * PITCH + T + d] = F;
-      outside = fma(-F, F, outside);
-      if (!(outside > RIDGE * length)) outside = 0.0f;
-      if (d == chosen) is_free = false;
+  const int thread = thread_index_anew(), lane = thread % WARP_SIZE, warp = thread / WARP_SIZE;
+  for (int i = R * WIDTH + thread; i < R_PADDED * WIDTH; i += THREADS)
+    rows[i / WIDTH * PITCH + T + i % WIDTH] = 0.0f;
+
+  real_t outside[PER_LANE] = {}, least[PER_LANE] = {}, weights[PER_LANE] = {};  // of channels lane, lane + WARP_SIZE, ...
+  unsigned is_free = 0;                                                         // a bit for each of them
+#pragma unroll
+  for (int i = 0; i < PER_LANE; ++i) {
+    const int d = lane + i * WARP_SIZE;
+    if (d < D) {
+      outside[i] = A[d * WIDTH + d], least[i] = RIDGE * outside[i], weights[i] = B[d * WIDTH + d];
+      is_free |= 1u << i;
     }
   }
-  __syncthreads();  // F is complete
+  auto find_largest = [&]() -> int {
+    // Numbers that are not negative are ordered like their bits; one is added, so that a chosen channel counts least.
+    ordered_t keys[PER_LANE], largest = 0;
+#pragma unroll
+    for (int i = 0; i < PER_LANE; ++i) {
+      keys[i] = is_free >> i & 1 ? (bits_of(outside[i] * weights[i]) & ~ordered_t(0) >> 1) + 1 : 0;
+      largest = max(largest, keys[i]);
+    }
+    largest = max_of_warp(largest);
+    unsigned places_behind = 0;  // it, counted from the last channel on: the earliest of equals has most
+#pragma unroll
+    for (int i = PER_LANE - 1; i >= 0; --i)
+      if (keys[i] == largest) places_behind = WARP_SIZE * PER_LANE - 1 - (lane + i * WARP_SIZE);
+    return WARP_SIZE * PER_LANE - 1 - max_of_warp(places_behind);
+  };
+
+  // A - F F^T: the lane's four channels times the warp's STRIP
+  real_t rest[STRIP][4] = {};
+  const bool has_rest = REST_FITS && warp * STRIP < WIDTH && lane * 4 < WIDTH;
+  if (has_rest) {
+#pragma unroll
+    for (int j = 0; j < STRIP; ++j) {
+      const Four a = load4(A + (warp * STRIP + j) * WIDTH + lane * 4);
+      rest[j][0] = a.x, rest[j][1] = a.y, rest[j][2] = a.z, rest[j][3] = a.w;
+    }
+  }
+
+  int chosen = find_largest();
+#pragma unroll 1
+  for (int r = 0; r < R; ++r) {
+    real_t* const F = rows + r * PITCH + T;
+    real_t pivot = 0.0f;
+#pragma unroll
+    for (int i = 0; i < PER_LANE; ++i) {
+      const real_t candidate = __shfl_sync(~0u, outside[i], chosen % WARP_SIZE);
+      if (i == chosen / WARP_SIZE) pivot = candidate;
+    }
+    const real_t inverse = rsqrt(pivot);
+    if (REST_FITS && warp == chosen / STRIP) {
+      real_t row[4] = {};
+#pragma unroll
+      for (int j = 0; j < STRIP; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const real_t entry = pivot > 0.0f ? rest[j][i] * inverse : 0.0f;
+          row[i] = j == chosen % STRIP ? entry : row[i];
+        }
+      if (has_rest) store4(F + lane * 4, row);
+    }
+    if (!REST_FITS && thread < WIDTH) {
+      const int d = thread;
+      real_t left = A[chosen * WIDTH + d];
+#pragma unroll 8
+      for (int s = 0; s < r; ++s) left = fma(-rows[s * PITCH + T + chosen], rows[s * PITCH + T + d], left);
+      F[d] = pivot > 0.0f ? left * inverse : 0.0f;
+    }
+    if (thread == 0) shared.channels[r] = chosen;
+    __syncthreads();  // the row of F is written
+
+#pragma unroll
+    for (int i = 0; i < PER_LANE; ++i) {
+      const int d = lane + i * WARP_SIZE;
+      const real_t entry = d < WIDTH ? F[d] : 0.0f;
+      outside[i] = fma(-entry, entry, outside[i]);
+      if (!(outside[i] > least[i])) outside[i] = 0.0f;
+      if (d == chosen) is_free &= ~(1u << i);
+    }
+    chosen = find_largest();
+    if (has_rest) {
+      const Four own = load4(F + lane * 4);
+      const real_t right[4] = {own.x, own.y, own.z, own.w};
+#pragma unroll
+      for (int j = 0; j < STRIP; j += 4) {
+        const Four four = load4(F + warp * STRIP + j);
+        const real_t left[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) rest[j + k][i] = fma(-left[k], right[i], rest[j + k][i]);
+      }
+    }
+  }
 }
 
 // G = W^T T, and its diagonal apart, before elimination changes it.
 __device__ inline void multiply_parts(SharedVectors& shared, real_t* rows) {
+  const int thread = thread_index_anew();
 #pragma unroll 1
-  for (int tile = threadIdx.x; tile < ROW_TILES * ROW_TILES; tile += THREADS) {
+  for (int tile = thread; tile < ROW_TILES * ROW_TILES; tile += THREADS) {
     const int r = tile / ROW_TILES, s = tile % ROW_TILES;  // and every ROW_TILES-th row on: neighbours in other banks
     real_t sums[TILE][TILE] = {};
 #pragma unroll 1
@@ -247,7 +310,7 @@ __device__ inline void multiply_parts(SharedVectors& shared, real_t* rows) {
 
 // The factor of the diagonal block at `first`, by one warp: lane i % 16 holds row i. The two half-warps do the same.
 __device__ inline void factor_block(SharedVectors& shared, const real_t* rows, int first, real_t negligible) {
-  const int row = threadIdx.x % BLOCK;
+  const int row = thread_index_anew() % BLOCK;
   const real_t square = shared.squares[first + row];
   real_t entries[BLOCK];
 #pragma unroll
@@ -263,7 +326,7 @@ __device__ inline void factor_block(SharedVectors& shared, const real_t* rows, i
   }
 #pragma unroll
   for (int j = 0; j < BLOCK; ++j)
-    if (j <= row) shared.factor[row * FACTOR_PITCH + j] = entries[j];
+    if (j <= row) shared.factor[j * FACTOR_PITCH + row] = entries[j];
 }
 
 // Multiplies the columns that stand in the rows up to `end` by u C^-T, where C C^T = u G u + ridge I; columns of which no
@@ -271,29 +334,31 @@ __device__ inline void factor_block(SharedVectors& shared, const real_t* rows, i
 __device__ inline void eliminate(SharedVectors& shared, real_t* rows, int end, real_t negligible) {
 #pragma unroll 1
   for (int first = 0; first < R_PADDED; first += BLOCK) {
-    if (threadIdx.x < WARP_SIZE) factor_block(shared, rows, first, negligible);
+    const int thread = thread_index_anew();
+    if (thread < WARP_SIZE) factor_block(shared, rows, first, negligible);
     __syncthreads();  // the factor is written
 
     // ---- the block's own rows: forward substitution, a thread for each place in a row ----
     const int next = first + BLOCK;
     real_t* const block = rows + first * PITCH;
 #pragma unroll 1
-    for (int place = next + threadIdx.x; place < end; place += THREADS) {
+    for (int place = next + thread; place < end; place += THREADS) {
       real_t x[BLOCK];
 #pragma unroll
       for (int i = 0; i < BLOCK; ++i) x[i] = block[i * PITCH + place];
 #pragma unroll
-      for (int i = 0; i < BLOCK; ++i) {
-        real_t factor[BLOCK];  // row i of it, up to the diagonal
+      for (int j = 0; j < BLOCK; ++j) {
+        asm volatile("" ::: "memory");  // or the compiler keeps the factor in registers from one place to the next
+        real_t factor[BLOCK];  // column j of it, from the diagonal on
 #pragma unroll
-        for (int j = 0; j <= i; j += 4) {
-          const Four four = load4(shared.factor + i * FACTOR_PITCH + j);
-          factor[j] = four.x, factor[j + 1] = four.y, factor[j + 2] = four.z, factor[j + 3] = four.w;
+        for (int i = j / 4 * 4; i < BLOCK; i += 4) {
+          const Four four = load4(shared.factor + j * FACTOR_PITCH + i);
+          factor[i] = four.x, factor[i + 1] = four.y, factor[i + 2] = four.z, factor[i + 3] = four.w;
         }
+        x[j] *= factor[j];
+        block[j * PITCH + place] = x[j];
 #pragma unroll
-        for (int j = 0; j < i; ++j) x[i] = fma(-factor[j], x[j], x[i]);
-        x[i] *= factor[i];
-        block[i * PITCH + place] = x[i];
+        for (int i = j + 1; i < BLOCK; ++i) x[i] = fma(-factor[i], x[j], x[i]);
       }
     }
     __syncthreads();  // the block's rows are done before they are subtracted from those below
@@ -301,7 +366,7 @@ __device__ inline void eliminate(SharedVectors& shared, real_t* rows, int end, r
     // ---- rows below ----
     const int column_tiles = (end - next) / TILE, tiles = (R_PADDED - next) / TILE * column_tiles;
 #pragma unroll 1
-    for (int tile = threadIdx.x; tile < tiles; tile += THREADS) {
+    for (int tile = thread; tile < tiles; tile += THREADS) {
       const int row = next + tile / column_tiles * TILE, place = next + tile % column_tiles * TILE;
       real_t sums[TILE][TILE] = {};
 #pragma unroll 4
@@ -326,16 +391,17 @@ __device__ inline real_t sum_of_warp(real_t x) {
 
 // products[r] = inner product of the parts W and T of row r
 __device__ inline void multiply_parts_of_rows(real_t* products, const real_t* rows) {
-  for (int r = threadIdx.x / WARP_SIZE; r < R_PADDED; r += THREADS / WARP_SIZE) {
+  const int thread = thread_index_anew();
+  for (int r = thread / WARP_SIZE; r < R_PADDED; r += THREADS / WARP_SIZE) {
     real_t sum = 0.0f;
-    for (int d = threadIdx.x % WARP_SIZE; d < WIDTH; d += WARP_SIZE)
+    for (int d = thread % WARP_SIZE; d < WIDTH; d += WARP_SIZE)
       sum = fma(rows[r * PITCH + W + d], rows[r * PITCH + T + d], sum);
     sum = sum_of_warp(sum);
-    if (threadIdx.x % WARP_SIZE == 0) products[r] = sum;
+    if (thread % WARP_SIZE == 0) products[r] = sum;
   }
 }
 
-extern "C" __global__ __launch_bounds__(THREADS, 1)
+extern "C" __global__ __launch_bounds__(THREADS, BLOCKS_PER_PROCESSOR)
 void subspace_maps(const real_t* __restrict__ x_grams,  // [B, H_x, C, WIDTH, WIDTH]
                    const real_t* __restrict__ y_grams,  // [B, H_y, C or 1, WIDTH, WIDTH]
                    real_t* __restrict__ sampling,       // [B, H_x, C, R_PADDED, WIDTH], W transposed
@@ -351,7 +417,7 @@ void subspace_maps(const real_t* __restrict__ x_grams,  // [B, H_x, C, WIDTH, WI
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   SharedVectors& shared = *reinterpret_cast<SharedVectors*>(shared_bytes);
 
-  // ---- which block this is, and how many rows meet it ----
+  // ---- which block this is ----
   const long long block = blockIdx.x;
   const int c = blockIdx.x % C, h = blockIdx.x / C % H_x, b = blockIdx.x / C / H_x;
   const long long y_head = static_cast<long long>(b) * H_y + static_cast<long long>(h) * H_y / H_x;
@@ -362,13 +428,6 @@ void subspace_maps(const real_t* __restrict__ x_grams,  // [B, H_x, C, WIDTH, WI
 #else
   real_t* const rows = workspace + block * R_PADDED * PITCH;
 #endif
-  const long long begin = static_cast<long long>(c) * L;
-  const long long end = min(begin + L, static_cast<long long>(x_rows));
-  const long long y_last = max(0LL, min(end + causal_offset, static_cast<long long>(y_rows)));
-  const long long y_first = max(0LL, min(begin - causal_offset, static_cast<long long>(y_rows)));
-  const real_t own_rows = end - begin;
-  const real_t met_rows =
-      static_cast<real_t>(y_direction > 0 ? y_last : y_direction < 0 ? y_rows - y_first : y_rows) * heads_per_gram;
 
   // ---- tr(A B), which is the square of all scores; it also brings both matrices near ----
   real_t trace = 0.0f;
@@ -416,6 +475,15 @@ void subspace_maps(const real_t* __restrict__ x_grams,  // [B, H_x, C, WIDTH, WI
   multiply_parts_of_rows(shared.y_squares, rows);
 
   __syncthreads();  // the squared lengths are written
+
+  // ---- how many rows the block has, and how many meet it ----
+  const long long begin = static_cast<long long>(c) * L;
+  const long long end = min(begin + L, static_cast<long long>(x_rows));
+  const long long y_last = max(0LL, min(end + causal_offset, static_cast<long long>(y_rows)));
+  const long long y_first = max(0LL, min(begin - causal_offset, static_cast<long long>(y_rows)));
+  const real_t own_rows = end - begin;
+  const real_t met_rows =
+      static_cast<real_t>(y_direction > 0 ? y_last : y_direction < 0 ? y_rows - y_first : y_rows) * heads_per_gram;
 
   // ---- predicted error of the first 1, 2, ... columns, and the rank ----
   if (threadIdx.x == 0) {
