@@ -105,6 +105,8 @@ __device__ inline void store4(real_t* target, const real_t (&values)[4]) {
   *reinterpret_cast<Four*>(target) = {values[0], values[1], values[2], values[3]};
 }
 
+__device__ inline real_t inner_product(Four x, Four y) { return (x.x * y.x + x.y * y.y) + (x.z * y.z + x.w * y.w); }
+
 // sums[i][j] += x[i] y[j]
 __device__ inline void add_outer_product(real_t (&sums)[TILE][TILE], Four x, Four y) {
   const real_t left[TILE] = {x.x, x.y, x.z, x.w}, right[TILE] = {y.x, y.y, y.z, y.w};
@@ -391,13 +393,14 @@ __device__ inline real_t sum_of_warp(real_t x) {
 
 // products[r] = inner product of the parts W and T of row r
 __device__ inline void multiply_parts_of_rows(real_t* products, const real_t* rows) {
-  const int thread = thread_index_anew();
+  const int thread = thread_index_anew(), lane = thread % WARP_SIZE;
+#pragma unroll 4
   for (int r = thread / WARP_SIZE; r < R_PADDED; r += THREADS / WARP_SIZE) {
     real_t sum = 0.0f;
-    for (int d = thread % WARP_SIZE; d < WIDTH; d += WARP_SIZE)
-      sum = fma(rows[r * PITCH + W + d], rows[r * PITCH + T + d], sum);
+    for (int d = lane * 4; d < WIDTH; d += WARP_SIZE * 4)
+      sum += inner_product(load4(rows + r * PITCH + W + d), load4(rows + r * PITCH + T + d));
     sum = sum_of_warp(sum);
-    if (thread % WARP_SIZE == 0) products[r] = sum;
+    if (lane == 0) products[r] = sum;
   }
 }
 
@@ -431,10 +434,8 @@ void subspace_maps(const real_t* __restrict__ x_grams,  // [B, H_x, C, WIDTH, WI
 
   // ---- tr(A B), which is the square of all scores; it also brings both matrices near ----
   real_t trace = 0.0f;
-  for (int i = threadIdx.x * 4; i < WIDTH * WIDTH; i += THREADS * 4) {
-    const Four a = load4(A + i), b = load4(B + i);
-    trace += (a.x * b.x + a.y * b.y) + (a.z * b.z + a.w * b.w);
-  }
+#pragma unroll 4
+  for (int i = threadIdx.x * 4; i < WIDTH * WIDTH; i += THREADS * 4) trace += inner_product(load4(A + i), load4(B + i));
   trace = sum_of_warp(trace);
   if (threadIdx.x % WARP_SIZE == 0) shared.warp_sums[threadIdx.x / WARP_SIZE] = trace;
 
@@ -469,7 +470,8 @@ void subspace_maps(const real_t* __restrict__ x_grams,  // [B, H_x, C, WIDTH, WI
   real_t* const W_out = sampling + block * R_PADDED * WIDTH;
   real_t* const Z_out = fusion + block * R_PADDED * WIDTH;
   multiply_parts_of_rows(shared.squares, rows);
-  for (int i = threadIdx.x; i < R_PADDED * WIDTH; i += THREADS) W_out[i] = rows[i / WIDTH * PITCH + W + i % WIDTH];
+  for (int i = threadIdx.x * 4; i < R_PADDED * WIDTH; i += THREADS * 4)
+    *reinterpret_cast<Four*>(W_out + i) = load4(rows + i / WIDTH * PITCH + W + i % WIDTH);
   __syncthreads();  // W is read before it is overwritten
   multiply_columns(shared, rows, T, W, B);
   multiply_parts_of_rows(shared.y_squares, rows);
@@ -491,14 +493,13 @@ void subspace_maps(const real_t* __restrict__ x_grams,  // [B, H_x, C, WIDTH, WI
     const real_t factor = fabs(scale) * rsqrt(max(own_rows, 1.0f) * max(met_rows, 1.0f));
     int rank = R;
     real_t error = 0.0f;
-    for (int r = 0; r < R; ++r) {
+#pragma unroll 1
+    for (int first = 0; first < R && rank == R; first += BLOCK) {
       // W^T A W is the identity but for the ridge, Z is A W, so a column takes 2 - (W^T A W)_rr times its square away
-      left -= shared.y_squares[r] * (2.0f - shared.squares[r]);
+#pragma unroll
+      for (int r = first; r < first + BLOCK; ++r) left -= shared.y_squares[r] * (2.0f - shared.squares[r]);
       error = factor * sqrt(max(left, 0.0f));
-      if (score_tol >= 0.0f && (r + 1) % BLOCK == 0 && r + 1 < D && error <= score_tol) {
-        rank = r + 1;
-        break;
-      }
+      if (score_tol >= 0.0f && first + BLOCK < D && error <= score_tol) rank = first + BLOCK;
     }
     shared.rank = rank;
     ranks[block] = rank;
@@ -514,11 +515,20 @@ void subspace_maps(const real_t* __restrict__ x_grams,  // [B, H_x, C, WIDTH, WI
   __syncthreads();  // rank and scales are written
 
   const int rank = shared.rank;
-  for (int i = threadIdx.x; i < R_PADDED * WIDTH; i += THREADS) {
+#pragma unroll 2
+  for (int i = threadIdx.x * 4; i < R_PADDED * WIDTH; i += THREADS * 4) {
     const int r = i / WIDTH, d = i % WIDTH;
+    const Four w = load4(W_out + i), z = load4(rows + r * PITCH + T + d);
     const real_t column_scale = r < rank ? shared.scales[r] : 0.0f;
-    const real_t identity = r == d && d < D ? 1.0f : 0.0f;
-    W_out[i] = rank == D ? identity : W_out[i] * column_scale;
-    Z_out[i] = rank == D ? identity : column_scale > 0.0f ? rows[r * PITCH + T + d] / column_scale : 0.0f;
+    const real_t inverse = 1.0f / column_scale;
+    real_t W_row[4] = {w.x * column_scale, w.y * column_scale, w.z * column_scale, w.w * column_scale};
+    real_t Z_row[4] = {z.x * inverse, z.y * inverse, z.z * inverse, z.w * inverse};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (rank == D) W_row[j] = Z_row[j] = r == d + j && r < D ? 1.0f : 0.0f;
+      else if (!(column_scale > 0.0f)) Z_row[j] = 0.0f;
+    }
+    store4(W_out + i, W_row);
+    store4(Z_out + i, Z_row);
   }
 }
