@@ -227,13 +227,17 @@ def maps_pitch(width: int, columns: int) -> int:
     return pad(columns) + 2 * pad(width) + 4
 
 
-def maps_defines(width: int, columns: int, shared_limit: int) -> Defines:
-    """Return the -D options of subspace_maps.cu: its rows lie in shared memory where that is large enough."""
+def maps_defines(element: int, width: int, columns: int, shared_limit: int) -> Defines:
+    """Return the -D options of subspace_maps.cu: its rows lie in shared memory where that is large enough.
+
+    Maps are also written in ``element`` where that has 16 bits.
+    """
     threads = 256
     vectors = 2 * 16 * pad(width) + 16 * 20 + 4 * pad(columns) + threads // 32 + 1
     fixed_bytes, rows_bytes = ceil_div(4 * vectors, 16) * 16, 4 * pad(columns) * maps_pitch(width, columns)
     in_shared = fixed_bytes + rows_bytes <= shared_limit
     return {
+        "ELEMENT": element,
         "D": width,
         "R": columns,
         "IN_SHARED": int(in_shared),
@@ -409,19 +413,10 @@ def _forward_sm90_cases() -> Iterator[Defines]:
 
 
 def _subspace_maps_cases() -> Iterator[Defines]:
-    for width, columns in (
-        (128, 64),
-        (128, 128),
-        (128, 96),
-        (64, 32),
-        (80, 40),
-        (33, 11),
-        (2, 1),
-        (256, 128),
-        (256, 256),
-    ):
+    shapes = ((128, 64), (128, 128), (128, 96), (64, 32), (80, 40), (33, 11), (2, 1), (256, 128), (256, 256))
+    for (width, columns), element in product(shapes, _SIXTEEN_BITS):
         for shared_limit in (99 << 10, 227 << 10):
-            yield maps_defines(width, columns, shared_limit)
+            yield maps_defines(element, width, columns, shared_limit)
 
 
 def _reduce_rows_cases() -> Iterator[Defines]:

@@ -36,7 +36,7 @@
 #define THREADS 256
 #endif
 
-#include "mma.cuh"
+#include "operands.cuh"
 
 typedef accumulate_t real_t;
 constexpr int BLOCK = 16;  // rows that are eliminated at a time, and the step of the ranks
@@ -103,6 +103,14 @@ __device__ inline Four load4(const real_t* source) { return *reinterpret_cast<co
 
 __device__ inline void store4(real_t* target, const real_t (&values)[4]) {
   *reinterpret_cast<Four*>(target) = {values[0], values[1], values[2], values[3]};
+}
+
+// Numbers out of the range of 16 bits become the largest finite one.
+__device__ inline void store_narrow(element_t* target, const real_t (&values)[4]) {
+  Elements<4> narrow;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) narrow.at[i] = to_element(limit_to_element(values[i]));
+  *reinterpret_cast<Elements<4>*>(target) = narrow;
 }
 
 __device__ inline real_t inner_product(Four x, Four y) { return (x.x * y.x + x.y * y.y) + (x.z * y.z + x.w * y.w); }
@@ -409,7 +417,9 @@ void subspace_maps(const real_t* __restrict__ x_grams,  // [B, H_x, C, WIDTH, WI
                    const real_t* __restrict__ y_grams,  // [B, H_y, C or 1, WIDTH, WIDTH]
                    real_t* __restrict__ sampling,       // [B, H_x, C, R_PADDED, WIDTH], W transposed
                    real_t* __restrict__ fusion,         // [B, H_x, C, R_PADDED, WIDTH], Z transposed
-                   int* __restrict__ ranks,            // [B, H_x, C]
+                   element_t* __restrict__ narrow_sampling,  // the two in 16 bits, where ELEMENT has those; else unused
+                   element_t* __restrict__ narrow_fusion,
+                   int* __restrict__ ranks,             // [B, H_x, C]
                    real_t* __restrict__ score_errors,   // [B, H_x, C], in nats
                    real_t* __restrict__ workspace,      // [B, H_x, C, R_PADDED, PITCH]; unused where IN_SHARED
                    int refine, real_t score_tol,        // in nats; negative: every block has rank R
@@ -530,5 +540,9 @@ void subspace_maps(const real_t* __restrict__ x_grams,  // [B, H_x, C, WIDTH, WI
     }
     store4(W_out + i, W_row);
     store4(Z_out + i, Z_row);
+    if (sizeof(element_t) == 2) {
+      store_narrow(narrow_sampling + block * R_PADDED * WIDTH + i, W_row);
+      store_narrow(narrow_fusion + block * R_PADDED * WIDTH + i, Z_row);
+    }
   }
 }

@@ -216,8 +216,10 @@ class CupyBackend(Backend):
         y_grams = self.grams(Y, None if by_keys else mean, meeting, heads_per_gram)
 
         columns, width = problem.rank, problem.width
-        defines = maps_defines(width, columns, _shared_memory_limit(Q.device.id))
-        sampling, fusion = (cupy.empty((batch, heads, blocks, pad(columns), pad(width)), np.float32) for _ in range(2))
+        defines = maps_defines(_element(Q), width, columns, _shared_memory_limit(Q.device.id))
+        shape = (batch, heads, blocks, pad(columns), pad(width))
+        sampling, fusion = (cupy.empty(shape, np.float32) for _ in range(2))
+        dense = _DenseMaps(cupy.empty(shape, Q.dtype), cupy.empty(shape, Q.dtype), mean)
         ranks = cupy.empty((batch, heads, blocks), np.int32)
         score_errors = cupy.empty(ranks.shape, np.float32)
         rows_bytes = 0 if defines["IN_SHARED"] else ranks.size * pad(columns) * maps_pitch(width, columns)
@@ -226,14 +228,15 @@ class CupyBackend(Backend):
             defines,
             ranks.size,
             None,
-            *(x_grams, y_grams, sampling, fusion, ranks, score_errors, cupy.empty(rows_bytes, np.float32)),
+            *(x_grams, y_grams, sampling, fusion, dense.sampling, dense.fusion),
+            *(ranks, score_errors, cupy.empty(rows_bytes, np.float32)),
             *(grouping.refine, np.float32(-1 if grouping.score_tol is None else grouping.score_tol)),
             *(np.float32(problem.scale), heads, y_grams.shape[1], blocks, X.shape[2], block_size),
             *(Y.shape[2], heads_per_gram, _SIGNS[meeting.direction], problem.causal_offset or 0),
             shared=defines["LAUNCH_SHARED_BYTES"],
         )
         sampling, fusion = (x[..., :columns, :width].swapaxes(-1, -2) for x in (sampling, fusion))
-        return SubspaceMaps(sampling, fusion, mean, ranks, score_errors)
+        return _OwnSubspaceMaps(sampling, fusion, mean, ranks, score_errors, dense)
 
     # ---- attention ----
 
@@ -367,6 +370,8 @@ class _DenseMaps:
     @classmethod
     def of(cls, maps: SubspaceMaps, K: Any) -> _DenseMaps:
         """Return ``maps`` rounded to the dtype of K."""
+        if isinstance(maps, _OwnSubspaceMaps):
+            return maps.dense
         mean = _contiguous(maps.key_mean).astype(np.float32, copy=False)
         whole = _Segments(1, 1, 0, 0, 1, ALL)
         rounded = _sum_segments(mean[:, :, None], whole, element=_element(K)).reshape(mean.shape)
@@ -387,6 +392,13 @@ class _DenseMaps:
             *_strides(flat),
         )
         return narrow
+
+
+@dataclass(frozen=True, slots=True)
+class _OwnSubspaceMaps(SubspaceMaps):
+    """Maps that were made here, with what subspace_maps.cu wrote in K's dtype at once."""
+
+    dense: _DenseMaps
 
 
 @dataclass(frozen=True, slots=True)
