@@ -179,7 +179,7 @@ class CupyBackend(Backend):
         Rounded, so that what is subtracted from a key is one of its own numbers; any vector may be.
         """
         batch, heads, rows, width = K.shape
-        segments = _equal_segments(rows, batch * heads)
+        segments = _equal_segments(rows, batch * heads, per_processor=4)
         sums = _channel_sums(K, segments, power=1)
         return _sum_segments(sums, segments, factor=1 / rows, element=_element(K)).reshape(batch, heads, width)
 
@@ -294,9 +294,12 @@ class _Segments:
         return replace(self, count=self.count * parts, rows=self.rows // parts, per_block=parts)
 
 
-def _equal_segments(rows: int, sums: int) -> _Segments:
-    """Return segments of rows that are all wanted in one sum; ``sums`` says how many such sums a launch makes."""
-    wanted = ceil_div(_thread_blocks(), max(sums, 1))
+def _equal_segments(rows: int, sums: int, per_processor: int = 2) -> _Segments:
+    """Return segments of rows that are all wanted in one sum.
+
+    ``sums`` says how many such sums a launch makes, ``per_processor`` how many thread blocks a multiprocessor runs.
+    """
+    wanted = ceil_div(per_processor * _multiprocessors(cupy.cuda.Device().id), max(sums, 1))
     size = max(ceil_div(rows, wanted), _LEAST_SEGMENT_ROWS)
     return _Segments(ceil_div(rows, size), size, 0, 0, rows, ALL)
 
