@@ -282,7 +282,8 @@ __device__ inline void choose_channels(SharedVectors& shared, real_t* rows, cons
   }
 }
 
-// G = W^T T, and its diagonal apart, before elimination changes it.
+// G = W^T T on and above its diagonal, and the diagonal apart, before elimination changes it. G is symmetric: nothing reads
+// the rest.
 __device__ inline void multiply_parts(SharedVectors& shared, real_t* rows) {
   const int thread = thread_index_anew();
 #pragma unroll 1
@@ -300,7 +301,7 @@ __device__ inline void multiply_parts(SharedVectors& shared, real_t* rows) {
 #pragma unroll
       for (int i = 0; i < TILE; ++i)
 #pragma unroll
-        for (int j = 0; j < TILE; ++j) {
+        for (int j = i; j < TILE; ++j) {
           sums[i][j] = fma(left[i].x, right[j].x, sums[i][j]);
           sums[i][j] = fma(left[i].y, right[j].y, sums[i][j]);
           sums[i][j] = fma(left[i].z, right[j].z, sums[i][j]);
@@ -310,7 +311,7 @@ __device__ inline void multiply_parts(SharedVectors& shared, real_t* rows) {
 #pragma unroll
     for (int i = 0; i < TILE; ++i)
 #pragma unroll
-      for (int j = 0; j < TILE; ++j) {
+      for (int j = i; j < TILE; ++j) {
         rows[(r + i * ROW_TILES) * PITCH + G + s + j * ROW_TILES] = sums[i][j];
         if (r == s && i == j) shared.squares[r + i * ROW_TILES] = sums[i][j];
       }
