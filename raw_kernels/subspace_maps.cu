@@ -49,12 +49,13 @@ constexpr int TILE = 4;          // a thread's part of a product is TILE x TILE,
 constexpr int CHUNK = 16 / sizeof(real_t);  // numbers in a 16-byte copy
 constexpr int FACTOR_PITCH = BLOCK + 4;
 static_assert(R >= 1 && R <= D && D <= 256, "a block has at least one column and at most D");
+static_assert(BLOCK == TILE * TILE, "a thread of half a warp for every tile of a diagonal block");
 static_assert(THREADS % WARP_SIZE == 0 && THREADS >= 256, "one thread for every channel of the widest row");
 
 constexpr int COLUMN_TILES = WIDTH / TILE;
 constexpr int ROW_TILES = R_PADDED / TILE;
 constexpr int ROW_TILES_AT_ONCE = THREADS / COLUMN_TILES;  // threads beyond these have no part in a product
-constexpr int MOST_PASSES = 2;  // tiles that a thread holds the sums of
+constexpr int MOST_PASSES = IN_SHARED ? 2 : 1;  // tiles that a thread holds the sums of; global addresses take registers
 constexpr int NEEDED_PASSES = (ROW_TILES + ROW_TILES_AT_ONCE - 1) / ROW_TILES_AT_ONCE;
 constexpr int PASSES = NEEDED_PASSES < MOST_PASSES ? NEEDED_PASSES : MOST_PASSES;
 // While channels are chosen:
@@ -83,8 +84,8 @@ struct alignas(16) SharedVectors {
 constexpr int ROWS_BYTES = R_PADDED * PITCH * sizeof(real_t);
 constexpr int SHARED_BYTES = sizeof(SharedVectors) + (IN_SHARED ? ROWS_BYTES : 0);
 static_assert(SHARED_BYTES <= 227 * 1024, "more shared memory than any device gives a block");
-// As far as shared memory reaches; registers suffice for two.
-constexpr int BLOCKS_PER_PROCESSOR = IN_SHARED && sizeof(real_t) == 4 && 2 * SHARED_BYTES <= 224 * 1024 ? 2 : 1;
+// As far as registers and the largest shared memory reach.
+constexpr int BLOCKS_PER_PROCESSOR = sizeof(real_t) == 4 && 2 * SHARED_BYTES <= 224 * 1024 ? 2 : 1;
 #ifdef LAUNCH_SHARED_BYTES
 static_assert(LAUNCH_SHARED_BYTES == SHARED_BYTES, "tiles.py and this file disagree on the shared memory");
 #endif
@@ -343,11 +344,11 @@ __device__ inline void factor_block(SharedVectors& shared, const real_t* rows, i
 // Multiplies the columns that stand in the rows up to `end` by u C^-T, where C C^T = u G u + ridge I; columns of which no
 // more than `negligible` is left become zero.
 __device__ inline void eliminate(SharedVectors& shared, real_t* rows, int end, real_t negligible) {
+  if (threadIdx.x < WARP_SIZE) factor_block(shared, rows, 0, negligible);
+  __syncthreads();  // the factor is written
 #pragma unroll 1
   for (int first = 0; first < R_PADDED; first += BLOCK) {
     const int thread = thread_index_anew();
-    if (thread < WARP_SIZE) factor_block(shared, rows, first, negligible);
-    __syncthreads();  // the factor is written
 
     // ---- the block's own rows: forward substitution, a thread for each place in a row ----
     const int next = first + BLOCK;
@@ -374,11 +375,8 @@ __device__ inline void eliminate(SharedVectors& shared, real_t* rows, int end, r
     }
     __syncthreads();  // the block's rows are done before they are subtracted from those below
 
-    // ---- rows below ----
-    const int column_tiles = (end - next) / TILE, tiles = (R_PADDED - next) / TILE * column_tiles;
-#pragma unroll 1
-    for (int tile = thread; tile < tiles; tile += THREADS) {
-      const int row = next + tile / column_tiles * TILE, place = next + tile % column_tiles * TILE;
+    // ---- rows below; one warp makes the next diagonal block, and its factor at once ----
+    auto subtract = [&](int row, int place) {
       real_t sums[TILE][TILE] = {};
 #pragma unroll 4
       for (int i = 0; i < BLOCK; ++i)
@@ -389,8 +387,20 @@ __device__ inline void eliminate(SharedVectors& shared, real_t* rows, int end, r
         const Four before = load4(target);
         store4(target, {before.x - sums[i][0], before.y - sums[i][1], before.z - sums[i][2], before.w - sums[i][3]});
       }
+    };
+    const int column_tiles = (end - next) / TILE, tiles = (R_PADDED - next) / TILE * column_tiles;
+    if (thread >= WARP_SIZE) {
+#pragma unroll 1
+      for (int tile = thread - WARP_SIZE; tile < tiles; tile += THREADS - WARP_SIZE) {
+        const int row = tile / column_tiles * TILE, place = tile % column_tiles * TILE;
+        if (place >= max(row, BLOCK)) subtract(next + row, next + place);
+      }
+    } else if (tiles > 0) {
+      if (thread < BLOCK) subtract(next + thread / TILE * TILE, next + thread % TILE * TILE);
+      __syncwarp();  // the diagonal block is written
+      factor_block(shared, rows, next, negligible);
     }
-    __syncthreads();  // the next block is up to date
+    __syncthreads();  // the next block is up to date, its factor written
   }
 }
 
