@@ -265,11 +265,12 @@ def maps_pitch(width: int, columns: int) -> int:
 def maps_defines(element: int, width: int, columns: int, shared_limit: int) -> Defines:
     """Return the -D options of subspace_maps.cu: its rows lie in shared memory where that is large enough.
 
-    ``element`` is float32, or float64: what it computes in.
+    ``element`` is what the arrays hold: it computes in float64 for float64, else in float32, and writes the maps in 16
+    bits as well where the arrays have those.
     """
     threads, size = 256, 8 if element == ELEMENTS["float64"] else 4
-    numbers = 2 * 64 // size * pad(width) + 16 * 20 + 4 * pad(columns) + pad(width) + threads // 32
-    fixed_bytes = ceil_div(size * (numbers + pad(width)) + 4 * (pad(columns) + 1), 16) * 16
+    numbers = 2 * 64 // size * pad(width) + 16 * 20 + 3 * pad(columns) + threads // 32
+    fixed_bytes = ceil_div(size * numbers + 4 * (pad(columns) + 1), 16) * 16
     rows_bytes = size * pad(columns) * maps_pitch(width, columns)
     in_shared = fixed_bytes + rows_bytes <= shared_limit
     return {
@@ -493,7 +494,7 @@ def _forward_sm90_cases() -> Iterator[Defines]:
 
 def _subspace_maps_cases() -> Iterator[Defines]:
     shapes = ((128, 64), (128, 128), (128, 96), (64, 32), (80, 40), (33, 11), (2, 1), (256, 128), (256, 256))
-    for (width, columns), element in product(shapes, (ELEMENTS["float32"], ELEMENTS["float64"])):
+    for (width, columns), element in product(shapes, ELEMENTS.values()):
         for shared_limit in (99 << 10, 227 << 10):
             yield maps_defines(element, width, columns, shared_limit)
 

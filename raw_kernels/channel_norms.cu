@@ -30,6 +30,7 @@
 #define VECTOR 8
 #endif
 constexpr int MAX_D = 256;
+constexpr int ROWS_AT_ONCE = 8;  // loads of a thread that are on their way together
 constexpr int MIN_BLOCKS = 4;  // per multiprocessor: 64 registers; without a number ptxas spills some for occupancy
 static_assert(THREADS * VECTOR >= MAX_D, "the threads reach across the widest row");
 
@@ -58,11 +59,21 @@ void channel_norms(const element_t* __restrict__ Y,   // [B, H, rows, D]
   // ---- sums over this thread's rows ----
   accumulate_t sums[VECTOR] = {};
   if (slice < slices) {
-#pragma unroll 4
-    for (int n = begin + slice; n < end; n += slices) {
-      const Elements<VECTOR> y = *reinterpret_cast<const Elements<VECTOR>*>(column + n * stride_y_n);
+#pragma unroll 1
+    for (int first = begin + slice; first < end; first += ROWS_AT_ONCE * slices) {
+      Elements<VECTOR> y[ROWS_AT_ONCE];
 #pragma unroll
-      for (int v = 0; v < VECTOR; v++) sums[v] += to_accumulate(y.at[v]) * (POWER == 2 ? to_accumulate(y.at[v]) : 1);
+      for (int i = 0; i < ROWS_AT_ONCE; i++) {  // rows past the end are read as the first one and not counted
+        const int n = first + i * slices < end ? first + i * slices : first;
+        y[i] = *reinterpret_cast<const Elements<VECTOR>*>(column + n * stride_y_n);
+      }
+#pragma unroll
+      for (int i = 0; i < ROWS_AT_ONCE; i++) {
+        if (first + i * slices >= end) break;
+#pragma unroll
+        for (int v = 0; v < VECTOR; v++)
+          sums[v] += to_accumulate(y[i].at[v]) * (POWER == 2 ? to_accumulate(y[i].at[v]) : 1);
+      }
     }
 #pragma unroll
     for (int v = 0; v < VECTOR; v++) partial_smem[slice * D + channel + v] = sums[v];

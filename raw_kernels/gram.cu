@@ -16,7 +16,7 @@
 //
 // Grid      : (B * grams of a batch * S * PARTS), parts fastest, then s; PARTS = 2 for D > 176, else 1
 // Block     : STRIPS * 32 threads
-// Shared    : 2 * ROW_TILE * STRIDE * 2 + WIDTH * 4 bytes, static, under 48 KB
+// Shared    : (STAGES * ROW_TILE * STRIDE + WIDTH) * 2 bytes, static, under 48 KB: a tile of rows in each of STAGES buffers
 // Assumes   : 1 <= D <= 256; 0 <= lower <= upper <= rows. ALIGNED: X and its strides are multiples of 16 bytes, D of 8.
 //             The mean is in the range and precision of the elements; what is multiplied is x - mean rounded to them.
 //             Tensor cores cut sums off instead of rounding them, so the products of 32 rows are summed apart and
@@ -45,15 +45,18 @@ constexpr int PARTNERS = STRIPS / 2 + 1;  // strips that a strip is multiplied w
 constexpr int PARTS = PARTNERS > 6 ? 2 : 1;  // thread blocks that share them, where one has not the registers
 constexpr int PARTNERS_HERE = (PARTNERS + PARTS - 1) / PARTS;
 constexpr int NUM_THREADS = STRIPS * WARP_SIZE;
-constexpr int BLOCKS_PER_PROCESSOR = NUM_THREADS <= 256 && !CENTRED ? 2 : 1;  // as far as registers reach
+constexpr int BLOCKS_PER_PROCESSOR = NUM_THREADS <= 256 ? 2 : 1;  // as far as registers reach
 constexpr int MMA_K = 16;
 constexpr int CHUNK = 8;  // elements in a 16-byte copy
-constexpr int ROW_TILE = STRIPS > 8 ? 32 : 64;
-constexpr int STEPS = 2;  // products of sixteen rows that are summed apart from the others
+constexpr int ROW_TILE = 32;
+constexpr int STEPS = ROW_TILE / MMA_K;  // products of sixteen rows that are summed apart from other tiles'
 constexpr int STRIDE = WIDTH + CHUNK;  // an odd number of 16-byte units: rows of an ldmatrix fall into different banks
+constexpr int FITTING_STAGES = (48 * 1024 - WIDTH * 2) / (ROW_TILE * STRIDE * 2);
+constexpr int STAGES = FITTING_STAGES < 5 ? FITTING_STAGES : 5;
 
-// Which of the two rows in a register are above `rows`, counted from the first of them.
-__device__ inline unsigned valid_pair(int rows) { return rows >= 2 ? ~0u : rows == 1 ? 0xffffu : 0u; }
+constexpr int CHUNKS_PER_ROW = WIDTH / CHUNK;
+constexpr int ROWS_AT_ONCE = NUM_THREADS / CHUNKS_PER_ROW;  // a thread copies the same channels of every 16th row
+static_assert(ROWS_AT_ONCE * CHUNKS_PER_ROW == NUM_THREADS && ROW_TILE % ROWS_AT_ONCE == 0, "all threads copy alike");
 
 extern "C" __global__ __launch_bounds__(NUM_THREADS, BLOCKS_PER_PROCESSOR)
 void gram(const element_t* __restrict__ X,  // [B, H, rows, D]
@@ -61,8 +64,8 @@ void gram(const element_t* __restrict__ X,  // [B, H, rows, D]
           float* __restrict__ grams,        // [B, grams of a batch, S, WIDTH, WIDTH]
           int grams_per_batch, int heads_per_gram, int S, int segment_rows, int shift, int lower, int upper,
           long long stride_x_b, long long stride_x_h, long long stride_x_n) {
-  __shared__ alignas(16) element_t X_smem[2][ROW_TILE * STRIDE];
-  __shared__ unsigned centre_smem[WIDTH];  // -mean / 2, twice in a register
+  __shared__ alignas(16) element_t X_smem[STAGES][ROW_TILE * STRIDE];
+  __shared__ alignas(16) element_t centre_smem[WIDTH];  // -mean / 2
 
   // ---- which rows this block owns ----
   const int gram = blockIdx.x / PARTS / S;
@@ -78,81 +81,92 @@ void gram(const element_t* __restrict__ X,  // [B, H, rows, D]
   const int tiles_per_head = (end - begin + ROW_TILE - 1) / ROW_TILE;
   const int tiles = tiles_per_head * heads_per_gram;
   const element_t* const first_head = X + b * stride_x_b + h * static_cast<long long>(heads_per_gram) * stride_x_h;
-  for (int d = threadIdx.x; CENTRED && d < WIDTH; d += NUM_THREADS) {
-    const float half = d < D ? -0.5f * mean[static_cast<long long>(gram) * D + d] : 0.0f;
-    centre_smem[d] = pack(half, half);
-  }
 
+  for (int d = threadIdx.x; CENTRED && d < WIDTH; d += NUM_THREADS)
+    centre_smem[d] = d < D ? to_element(-0.5f * mean[static_cast<long long>(gram) * D + d]) : element_t(0);
+  __syncthreads();  // the centre is written
+
+  // ---- a thread copies the same channels of some rows of every tile, and centres them when they have arrived ----
+  auto valid_rows = [&](int tile) { return end - (begin + tile % tiles_per_head * ROW_TILE); };
   auto load_tile = [&](int tile) {
     if (tile >= tiles) return;
-    const int row = begin + tile % tiles_per_head * ROW_TILE;
-    const element_t* const source = first_head + tile / tiles_per_head * stride_x_h + row * stride_x_n;
-    element_t* const tile_smem = X_smem[tile % 2];
+    const int thread = thread_index_anew();
+    const int own_row = thread / CHUNKS_PER_ROW, own_channel = thread % CHUNKS_PER_ROW * CHUNK;
+    const int rows = valid_rows(tile);
+    const element_t* const source = first_head + tile / tiles_per_head * stride_x_h + (end - rows) * stride_x_n;
+#pragma unroll
+    for (int n = own_row; n < own_row + ROW_TILE; n += ROWS_AT_ONCE) {
+      element_t* const chunk_smem = X_smem[tile % STAGES] + n * STRIDE + own_channel;
+      const element_t* const chunk = source + n * stride_x_n + own_channel;
 #if ALIGNED
-    for (int i = threadIdx.x; i < ROW_TILE * (WIDTH / CHUNK); i += NUM_THREADS) {
-      const int n = i / (WIDTH / CHUNK), d = i % (WIDTH / CHUNK) * CHUNK;
-      const bool is_valid = row + n < end && d < D;
-      copy_async_or_zero(tile_smem + n * STRIDE + d, is_valid ? source + n * stride_x_n + d : source, is_valid);
-    }
+      const bool is_valid = n < rows && own_channel < D;
+      copy_async_or_zero(chunk_smem, is_valid ? chunk : source, is_valid);
 #else
-#pragma unroll 1
-    for (int i = threadIdx.x; i < ROW_TILE * WIDTH; i += NUM_THREADS) {
-      const int n = i / WIDTH, d = i % WIDTH;
-      tile_smem[n * STRIDE + d] = row + n < end && d < D ? source[n * stride_x_n + d] : element_t(0);
-    }
+#pragma unroll
+      for (int i = 0; i < CHUNK; ++i) chunk_smem[i] = n < rows && own_channel + i < D ? chunk[i] : element_t(0);
 #endif
+    }
+  };
+  auto centre_tile = [&](int tile) {
+    const int thread = thread_index_anew();
+    const int own_row = thread / CHUNKS_PER_ROW, own_channel = thread % CHUNKS_PER_ROW * CHUNK;
+    const int rows = valid_rows(tile);
+    const uint4 centre = *reinterpret_cast<const uint4*>(centre_smem + own_channel);
+#pragma unroll
+    for (int n = own_row; n < own_row + ROW_TILE; n += ROWS_AT_ONCE) {
+      if (n >= rows) break;
+      uint4& chunk = *reinterpret_cast<uint4*>(X_smem[tile % STAGES] + n * STRIDE + own_channel);
+      chunk = make_uint4(add_to_half(chunk.x, centre.x), add_to_half(chunk.y, centre.y),
+                         add_to_half(chunk.z, centre.z), add_to_half(chunk.w, centre.w));
+    }
   };
 
   float sums[PARTNERS_HERE][2][4] = {};
 
-  load_tile(0);
-  copy_async_commit();
+#pragma unroll 1
+  for (int tile = 0; tile < STAGES - 1; ++tile) {
+    load_tile(tile);
+    copy_async_commit();
+  }
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {
-    copy_async_wait_all();
-    __syncthreads();  // the tile has arrived for all threads, and no warp still reads the buffer that is filled next
-    load_tile(tile + 1);
+    copy_async_wait_all_but<STAGES - 2>();  // this thread's chunks of the tile have arrived
+    if (CENTRED) centre_tile(tile);
+    __syncthreads();  // the tile is complete, and no warp still reads the one whose place is filled next
+    load_tile(tile + STAGES - 1);
     copy_async_commit();
     const int thread = thread_index_anew(), strip = thread / WARP_SIZE, lane = thread % WARP_SIZE;
     // ldmatrix rows: eight rows of the tile, two halves of a strip, then eight rows on
     const unsigned tile_address =
-        shared_address(X_smem[tile % 2] + (lane % 8 + lane / 16 * 8) * STRIDE + lane / 8 % 2 * 8);
-    const int rows = end - (begin + tile % tiles_per_head * ROW_TILE);
+        shared_address(X_smem[tile % STAGES] + (lane % 8 + lane / 16 * 8) * STRIDE + lane / 8 % 2 * 8);
 
-    // Channels of strip j, sixteen rows from 16 step on, transposed: [channel][row]
-    auto load_strip = [&](unsigned (&fragment)[4], int j, int step) {
-      load_matrices_transposed(fragment, tile_address + (step * MMA_K * STRIDE + j * STRIP) * 2);
-      if (CENTRED) {
-        const unsigned centre[2] = {centre_smem[j * STRIP + lane / 4], centre_smem[j * STRIP + lane / 4 + 8]};
-        const int row = step * MMA_K + lane % 4 * 2;
-        const unsigned is_valid[2] = {valid_pair(rows - row), valid_pair(rows - row - 8)};
+    // Channels of strip j, all rows of the tile, transposed: [channel][row]
+    auto load_strip = [&](unsigned (&fragments)[STEPS][4], int j) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) fragment[i] = add_to_half(fragment[i], centre[i % 2]) & is_valid[i / 2];
-      }
+      for (int step = 0; step < STEPS; ++step)
+        load_matrices_transposed(fragments[step], tile_address + (step * MMA_K * STRIDE + j * STRIP) * 2);
+    };
+    auto partner = [&](int p) -> int {
+      int j = (strip + first_partner + p) % STRIPS;
+      asm volatile("" : "+r"(j));  // or the compiler keeps the places of all partners through the loop
+      return j;
     };
 
-#pragma unroll 1
-    for (int first_step = 0; first_step < ROW_TILE / MMA_K; first_step += STEPS) {
-      unsigned own[STEPS][4];
+    unsigned own[STEPS][4], others[2][STEPS][4];  // the next partner's fragments are on their way during a product
+    load_strip(own, strip);
+    if (PARTS > 1) load_strip(others[0], partner(0));  // else a strip's first partner is the strip itself
 #pragma unroll
-      for (int step = 0; step < STEPS; ++step) load_strip(own[step], strip, first_step + step);
+    for (int p = 0; p < PARTNERS_HERE; ++p) {
+      if (p + 1 < PARTNERS_HERE) load_strip(others[(p + 1) % 2], partner(p + 1));
+      float products[2][4] = {};
 #pragma unroll
-      for (int p = 0; p < PARTNERS_HERE; ++p) {
-        const bool is_own = PARTS == 1 && p == 0;
-        int partner = (strip + first_partner + p) % STRIPS;
-        asm volatile("" : "+r"(partner));  // or the compiler keeps the places of all partners through the loop
-        float products[2][4] = {};
-#pragma unroll
-        for (int step = 0; step < STEPS; ++step) {
-          unsigned other[4];
-          if (!is_own) load_strip(other, partner, first_step + step);
-          const unsigned(&right)[4] = is_own ? own[step] : other;
-          multiply_add(products[0], own[step], right[0], right[2]);
-          multiply_add(products[1], own[step], right[1], right[3]);
-        }
-#pragma unroll
-        for (int i = 0; i < 8; ++i) sums[p][i / 4][i % 4] += products[i / 4][i % 4];
+      for (int step = 0; step < STEPS; ++step) {
+        const unsigned(&right)[4] = PARTS == 1 && p == 0 ? own[step] : others[p % 2][step];
+        multiply_add(products[0], own[step], right[0], right[2]);
+        multiply_add(products[1], own[step], right[1], right[3]);
       }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sums[p][i / 4][i % 4] += products[i / 4][i % 4];
     }
   }
 

@@ -32,7 +32,13 @@ __device__ inline void copy_async_or_zero(void* shared, const void* global, bool
 
 __device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-__device__ inline void copy_async_wait_all() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+// Waits until at most LEFT of the groups that this thread committed are on their way.
+template <int LEFT>
+__device__ inline void copy_async_wait_all_but() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+}
+
+__device__ inline void copy_async_wait_all() { copy_async_wait_all_but<0>(); }
 
 // The largest of the warp's numbers.
 __device__ inline unsigned max_of_warp(unsigned x) { return __reduce_max_sync(~0u, x); }
@@ -43,6 +49,9 @@ __device__ inline void copy_async_or_zero(void* shared, const void* global, bool
 }
 
 __device__ inline void copy_async_commit() {}
+
+template <int LEFT>
+__device__ inline void copy_async_wait_all_but() {}
 
 __device__ inline void copy_async_wait_all() {}
 

@@ -36,7 +36,7 @@
 #define THREADS 256
 #endif
 
-#include "mma.cuh"
+#include "operands.cuh"
 
 typedef accumulate_t real_t;
 constexpr int BLOCK = 16;  // rows that are eliminated at a time, and the step of the ranks
@@ -49,14 +49,20 @@ constexpr int TILE = 4;          // a thread's part of a product is TILE x TILE,
 constexpr int CHUNK = 16 / sizeof(real_t);  // numbers in a 16-byte copy
 constexpr int FACTOR_PITCH = BLOCK + 4;
 static_assert(R >= 1 && R <= D && D <= 256, "a block has at least one column and at most D");
+static_assert(BLOCK == TILE * TILE, "a thread of half a warp for every tile of a diagonal block");
 static_assert(THREADS % WARP_SIZE == 0 && THREADS >= 256, "one thread for every channel of the widest row");
 
 constexpr int COLUMN_TILES = WIDTH / TILE;
 constexpr int ROW_TILES = R_PADDED / TILE;
 constexpr int ROW_TILES_AT_ONCE = THREADS / COLUMN_TILES;  // threads beyond these have no part in a product
-constexpr int MOST_PASSES = 8 / sizeof(real_t);  // tiles that a thread has the registers for the sums of
+// tiles that a thread holds the sums of; float64 and global addresses take registers
+constexpr int MOST_PASSES = IN_SHARED && sizeof(real_t) == 4 ? 2 : 1;
 constexpr int NEEDED_PASSES = (ROW_TILES + ROW_TILES_AT_ONCE - 1) / ROW_TILES_AT_ONCE;
 constexpr int PASSES = NEEDED_PASSES < MOST_PASSES ? NEEDED_PASSES : MOST_PASSES;
+// While channels are chosen:
+constexpr int PER_LANE = (WIDTH + WARP_SIZE - 1) / WARP_SIZE;  // channels that a lane of every warp looks after
+constexpr int STRIP = 16;                                      // channels of a warp's part of A - F F^T
+constexpr bool REST_FITS = WIDTH <= 4 * WARP_SIZE;  // the registers of all warps; else its rows are made when needed
 
 #if ELEMENT == FLOAT64
 typedef unsigned long long ordered_t;
@@ -68,13 +74,10 @@ __device__ inline ordered_t bits_of(float x) { return __float_as_uint(x); }
 
 struct alignas(16) SharedVectors {
   real_t panel[2][PANEL * WIDTH];
-  real_t factor[BLOCK * FACTOR_PITCH];  // lower triangle of a diagonal block's factor; its diagonal inverted
+  real_t factor[BLOCK * FACTOR_PITCH];  // a diagonal block's factor, column after column; its diagonal inverted
   real_t squares[R_PADDED];             // diagonal of G before elimination, later squared lengths of X W
   real_t y_squares[R_PADDED];           // squared lengths of Y Z
   real_t scales[R_PADDED];
-  real_t row[R_PADDED];      // of F, while channels are chosen
-  real_t outside[WIDTH];     // squared length of a channel outside the span of the chosen ones
-  ordered_t keys[WIDTH];     // that times the channel's weight, as a number to compare; 0 for a chosen channel
   real_t warp_sums[THREADS / WARP_SIZE];
   int channels[R_PADDED];
   int rank;
@@ -82,6 +85,8 @@ struct alignas(16) SharedVectors {
 constexpr int ROWS_BYTES = R_PADDED * PITCH * sizeof(real_t);
 constexpr int SHARED_BYTES = sizeof(SharedVectors) + (IN_SHARED ? ROWS_BYTES : 0);
 static_assert(SHARED_BYTES <= 227 * 1024, "more shared memory than any device gives a block");
+// As far as registers and the largest shared memory reach.
+constexpr int BLOCKS_PER_PROCESSOR = sizeof(real_t) == 4 && 2 * SHARED_BYTES <= 224 * 1024 ? 2 : 1;
 #ifdef LAUNCH_SHARED_BYTES
 static_assert(LAUNCH_SHARED_BYTES == SHARED_BYTES, "tiles.py and this file disagree on the shared memory");
 #endif
@@ -102,6 +107,16 @@ __device__ inline void store4(real_t* target, const real_t (&values)[4]) {
   *reinterpret_cast<Four*>(target) = {values[0], values[1], values[2], values[3]};
 }
 
+// Numbers out of the range of 16 bits become the largest finite one.
+__device__ inline void store_narrow(element_t* target, const real_t (&values)[4]) {
+  Elements<4> narrow;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) narrow.at[i] = to_element(limit_to_element(values[i]));
+  *reinterpret_cast<Elements<4>*>(target) = narrow;
+}
+
+__device__ inline real_t inner_product(Four x, Four y) { return (x.x * y.x + x.y * y.y) + (x.z * y.z + x.w * y.w); }
+
 // sums[i][j] += x[i] y[j]
 __device__ inline void add_outer_product(real_t (&sums)[TILE][TILE], Four x, Four y) {
   const real_t left[TILE] = {x.x, x.y, x.z, x.w}, right[TILE] = {y.x, y.y, y.z, y.w};
@@ -114,14 +129,14 @@ __device__ inline void add_outer_product(real_t (&sums)[TILE][TILE], Four x, Fou
 // target^T = source^T gram for two parts of the rows: all columns times a symmetric matrix [WIDTH, WIDTH].
 __device__ inline void multiply_columns(SharedVectors& shared, real_t* rows, int source, int target,
                                         const real_t* __restrict__ gram) {
-  const int column = threadIdx.x % COLUMN_TILES * TILE;
+  const int thread = thread_index_anew(), column = thread % COLUMN_TILES * TILE;
   auto load_panel = [&](int k) {
     if (k >= WIDTH) return;
-    for (int i = threadIdx.x * CHUNK; i < PANEL * WIDTH; i += THREADS * CHUNK)
+    for (int i = thread * CHUNK; i < PANEL * WIDTH; i += THREADS * CHUNK)
       copy_async_or_zero(shared.panel[k / PANEL % 2] + i, gram + k * WIDTH + i, true);
   };
 #pragma unroll 1
-  for (int first = threadIdx.x / COLUMN_TILES; first - (int)threadIdx.x / COLUMN_TILES < ROW_TILES;
+  for (int first = thread / COLUMN_TILES; first - thread / COLUMN_TILES < ROW_TILES;
        first += PASSES * ROW_TILES_AT_ONCE) {
     real_t sums[PASSES][TILE][TILE] = {};
     load_panel(0);
@@ -158,7 +173,7 @@ __device__ inline void multiply_columns(SharedVectors& shared, real_t* rows, int
 #pragma unroll
     for (int p = 0; p < PASSES; ++p) {
       const int tile = first + p * ROW_TILES_AT_ONCE;
-      if (tile >= ROW_TILES || threadIdx.x >= COLUMN_TILES * ROW_TILES_AT_ONCE) break;
+      if (tile >= ROW_TILES || thread >= COLUMN_TILES * ROW_TILES_AT_ONCE) break;
 #pragma unroll
       for (int i = 0; i < TILE; ++i) store4(rows + (tile * TILE + i) * PITCH + target + column, sums[p][i]);
     }
@@ -166,54 +181,115 @@ __device__ inline void multiply_columns(SharedVectors& shared, real_t* rows, int
   }
 }
 
-// The channels of eq. 15 and, in T, the rows F that they leave: Z of the half-step that starts from them. A thread keeps a
-// channel; every warp finds the largest for itself.
+// The channels of eq. 15 and, in T, the rows F that they leave: Z of the half-step that starts from them. Every warp knows
+// how much of each channel is outside the span of the chosen ones and finds the largest for itself, so that a step waits
+// for the other threads once, when its row of F is there.
 __device__ inline void choose_channels(SharedVectors& shared, real_t* rows, const real_t* __restrict__ A,
                                        const real_t* __restrict__ B) {
-  const int d = threadIdx.x;
-  const bool is_channel = d < D;
-  const real_t length = is_channel ? A[d * WIDTH + d] : 0.0f, weight = is_channel ? B[d * WIDTH + d] : 0.0f;
-  real_t outside = length;
-  bool is_free = is_channel;
-#pragma unroll 1
-  for (int r = 0; r < R_PADDED; ++r) {
-    // Numbers that are not negative are ordered like their bits; one is added, so that a chosen channel counts least.
-    if (d < WIDTH) {
-      shared.outside[d] = outside;
-      shared.keys[d] = is_free ? (bits_of(outside * weight) & ~ordered_t(0) >> 1) + 1 : 0;
-    }
-    __syncthreads();  // the keys are written before they are compared, row r - 1 before it is read
-    ordered_t largest = 0;
-    for (int i = d % WARP_SIZE; i < WIDTH; i += WARP_SIZE) largest = max(largest, shared.keys[i]);
-    largest = max_of_warp(largest);
-    unsigned places_behind = 0;  // it, counted from the last channel on: the earliest of equals has most
-    for (int i = d % WARP_SIZE; i < WIDTH; i += WARP_SIZE)
-      if (shared.keys[i] == largest) places_behind = max(places_behind, static_cast<unsigned>(WIDTH - 1 - i));
-    const int chosen = WIDTH - 1 - max_of_warp(places_behind);
-    const bool is_padding = r >= R;
-    const real_t entry = d < WIDTH && !is_padding ? A[chosen * WIDTH + d] : 0.0f;
-    const real_t pivot = shared.outside[chosen];
-    if (d < r) shared.row[d] = rows[d * PITCH + T + chosen];
-    if (d == 0) shared.channels[r] = chosen;
-    __syncthreads();  // the row of F is gathered; keys and outside are read before they are overwritten
-    if (d < WIDTH) {
-      real_t left = entry;
-#pragma unroll 8
-      for (int s = 0; s < r; ++s) left = fma(-shared.row[s], rows[s * PITCH + T + d], left);
-      const real_t F = pivot > 0.0f && !is_padding ? left * rsqrt(pivot) : 0.0f;
-      rows[r * PITCH + T + d] = F;
-      outside = fma(-F, F, outside);
-      if (!(outside > RIDGE * length)) outside = 0.0f;
-      if (d == chosen) is_free = false;
+  const int thread = thread_index_anew(), lane = thread % WARP_SIZE, warp = thread / WARP_SIZE;
+  for (int i = R * WIDTH + thread; i < R_PADDED * WIDTH; i += THREADS)
+    rows[i / WIDTH * PITCH + T + i % WIDTH] = 0.0f;
+
+  real_t outside[PER_LANE] = {}, least[PER_LANE] = {}, weights[PER_LANE] = {};  // of channels lane, lane + WARP_SIZE, ...
+  unsigned is_free = 0;                                                         // a bit for each of them
+#pragma unroll
+  for (int i = 0; i < PER_LANE; ++i) {
+    const int d = lane + i * WARP_SIZE;
+    if (d < D) {
+      outside[i] = A[d * WIDTH + d], least[i] = RIDGE * outside[i], weights[i] = B[d * WIDTH + d];
+      is_free |= 1u << i;
     }
   }
-  __syncthreads();  // F is complete
+  auto find_largest = [&]() -> int {
+    // Numbers that are not negative are ordered like their bits; one is added, so that a chosen channel counts least.
+    ordered_t keys[PER_LANE], largest = 0;
+#pragma unroll
+    for (int i = 0; i < PER_LANE; ++i) {
+      keys[i] = is_free >> i & 1 ? (bits_of(outside[i] * weights[i]) & ~ordered_t(0) >> 1) + 1 : 0;
+      largest = max(largest, keys[i]);
+    }
+    largest = max_of_warp(largest);
+    unsigned places_behind = 0;  // it, counted from the last channel on: the earliest of equals has most
+#pragma unroll
+    for (int i = PER_LANE - 1; i >= 0; --i)
+      if (keys[i] == largest) places_behind = WARP_SIZE * PER_LANE - 1 - (lane + i * WARP_SIZE);
+    return WARP_SIZE * PER_LANE - 1 - max_of_warp(places_behind);
+  };
+
+  // A - F F^T: the lane's four channels times the warp's STRIP
+  real_t rest[STRIP][4] = {};
+  const bool has_rest = REST_FITS && warp * STRIP < WIDTH && lane * 4 < WIDTH;
+  if (has_rest) {
+#pragma unroll
+    for (int j = 0; j < STRIP; ++j) {
+      const Four a = load4(A + (warp * STRIP + j) * WIDTH + lane * 4);
+      rest[j][0] = a.x, rest[j][1] = a.y, rest[j][2] = a.z, rest[j][3] = a.w;
+    }
+  }
+
+  int chosen = find_largest();
+#pragma unroll 1
+  for (int r = 0; r < R; ++r) {
+    real_t* const F = rows + r * PITCH + T;
+    real_t pivot = 0.0f;
+#pragma unroll
+    for (int i = 0; i < PER_LANE; ++i) {
+      const real_t candidate = __shfl_sync(~0u, outside[i], chosen % WARP_SIZE);
+      if (i == chosen / WARP_SIZE) pivot = candidate;
+    }
+    const real_t inverse = rsqrt(pivot);
+    if (REST_FITS && warp == chosen / STRIP) {
+      real_t row[4] = {};
+#pragma unroll
+      for (int j = 0; j < STRIP; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const real_t entry = pivot > 0.0f ? rest[j][i] * inverse : 0.0f;
+          row[i] = j == chosen % STRIP ? entry : row[i];
+        }
+      if (has_rest) store4(F + lane * 4, row);
+    }
+    if (!REST_FITS && thread < WIDTH) {
+      const int d = thread;
+      real_t left = A[chosen * WIDTH + d];
+#pragma unroll 8
+      for (int s = 0; s < r; ++s) left = fma(-rows[s * PITCH + T + chosen], rows[s * PITCH + T + d], left);
+      F[d] = pivot > 0.0f ? left * inverse : 0.0f;
+    }
+    if (thread == 0) shared.channels[r] = chosen;
+    __syncthreads();  // the row of F is written
+
+#pragma unroll
+    for (int i = 0; i < PER_LANE; ++i) {
+      const int d = lane + i * WARP_SIZE;
+      const real_t entry = d < WIDTH ? F[d] : 0.0f;
+      outside[i] = fma(-entry, entry, outside[i]);
+      if (!(outside[i] > least[i])) outside[i] = 0.0f;
+      if (d == chosen) is_free &= ~(1u << i);
+    }
+    chosen = find_largest();
+    if (has_rest) {
+      const Four own = load4(F + lane * 4);
+      const real_t right[4] = {own.x, own.y, own.z, own.w};
+#pragma unroll
+      for (int j = 0; j < STRIP; j += 4) {
+        const Four four = load4(F + warp * STRIP + j);
+        const real_t left[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) rest[j + k][i] = fma(-left[k], right[i], rest[j + k][i]);
+      }
+    }
+  }
 }
 
-// G = W^T T, and its diagonal apart, before elimination changes it.
+// G = W^T T on and above its diagonal, and the diagonal apart, before elimination changes it. G is symmetric: nothing reads
+// the rest.
 __device__ inline void multiply_parts(SharedVectors& shared, real_t* rows) {
+  const int thread = thread_index_anew();
 #pragma unroll 1
-  for (int tile = threadIdx.x; tile < ROW_TILES * ROW_TILES; tile += THREADS) {
+  for (int tile = thread; tile < ROW_TILES * ROW_TILES; tile += THREADS) {
     const int r = tile / ROW_TILES, s = tile % ROW_TILES;  // and every ROW_TILES-th row on: neighbours in other banks
     real_t sums[TILE][TILE] = {};
 #pragma unroll 1
@@ -227,7 +303,7 @@ __device__ inline void multiply_parts(SharedVectors& shared, real_t* rows) {
 #pragma unroll
       for (int i = 0; i < TILE; ++i)
 #pragma unroll
-        for (int j = 0; j < TILE; ++j) {
+        for (int j = i; j < TILE; ++j) {
           sums[i][j] = fma(left[i].x, right[j].x, sums[i][j]);
           sums[i][j] = fma(left[i].y, right[j].y, sums[i][j]);
           sums[i][j] = fma(left[i].z, right[j].z, sums[i][j]);
@@ -237,7 +313,7 @@ __device__ inline void multiply_parts(SharedVectors& shared, real_t* rows) {
 #pragma unroll
     for (int i = 0; i < TILE; ++i)
 #pragma unroll
-      for (int j = 0; j < TILE; ++j) {
+      for (int j = i; j < TILE; ++j) {
         rows[(r + i * ROW_TILES) * PITCH + G + s + j * ROW_TILES] = sums[i][j];
         if (r == s && i == j) shared.squares[r + i * ROW_TILES] = sums[i][j];
       }
@@ -247,7 +323,7 @@ __device__ inline void multiply_parts(SharedVectors& shared, real_t* rows) {
 
 // The factor of the diagonal block at `first`, by one warp: lane i % 16 holds row i. The two half-warps do the same.
 __device__ inline void factor_block(SharedVectors& shared, const real_t* rows, int first, real_t negligible) {
-  const int row = threadIdx.x % BLOCK;
+  const int row = thread_index_anew() % BLOCK;
   const real_t square = shared.squares[first + row];
   real_t entries[BLOCK];
 #pragma unroll
@@ -263,47 +339,45 @@ __device__ inline void factor_block(SharedVectors& shared, const real_t* rows, i
   }
 #pragma unroll
   for (int j = 0; j < BLOCK; ++j)
-    if (j <= row) shared.factor[row * FACTOR_PITCH + j] = entries[j];
+    if (j <= row) shared.factor[j * FACTOR_PITCH + row] = entries[j];
 }
 
 // Multiplies the columns that stand in the rows up to `end` by u C^-T, where C C^T = u G u + ridge I; columns of which no
 // more than `negligible` is left become zero.
 __device__ inline void eliminate(SharedVectors& shared, real_t* rows, int end, real_t negligible) {
+  if (threadIdx.x < WARP_SIZE) factor_block(shared, rows, 0, negligible);
+  __syncthreads();  // the factor is written
 #pragma unroll 1
   for (int first = 0; first < R_PADDED; first += BLOCK) {
-    if (threadIdx.x < WARP_SIZE) factor_block(shared, rows, first, negligible);
-    __syncthreads();  // the factor is written
+    const int thread = thread_index_anew();
 
     // ---- the block's own rows: forward substitution, a thread for each place in a row ----
     const int next = first + BLOCK;
     real_t* const block = rows + first * PITCH;
 #pragma unroll 1
-    for (int place = next + threadIdx.x; place < end; place += THREADS) {
+    for (int place = next + thread; place < end; place += THREADS) {
       real_t x[BLOCK];
 #pragma unroll
       for (int i = 0; i < BLOCK; ++i) x[i] = block[i * PITCH + place];
 #pragma unroll
-      for (int i = 0; i < BLOCK; ++i) {
-        if (sizeof(real_t) == 8) asm volatile("" ::: "memory");  // or the compiler keeps the factor in too many registers
-        real_t factor[BLOCK];  // row i of it, up to the diagonal
+      for (int j = 0; j < BLOCK; ++j) {
+        asm volatile("" ::: "memory");  // or the compiler keeps the factor in registers from one place to the next
+        real_t factor[BLOCK];  // column j of it, from the diagonal on
 #pragma unroll
-        for (int j = 0; j <= i; j += 4) {
-          const Four four = load4(shared.factor + i * FACTOR_PITCH + j);
-          factor[j] = four.x, factor[j + 1] = four.y, factor[j + 2] = four.z, factor[j + 3] = four.w;
+        for (int i = j / 4 * 4; i < BLOCK; i += 4) {
+          const Four four = load4(shared.factor + j * FACTOR_PITCH + i);
+          factor[i] = four.x, factor[i + 1] = four.y, factor[i + 2] = four.z, factor[i + 3] = four.w;
         }
+        x[j] *= factor[j];
+        block[j * PITCH + place] = x[j];
 #pragma unroll
-        for (int j = 0; j < i; ++j) x[i] = fma(-factor[j], x[j], x[i]);
-        x[i] *= factor[i];
-        block[i * PITCH + place] = x[i];
+        for (int i = j + 1; i < BLOCK; ++i) x[i] = fma(-factor[i], x[j], x[i]);
       }
     }
     __syncthreads();  // the block's rows are done before they are subtracted from those below
 
-    // ---- rows below ----
-    const int column_tiles = (end - next) / TILE, tiles = (R_PADDED - next) / TILE * column_tiles;
-#pragma unroll 1
-    for (int tile = threadIdx.x; tile < tiles; tile += THREADS) {
-      const int row = next + tile / column_tiles * TILE, place = next + tile % column_tiles * TILE;
+    // ---- rows below; one warp makes the next diagonal block, and its factor at once ----
+    auto subtract = [&](int row, int place) {
       real_t sums[TILE][TILE] = {};
 #pragma unroll 4
       for (int i = 0; i < BLOCK; ++i)
@@ -314,8 +388,20 @@ __device__ inline void eliminate(SharedVectors& shared, real_t* rows, int end, r
         const Four before = load4(target);
         store4(target, {before.x - sums[i][0], before.y - sums[i][1], before.z - sums[i][2], before.w - sums[i][3]});
       }
+    };
+    const int column_tiles = (end - next) / TILE, tiles = (R_PADDED - next) / TILE * column_tiles;
+    if (thread >= WARP_SIZE) {
+#pragma unroll 1
+      for (int tile = thread - WARP_SIZE; tile < tiles; tile += THREADS - WARP_SIZE) {
+        const int row = tile / column_tiles * TILE, place = tile % column_tiles * TILE;
+        if (place >= max(row, BLOCK)) subtract(next + row, next + place);
+      }
+    } else if (tiles > 0) {
+      if (thread < BLOCK) subtract(next + thread / TILE * TILE, next + thread % TILE * TILE);
+      __syncwarp();  // the diagonal block is written
+      factor_block(shared, rows, next, negligible);
     }
-    __syncthreads();  // the next block is up to date
+    __syncthreads();  // the next block is up to date, its factor written
   }
 }
 
@@ -327,21 +413,25 @@ __device__ inline real_t sum_of_warp(real_t x) {
 
 // products[r] = inner product of the parts W and T of row r
 __device__ inline void multiply_parts_of_rows(real_t* products, const real_t* rows) {
-  for (int r = threadIdx.x / WARP_SIZE; r < R_PADDED; r += THREADS / WARP_SIZE) {
+  const int thread = thread_index_anew(), lane = thread % WARP_SIZE;
+#pragma unroll 4
+  for (int r = thread / WARP_SIZE; r < R_PADDED; r += THREADS / WARP_SIZE) {
     real_t sum = 0.0f;
-    for (int d = threadIdx.x % WARP_SIZE; d < WIDTH; d += WARP_SIZE)
-      sum = fma(rows[r * PITCH + W + d], rows[r * PITCH + T + d], sum);
+    for (int d = lane * 4; d < WIDTH; d += WARP_SIZE * 4)
+      sum += inner_product(load4(rows + r * PITCH + W + d), load4(rows + r * PITCH + T + d));
     sum = sum_of_warp(sum);
-    if (threadIdx.x % WARP_SIZE == 0) products[r] = sum;
+    if (lane == 0) products[r] = sum;
   }
 }
 
-extern "C" __global__ __launch_bounds__(THREADS, 1)
+extern "C" __global__ __launch_bounds__(THREADS, BLOCKS_PER_PROCESSOR)
 void subspace_maps(const real_t* __restrict__ x_grams,  // [B, H_x, C, WIDTH, WIDTH]
                    const real_t* __restrict__ y_grams,  // [B, H_y, C or 1, WIDTH, WIDTH]
                    real_t* __restrict__ sampling,       // [B, H_x, C, R_PADDED, WIDTH], W transposed
                    real_t* __restrict__ fusion,         // [B, H_x, C, R_PADDED, WIDTH], Z transposed
-                   int* __restrict__ ranks,            // [B, H_x, C]
+                   element_t* __restrict__ narrow_sampling,  // the two in 16 bits, where ELEMENT has those; else unused
+                   element_t* __restrict__ narrow_fusion,
+                   int* __restrict__ ranks,             // [B, H_x, C]
                    real_t* __restrict__ score_errors,   // [B, H_x, C], in nats
                    real_t* __restrict__ workspace,      // [B, H_x, C, R_PADDED, PITCH]; unused where IN_SHARED
                    int refine, real_t score_tol,        // in nats; negative: every block has rank R
@@ -352,7 +442,7 @@ void subspace_maps(const real_t* __restrict__ x_grams,  // [B, H_x, C, WIDTH, WI
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   SharedVectors& shared = *reinterpret_cast<SharedVectors*>(shared_bytes);
 
-  // ---- which block this is, and how many rows meet it ----
+  // ---- which block this is ----
   const long long block = blockIdx.x;
   const int c = blockIdx.x % C, h = blockIdx.x / C % H_x, b = blockIdx.x / C / H_x;
   const long long y_head = static_cast<long long>(b) * H_y + static_cast<long long>(h) * H_y / H_x;
@@ -363,20 +453,11 @@ void subspace_maps(const real_t* __restrict__ x_grams,  // [B, H_x, C, WIDTH, WI
 #else
   real_t* const rows = workspace + block * R_PADDED * PITCH;
 #endif
-  const long long begin = static_cast<long long>(c) * L;
-  const long long end = min(begin + L, static_cast<long long>(x_rows));
-  const long long y_last = max(0LL, min(end + causal_offset, static_cast<long long>(y_rows)));
-  const long long y_first = max(0LL, min(begin - causal_offset, static_cast<long long>(y_rows)));
-  const real_t own_rows = end - begin;
-  const real_t met_rows =
-      static_cast<real_t>(y_direction > 0 ? y_last : y_direction < 0 ? y_rows - y_first : y_rows) * heads_per_gram;
 
   // ---- tr(A B), which is the square of all scores; it also brings both matrices near ----
   real_t trace = 0.0f;
-  for (int i = threadIdx.x * 4; i < WIDTH * WIDTH; i += THREADS * 4) {
-    const Four a = load4(A + i), b = load4(B + i);
-    trace += (a.x * b.x + a.y * b.y) + (a.z * b.z + a.w * b.w);
-  }
+#pragma unroll 4
+  for (int i = threadIdx.x * 4; i < WIDTH * WIDTH; i += THREADS * 4) trace += inner_product(load4(A + i), load4(B + i));
   trace = sum_of_warp(trace);
   if (threadIdx.x % WARP_SIZE == 0) shared.warp_sums[threadIdx.x / WARP_SIZE] = trace;
 
@@ -411,12 +492,22 @@ void subspace_maps(const real_t* __restrict__ x_grams,  // [B, H_x, C, WIDTH, WI
   real_t* const W_out = sampling + block * R_PADDED * WIDTH;
   real_t* const Z_out = fusion + block * R_PADDED * WIDTH;
   multiply_parts_of_rows(shared.squares, rows);
-  for (int i = threadIdx.x; i < R_PADDED * WIDTH; i += THREADS) W_out[i] = rows[i / WIDTH * PITCH + W + i % WIDTH];
+  for (int i = threadIdx.x * 4; i < R_PADDED * WIDTH; i += THREADS * 4)
+    *reinterpret_cast<Four*>(W_out + i) = load4(rows + i / WIDTH * PITCH + W + i % WIDTH);
   __syncthreads();  // W is read before it is overwritten
   multiply_columns(shared, rows, T, W, B);
   multiply_parts_of_rows(shared.y_squares, rows);
 
   __syncthreads();  // the squared lengths are written
+
+  // ---- how many rows the block has, and how many meet it ----
+  const long long begin = static_cast<long long>(c) * L;
+  const long long end = min(begin + L, static_cast<long long>(x_rows));
+  const long long y_last = max(0LL, min(end + causal_offset, static_cast<long long>(y_rows)));
+  const long long y_first = max(0LL, min(begin - causal_offset, static_cast<long long>(y_rows)));
+  const real_t own_rows = end - begin;
+  const real_t met_rows =
+      static_cast<real_t>(y_direction > 0 ? y_last : y_direction < 0 ? y_rows - y_first : y_rows) * heads_per_gram;
 
   // ---- predicted error of the first 1, 2, ... columns, and the rank ----
   if (threadIdx.x == 0) {
@@ -424,14 +515,13 @@ void subspace_maps(const real_t* __restrict__ x_grams,  // [B, H_x, C, WIDTH, WI
     const real_t factor = fabs(scale) * rsqrt(max(own_rows, 1.0f) * max(met_rows, 1.0f));
     int rank = R;
     real_t error = 0.0f;
-    for (int r = 0; r < R; ++r) {
+#pragma unroll 1
+    for (int first = 0; first < R && rank == R; first += BLOCK) {
       // W^T A W is the identity but for the ridge, Z is A W, so a column takes 2 - (W^T A W)_rr times its square away
-      left -= shared.y_squares[r] * (2.0f - shared.squares[r]);
+#pragma unroll
+      for (int r = first; r < first + BLOCK; ++r) left -= shared.y_squares[r] * (2.0f - shared.squares[r]);
       error = factor * sqrt(max(left, 0.0f));
-      if (score_tol >= 0.0f && (r + 1) % BLOCK == 0 && r + 1 < D && error <= score_tol) {
-        rank = r + 1;
-        break;
-      }
+      if (score_tol >= 0.0f && first + BLOCK < D && error <= score_tol) rank = first + BLOCK;
     }
     shared.rank = rank;
     ranks[block] = rank;
@@ -447,11 +537,24 @@ void subspace_maps(const real_t* __restrict__ x_grams,  // [B, H_x, C, WIDTH, WI
   __syncthreads();  // rank and scales are written
 
   const int rank = shared.rank;
-  for (int i = threadIdx.x; i < R_PADDED * WIDTH; i += THREADS) {
+#pragma unroll 2
+  for (int i = threadIdx.x * 4; i < R_PADDED * WIDTH; i += THREADS * 4) {
     const int r = i / WIDTH, d = i % WIDTH;
+    const Four w = load4(W_out + i), z = load4(rows + r * PITCH + T + d);
     const real_t column_scale = r < rank ? shared.scales[r] : 0.0f;
-    const real_t identity = r == d && d < D ? 1.0f : 0.0f;
-    W_out[i] = rank == D ? identity : W_out[i] * column_scale;
-    Z_out[i] = rank == D ? identity : column_scale > 0.0f ? rows[r * PITCH + T + d] / column_scale : 0.0f;
+    const real_t inverse = 1.0f / column_scale;
+    real_t W_row[4] = {w.x * column_scale, w.y * column_scale, w.z * column_scale, w.w * column_scale};
+    real_t Z_row[4] = {z.x * inverse, z.y * inverse, z.z * inverse, z.w * inverse};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (rank == D) W_row[j] = Z_row[j] = r == d + j && r < D ? 1.0f : 0.0f;
+      else if (!(column_scale > 0.0f)) Z_row[j] = 0.0f;
+    }
+    store4(W_out + i, W_row);
+    store4(Z_out + i, Z_row);
+    if (sizeof(element_t) == 2) {
+      store_narrow(narrow_sampling + block * R_PADDED * WIDTH + i, W_row);
+      store_narrow(narrow_fusion + block * R_PADDED * WIDTH + i, Z_row);
+    }
   }
 }

@@ -33,6 +33,7 @@
 #ifndef THREADS
 #define THREADS 128
 #endif
+constexpr int SEGMENTS_AT_ONCE = 16;  // loads of a thread that are on their way together
 static_assert(DIRECTION >= OWN && DIRECTION <= FROM, "DIRECTION is OWN, ALL, UP_TO or FROM");
 
 extern "C" __global__ __launch_bounds__(THREADS)
@@ -46,19 +47,29 @@ void sum_segments(const accumulate_t* __restrict__ sums,  // [B * H, S, width]
   const accumulate_t* const column = sums + static_cast<long long>(head) * S * width + i;
   accumulate_t* const result = out + static_cast<long long>(head) * C * width + i;
   accumulate_t sum = 0;
-#pragma unroll 8
-  for (int step = 0; step < S; ++step) {
-    const int s = DIRECTION == FROM ? S - 1 - step : step;
-    const int place = s % segments_per_block;  // within its block
-    if (DIRECTION == OWN && place == 0) sum = 0;
-    sum += column[static_cast<long long>(s) * width];
-    const bool is_complete = DIRECTION == ALL    ? step == S - 1
-                             : DIRECTION == FROM ? place == 0
-                                                 : place == segments_per_block - 1;
-    if (is_complete) {
-      const accumulate_t scaled = factor * sum;
-      const int c = DIRECTION == ALL ? 0 : s / segments_per_block;
-      result[static_cast<long long>(c) * width] = TO_ELEMENT ? to_accumulate(to_element(scaled)) : scaled;
+#pragma unroll 1
+  for (int first = 0; first < S; first += SEGMENTS_AT_ONCE) {
+    accumulate_t next[SEGMENTS_AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < SEGMENTS_AT_ONCE; ++i) {
+      const int step = min(first + i, S - 1), s = DIRECTION == FROM ? S - 1 - step : step;
+      next[i] = column[static_cast<long long>(s) * width];
+    }
+#pragma unroll
+    for (int i = 0; i < SEGMENTS_AT_ONCE; ++i) {
+      const int step = first + i, s = DIRECTION == FROM ? S - 1 - step : step;
+      if (step >= S) break;
+      const int place = s % segments_per_block;  // within its block
+      if (DIRECTION == OWN && place == 0) sum = 0;
+      sum += next[i];
+      const bool is_complete = DIRECTION == ALL    ? step == S - 1
+                               : DIRECTION == FROM ? place == 0
+                                                   : place == segments_per_block - 1;
+      if (is_complete) {
+        const accumulate_t scaled = factor * sum;
+        const int c = DIRECTION == ALL ? 0 : s / segments_per_block;
+        result[static_cast<long long>(c) * width] = TO_ELEMENT ? to_accumulate(to_element(scaled)) : scaled;
+      }
     }
   }
 }

@@ -179,7 +179,7 @@ class CupyBackend(Backend):
         Rounded, so that what is subtracted from a key is one of its own numbers; any vector may be.
         """
         batch, heads, rows, width = K.shape
-        segments = _equal_segments(rows, batch * heads)
+        segments = _equal_segments(rows, batch * heads, per_processor=4)
         sums = _channel_sums(K, segments, power=1)
         return _sum_segments(sums, segments, factor=1 / rows, element=_element(K)).reshape(batch, heads, width)
 
@@ -225,8 +225,14 @@ class CupyBackend(Backend):
 
         columns, width = problem.rank, problem.width
         real = _sum_type(Q.dtype)
-        defines = maps_defines(ELEMENTS[real.__name__], width, columns, _shared_memory_limit(Q.device.id))
-        sampling, fusion = (cupy.empty((batch, heads, blocks, pad(columns), pad(width)), real) for _ in range(2))
+        narrow_type = Q.dtype if uses_tensor_cores(problem, capability()) else None
+        element = _element(Q) if narrow_type else ELEMENTS[real.__name__]
+        defines = maps_defines(element, width, columns, _shared_memory_limit(Q.device.id))
+        shape = (batch, heads, blocks, pad(columns), pad(width))
+        sampling, fusion = (cupy.empty(shape, real) for _ in range(2))
+        narrow = (
+            _DenseMaps(cupy.empty(shape, narrow_type), cupy.empty(shape, narrow_type), mean) if narrow_type else None
+        )
         ranks = cupy.empty((batch, heads, blocks), np.int32)
         score_errors = cupy.empty(ranks.shape, real)
         workspace_size = 0 if defines["IN_SHARED"] else ranks.size * pad(columns) * maps_pitch(width, columns)
@@ -235,14 +241,16 @@ class CupyBackend(Backend):
             defines,
             ranks.size,
             None,
-            *(x_grams, y_grams, sampling, fusion, ranks, score_errors, cupy.empty(workspace_size, real)),
+            *(x_grams, y_grams, sampling, fusion),
+            *((narrow.sampling, narrow.fusion) if narrow else (_NULL, _NULL)),
+            *(ranks, score_errors, cupy.empty(workspace_size, real)),
             *(grouping.refine, real(-1 if grouping.score_tol is None else grouping.score_tol)),
             *(real(problem.scale), heads, y_grams.shape[1], blocks, X.shape[2], block_size),
             *(Y.shape[2], heads_per_gram, _SIGNS[meeting.direction], problem.meeting_offset or 0),
             shared=defines["LAUNCH_SHARED_BYTES"],
         )
         sampling, fusion = (x[..., :columns, :width].swapaxes(-1, -2) for x in (sampling, fusion))
-        return SubspaceMaps(sampling, fusion, mean, ranks, score_errors)
+        return _OwnSubspaceMaps(sampling, fusion, mean, ranks, score_errors, narrow)
 
     # ---- attention ----
 
@@ -317,9 +325,12 @@ class _Segments:
         return replace(self, count=self.count * parts, rows=self.rows // parts, per_block=parts)
 
 
-def _equal_segments(rows: int, sums: int) -> _Segments:
-    """Return segments of rows that are all wanted in one sum; ``sums`` says how many such sums a launch makes."""
-    wanted = ceil_div(_thread_blocks(), max(sums, 1))
+def _equal_segments(rows: int, sums: int, per_processor: int = 2) -> _Segments:
+    """Return segments of rows that are all wanted in one sum.
+
+    ``sums`` says how many such sums a launch makes, ``per_processor`` how many thread blocks a multiprocessor runs.
+    """
+    wanted = ceil_div(per_processor * _multiprocessors(cupy.cuda.Device().id), max(sums, 1))
     size = max(ceil_div(rows, wanted), _LEAST_SEGMENT_ROWS)
     return _Segments(ceil_div(rows, size), size, 0, 0, rows, ALL)
 
@@ -396,6 +407,8 @@ class _DenseMaps:
     @classmethod
     def narrowed(cls, maps: SubspaceMaps, K: Any) -> _DenseMaps:
         """Return ``maps`` for tensor cores."""
+        if isinstance(maps, _OwnSubspaceMaps) and maps.narrow:
+            return maps.narrow
         mean = _contiguous(maps.key_mean).astype(np.float32, copy=False)
         whole = _Segments(1, 1, 0, 0, 1, ALL)
         rounded = _sum_segments(mean[:, :, None], whole, element=_element(K)).reshape(mean.shape)
@@ -422,6 +435,13 @@ class _DenseMaps:
             *_strides(flat),
         )
         return narrow
+
+
+@dataclass(frozen=True, slots=True)
+class _OwnSubspaceMaps(SubspaceMaps):
+    """Maps that were made here, with what subspace_maps.cu wrote for tensor cores at once."""
+
+    narrow: _DenseMaps | None
 
 
 @dataclass(frozen=True, slots=True)
