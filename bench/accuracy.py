@@ -17,9 +17,9 @@ import numpy as np
 
 from .. import checks, demo, reference
 from ..problem import Grouping, Problem, Subspace, block_edges
-from ..reference.distr_attention import rows_that_meet
 from ..work import visible_pairs
 from .models.methods import rows_met
+from .oracle import rows_of_block
 
 BEGIN, END = "<!-- accuracy:begin -->\n", "<!-- accuracy:end -->"
 BEST = "best linear map (SVD)"
@@ -149,8 +149,11 @@ def approximate_scores(
 def replace_by_best(maps: reference.Maps, inputs: demo.Inputs, problem: Problem, grouping: Grouping | Subspace) -> None:
     """Write the maps of the truncated singular value decomposition of each block's scores: no others do better."""
     for b, h in np.ndindex(maps.ranks.shape[:2]):
-        for c, (X, Y) in enumerate(blocks_and_what_meets(inputs, problem, grouping, b, h)):
+        q, k = centred_head(inputs, problem, grouping, b, h)
+        for c in range(problem.blocks):
+            X, Y = rows_of_block(q, k, problem, grouping, c)
             _, own = np.linalg.qr(X)
+            Y = Y.reshape(-1, problem.width)
             _, other = np.linalg.qr(Y)
             U, singular, _ = np.linalg.svd(own @ other.T)
             leading = U[:, : problem.rank]
@@ -160,23 +163,14 @@ def replace_by_best(maps: reference.Maps, inputs: demo.Inputs, problem: Problem,
             maps.score_errors[b, h, c] = problem.scale * tail / np.sqrt(max(len(X) * len(Y), 1))
 
 
-def blocks_and_what_meets(
+def centred_head(
     inputs: demo.Inputs, problem: Problem, grouping: Grouping | Subspace, b: int, h: int
-) -> Iterator[tuple[Rows, Rows]]:
-    """Yield X and Y of every block of one head, with centred keys (docs/math.md, eq. 11 and 12)."""
+) -> tuple[Rows, Rows]:
+    """Return the queries (heads, N, D) and centred keys (M, D) that the maps of one head come from (eq. 12)."""
     shared = problem.heads_per_kv_head
-    by = grouping.by
-    K = inputs.k[b, h if by == "keys" else h // shared].astype(np.float64)
-    K -= K.mean(axis=0)
-    Q = inputs.q[b, h * shared : (h + 1) * shared] if by == "keys" else inputs.q[b, h : h + 1]
-    for start, stop in block_edges(problem.grouped_rows, grouping.block_size):
-        first, last = rows_that_meet(
-            start, stop, group_by=by, N=problem.queries, M=problem.keys, causal_offset=problem.meeting_offset
-        )
-        if by == "keys":
-            yield K[start:stop], Q[:, first:last].reshape(-1, problem.width).astype(np.float64)
-        else:
-            yield Q[0, start:stop].astype(np.float64), K[first:last]
+    heads, h_kv = (slice(h * shared, (h + 1) * shared), h) if grouping.by == "keys" else (slice(h, h + 1), h // shared)
+    K = inputs.k[b, h_kv].astype(np.float64)
+    return inputs.q[b, heads].astype(np.float64), K - K.mean(axis=0)
 
 
 def _predicted_error(problem: Problem, grouping: Grouping | Subspace, maps: reference.Maps) -> float:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import product
 from typing import Any
@@ -13,8 +13,9 @@ import numpy as np
 from .. import checks
 from ..problem import Problem
 
+METHODS = ("lsh", "subspace")
 EXACT: dict[str, Any] = {"group_size": 1}
-DEFAULT_OPTIONS: dict[str, Any] = {"method": "lsh", "fusion": "sum", "group_by": None, "block_size": None, "seed": 0}
+"""Exact attention, whatever the method."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +62,13 @@ class Shape:
             scale=None,
             layout="bhnd",
             out=None,
-            grouping=checks.check_grouping(q, **(DEFAULT_OPTIONS | options)),
+            grouping=checks.check_grouping(q, **({"method": "lsh"} | options)),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Axes:
-    """Values of every axis; the run is their product. None follows another axis or the device."""
+    """Values of every axis; the run is their product. None follows another axis, the method or the device."""
 
     N: tuple[int, ...] = (4096,)
     M: tuple[int, ...] | None = None
@@ -77,12 +78,12 @@ class Axes:
     D: tuple[int, ...] = (128,)
     E: tuple[int, ...] | None = None
     G: tuple[int, ...] = (1, 2, 4)
-    L: tuple[int, ...] = (checks.DEFAULT_BLOCK_SIZE,)
+    L: tuple[int | None, ...] = (None,)
     dtype: tuple[str, ...] | None = None
     causal: tuple[bool, ...] = (False,)
-    method: tuple[str, ...] = ("lsh",)
+    method: tuple[str, ...] = METHODS
     fusion: tuple[str, ...] = ("sum",)
-    group_by: tuple[str, ...] = ("queries",)
+    group_by: tuple[str, ...] | None = None
 
     def shapes(self, default_dtype: str) -> Iterator[Shape]:
         """Yield every shape, longest-running axes last."""
@@ -94,23 +95,55 @@ class Axes:
     def options(self) -> list[dict[str, Any]]:
         """Return the grouping options of every variant; exact attention (G = 1) comes once, as nothing else matters."""
         variants = [EXACT] if 1 in self.G else []
-        approximate = [G for G in self.G if G != 1]
-        for G, method, fusion, group_by, L in product(approximate, self.method, self.fusion, self.group_by, self.L):
-            variants.append(
-                {"method": method, "fusion": fusion, "group_size": G, "group_by": group_by, "block_size": L}
-            )
+        for method, G in product(self.method, [G for G in self.G if G != 1]):
+            own: list[dict[str, Any]] = [{"fusion": fusion} for fusion in self.fusion] if method == "lsh" else [{}]
+            for options, group_by, L in product(own, self.group_by or (None,), self.L):
+                variants.append({"method": method, **options, "group_size": G, "group_by": group_by, "block_size": L})
         return variants
 
 
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """Axes under one name."""
+
+    axes: tuple[Axes, ...]
+    threads: int | None = None
+    """CPU threads; None: not fixed."""
+
+
+_SERVING = Axes(H=(32,), kv_heads=(8,), G=(1, 2), L=(None, 1024), dtype=("float16",), causal=(False, True))
+
 PRESETS = {
-    "main": (Axes(B=(2,), H=(16,), N=(8192,), D=(128,), dtype=("float16",)), None),
-    "paper": (
-        Axes(H=(10,), N=tuple(1024 * n for n in (2, 4, 8, 10, 20, 40)), D=(32, 64, 128), dtype=("float16",), B=(1,)),
-        None,
+    "main": Preset((Axes(B=(2,), H=(16,), N=(8192,), dtype=("float16",)),)),
+    "paper": Preset(
+        (
+            Axes(
+                H=(10,),
+                N=tuple(1024 * n for n in (2, 4, 8, 10, 20, 40)),
+                D=(32, 64, 128),
+                dtype=("float16",),
+                method=("lsh",),
+            ),
+        )
     ),
-    "cpu": (Axes(H=(8,), N=(4096,), D=(128,), dtype=("float32",)), 2),
+    # 16k tokens of prompts, as several short ones and as a long one
+    "serving": Preset((replace(_SERVING, B=(4,), N=(4096,)), replace(_SERVING, B=(1,), N=(16384,)))),
+    "cpu": Preset((Axes(dtype=("float32",)),), threads=2),
 }
-"""Axes, and the number of CPU threads where the preset fixes it."""
+
+
+def multiply_out(axes: Iterable[Axes], default_dtype: str) -> list[tuple[Shape, list[dict[str, Any]]]]:
+    """Return every shape with the options of its variants, or raise the ValueError of the first that is no problem.
+
+    Options that come to the same problem, such as a block size and the default, are one variant.
+    """
+    found: dict[Shape, dict[Problem, dict[str, Any]]] = {}
+    for some in axes:
+        for shape in some.shapes(default_dtype):
+            variants = found.setdefault(shape, {})
+            for options in some.options():
+                variants.setdefault(shape.problem(options), options)
+    return [(shape, list(variants.values())) for shape, variants in found.items()]
 
 
 def dtype_named(name: str) -> np.dtype[Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from .. import checks, info
 from . import report, table
-from .axes import PRESETS, Axes
+from .axes import METHODS, PRESETS, Axes, Preset, multiply_out
 from .device import BACKENDS, Kind, open_device
 from .environment import describe_environment, gpu_state
 from .peers import PEERS, load_peers
@@ -50,13 +50,13 @@ def _parser() -> argparse.ArgumentParser:
         "-D": "query/key width",
         "-E": "value width (default: D)",
         "-G": "channels per group; 1 is exact",
-        "-L": "rows per grouping block",
     }
     for flag, meaning in sizes.items():
         run.add_argument(flag, type=_list_of(_size), metavar="LIST", help=f"{meaning}; 8k is 8192")
+    run.add_argument("-L", type=_list_of(_block_size), metavar="LIST", help="rows per block, or default: the method's own")
     words: dict[str, tuple[str, ...]] = {
         "--dtype": checks.DTYPES,
-        "--method": ("lsh",),
+        "--method": METHODS,
         "--fusion": ("sum", "lstsq"),
         "--group-by": ("queries", "keys"),
     }
@@ -103,19 +103,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
-    presets = [PRESETS[name] for name in arguments.preset] or [(Axes(), None)]
-    threads = arguments.threads or next((count for _, count in presets if count is not None), None)
+    presets = [PRESETS[name] for name in arguments.preset] or [Preset((Axes(),))]
+    threads = arguments.threads or next((preset.threads for preset in presets if preset.threads is not None), None)
     if threads is not None:
         if any(os.environ.get(name) != str(threads) for name in THREAD_VARIABLES):
             return _run_with_threads(threads, argv)
         _limit_cpus(threads)
     kind, backend_names = _choose_backends(arguments.backend)
     device = open_device(kind)
-    axes = [replace(preset, **_overrides(arguments)) for preset, _ in presets]
-    points = [(shape, some.options()) for some in axes for shape in some.shapes(device.default_dtype)]
-    for shape, variants in points:
-        for options in variants:
-            shape.problem(options)  # a mistake in the axes ends the run before it begins
+    axes = [replace(some, **_overrides(arguments)) for preset in presets for some in preset.axes]
+    points = multiply_out(axes, device.default_dtype)  # a mistake in the axes ends the run before it begins
     wanted = list(PEERS) if "all" in arguments.peers else [name for name in arguments.peers if name != "none"]
     peers, missing = load_peers(wanted, kind, info.cpu_cores())
     for name, reason in missing.items():
@@ -176,10 +173,14 @@ def _limit_cpus(threads: int) -> None:
 
 
 def _list(_arguments: argparse.Namespace, _argv: list[str]) -> int:
-    for name, (axes, threads) in PRESETS.items():
-        values = {field.name: getattr(axes, field.name) for field in fields(Axes)}
-        told = [f"{axis}={','.join(map(str, value))}" for axis, value in values.items() if value is not None]
-        print(f"{name}: {' '.join(told)}{'' if threads is None else f' threads={threads}'}")
+    for name, preset in PRESETS.items():
+        for axes in preset.axes:
+            told = [name + ":"]
+            for field in fields(Axes):
+                values = getattr(axes, field.name)
+                if values is not None:
+                    told.append(f"{field.name}={','.join('default' if x is None else str(x) for x in values)}")
+            print(*told, *([] if preset.threads is None else [f"threads={preset.threads}"]))
     return 0
 
 
@@ -226,6 +227,10 @@ def _size(text: str) -> int:
     if not digits.isdecimal() or int(digits) == 0:
         raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
     return int(digits) * kilo
+
+
+def _block_size(text: str) -> int | None:
+    return None if text == "default" else _size(text)
 
 
 def _choice(*choices: str) -> Callable[[str], str]:

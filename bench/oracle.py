@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from .. import reference
 from ..backends import Backend
-from ..problem import Grouping, GroupMaps, Problem
+from ..problem import Grouping, GroupMaps, Problem, Subspace, SubspaceMaps, block_edges
+from ..reference.distr_attention import rows_that_meet
 from .device import to_host
 
 Rows = np.ndarray[Any, np.dtype[np.float64]]
@@ -20,6 +21,11 @@ WINDOW = 64
 ROWS_PER_WINDOW = 8
 DIFFERING_BLOCKS = 0.1
 """Share of blocks whose groups may differ from the reference's: a hash sum within rounding of zero falls either way."""
+SCORE_TOLERANCE = {"float16": 1e-2, "bfloat16": 2e-2, "float32": 1e-2, "float64": 1e-5}
+"""How far the score error of a block's maps may be from the reference's, relative to the scores.
+
+It is the root of a difference of squares, of sums that are float32 for all but float64. Unrefined maps are further off.
+"""
 
 
 class WrongResult(Exception):  # noqa: N818
@@ -46,20 +52,15 @@ class Oracle:
 
         ``problem`` differs from the oracle's own in its grouping alone; Q and K are the inputs as the backend's arrays.
         """
-        grouping = problem.grouping
-        maps = backend.group_maps(problem, Q, K)
-        if not isinstance(grouping, Grouping) or not isinstance(maps, GroupMaps):  # the axes know exact and lsh alone
+        if problem.grouping is None:
             return self.exact
-        channels = to_host(maps.channels).astype(np.intp)
-        gains = None if maps.gains is None else to_host(maps.gains)
-        self._check_maps(problem, grouping, channels, gains)
-        scores = []
-        for (b, h), (Q_rows, K_head, _) in zip(self.heads, self._arrays, strict=True):
-            h_x = h if grouping.by == "queries" else h // problem.heads_per_kv_head
-            scores.append(
-                self._scores(grouping, Q_rows, K_head, channels[b, h_x], gains if gains is None else gains[b, h_x])
-            )
-        return self._attend(scores)
+        match problem.grouping, backend.group_maps(problem, Q, K):
+            case Grouping() as lsh, GroupMaps() as groups:
+                return self._attend(self._lsh_scores(problem, lsh, groups))
+            case Subspace() as subspace, SubspaceMaps() as maps:
+                return self._attend(self._subspace_scores(problem, subspace, maps))
+            case _, other:
+                raise WrongResult(f"the maps are {type(other).__name__}, not those of the method")
 
     def rows_of(self, out: Any) -> Rows:
         """Return the checked rows of a result (B, H, N, E)."""
@@ -79,20 +80,65 @@ class Oracle:
         """Return ``||actual - exact|| / ||exact||`` over the checked rows."""
         return float(np.linalg.norm(actual - self.exact) / np.linalg.norm(self.exact))
 
-    def _scores(self, grouping: Grouping, Q_rows: Rows, K: Rows, channels: Any, gains: Any) -> Rows:
-        """Return the approximate scores of the checked rows of one head; channels and gains are (C, D)."""
-        sizes: dict[str, Any] = {"group_size": grouping.group_size, "group_by": grouping.by}
-        if grouping.by == "keys":
-            return reference.fused_scores(Q_rows, K, channels, gains, block_size=grouping.block_size, **sizes)
-        scores = np.empty((len(Q_rows), len(K)))
-        block_of_row = self.rows // grouping.block_size
-        for c in np.unique(block_of_row):
-            mine = block_of_row == c
-            gain = None if gains is None else gains[c : c + 1]
-            scores[mine] = reference.fused_scores(
-                Q_rows[mine], K, channels[c : c + 1], gain, block_size=int(mine.sum()), **sizes
+    def _lsh_scores(self, problem: Problem, grouping: Grouping, maps: GroupMaps) -> list[Rows]:
+        """Return the approximate scores of the checked rows of every checked head."""
+        channels = to_host(maps.channels).astype(np.intp)
+        gains = None if maps.gains is None else to_host(maps.gains)
+        self._check_groups(problem, grouping, channels, gains)
+        result = []
+        for (b, h), (Q, K, _) in zip(self.heads, self._arrays, strict=True):
+            h_x = h if grouping.by == "queries" else h // problem.heads_per_kv_head
+            parts = [
+                reference.fused_scores(
+                    Q[rows],
+                    K,
+                    channels[b, h_x, blocks],
+                    None if gains is None else gains[b, h_x, blocks],
+                    group_size=grouping.group_size,
+                    block_size=block_size,
+                    group_by=grouping.by,
+                )
+                for rows, blocks, block_size in self._parts(grouping)
+            ]
+            result.append(np.concatenate(parts))
+        return result
+
+    def _subspace_scores(self, problem: Problem, grouping: Subspace, maps: SubspaceMaps) -> list[Rows]:
+        """Return the approximate scores of the checked rows of every checked head, as centred keys give them."""
+        self._check_subspaces(problem, grouping, maps)
+        exact_from = None
+        if problem.own_block_is_exact and problem.causal_offset is not None:
+            exact_from = reference.own_block_begin(
+                self.rows, block_size=grouping.block_size, causal_offset=problem.causal_offset
             )
-        return scores
+        result = []
+        for (b, h), (Q, K, _) in zip(self.heads, self._arrays, strict=True):
+            h_kv = h // problem.heads_per_kv_head
+            h_x = h if grouping.by == "queries" else h_kv
+            W, Z, mean = (to_host(x) for x in (maps.sampling[b, h_x], maps.fusion[b, h_x], maps.key_mean[b, h_kv]))
+            parts = [
+                reference.subspace_scores(
+                    Q[rows],
+                    K - mean,
+                    W[blocks],
+                    Z[blocks],
+                    block_size=block_size,
+                    group_by=grouping.by,
+                    exact_from=None if exact_from is None else exact_from[rows],
+                )
+                for rows, blocks, block_size in self._parts(grouping)
+            ]
+            result.append(np.concatenate(parts))
+        return result
+
+    def _parts(self, grouping: Grouping | Subspace) -> Iterator[tuple[slice, slice, int]]:
+        """Yield which checked rows go together, the blocks whose maps they use, and how many rows a block has there."""
+        if grouping.by == "keys":
+            yield slice(None), slice(None), grouping.block_size
+            return
+        blocks, starts, counts = np.unique(self.rows // grouping.block_size, return_index=True, return_counts=True)
+        for c, start, count in zip(blocks.tolist(), starts.tolist(), counts.tolist(), strict=True):
+            yield slice(start, start + count), slice(c, c + 1), count
 
     def _attend(self, scores: Sequence[Rows]) -> Rows:
         """Return softmax(scale S) V of the checked rows (heads, rows, E)."""
@@ -104,13 +150,12 @@ class Oracle:
             result.append(O)
         return np.stack(result)
 
-    def _check_maps(self, problem: Problem, grouping: Grouping, channels: Any, gains: Any) -> None:
+    def _check_groups(self, problem: Problem, grouping: Grouping, channels: Any, gains: Any) -> None:
         """Compare the maps of the first head with the reference's."""
-        shared = problem.heads_per_kv_head if grouping.by == "keys" else 1
-        q = np.stack([to_host(self._q[0, h]) for h in range(shared)])
+        q, k = self._first_head(problem, grouping)
         expected_channels, expected_gains = reference.group_maps(
             q[np.newaxis],
-            to_host(self._k[0, 0])[np.newaxis, np.newaxis],
+            k[np.newaxis, np.newaxis],
             group_size=grouping.group_size,
             block_size=grouping.block_size,
             group_by=grouping.by,
@@ -125,6 +170,61 @@ class Oracle:
             raise WrongResult(
                 f"the maps of {np.count_nonzero(~equal)} of {len(equal)} blocks differ from the reference"
             )
+
+    def _check_subspaces(self, problem: Problem, grouping: Subspace, maps: SubspaceMaps) -> None:
+        """Check all ranks, and that two blocks of the first head lose as much as through the reference's maps.
+
+        Errors are compared, not maps: only the product of W and Z counts, and rounding may choose another basis.
+        """
+        if not (to_host(maps.ranks) == problem.rank).all():
+            raise WrongResult(f"the ranks are not all {problem.rank}")
+        q, k = self._first_head(problem, grouping)
+        k -= k.mean(axis=0)
+        blocks = [rows_of_block(q, k, problem, grouping, c) for c in range(problem.blocks)]
+        met = [c for c, (_, Y) in enumerate(blocks) if Y.size]
+        for c in sorted({*met[:1], *met[-1:]}):
+            X, Y = blocks[c][0], blocks[c][1].reshape(-1, problem.width)
+            A, B = reference.gram(X), reference.gram(Y)
+            per_score = abs(problem.scale) / np.sqrt(len(X) * len(Y))
+            *_, expected = reference.subspace_maps(
+                A,
+                B,
+                x_rows=np.array(len(X)),
+                y_rows=np.array(len(Y)),
+                scale=problem.scale,
+                rank=problem.rank,
+                score_tol=None,
+                refine=grouping.refine,
+            )
+            W, Z = to_host(maps.sampling[0, 0, c]), to_host(maps.fusion[0, 0, c])
+            errors = {
+                "predicted": to_host(maps.score_errors)[0, 0, c],
+                "actual": per_score * reference.score_errors(W, Z, A, B)[-1],
+            }
+            tolerance = SCORE_TOLERANCE[np.dtype(problem.dtype).name] * per_score * np.sqrt((A * B).sum())
+            for name, error in errors.items():
+                if not abs(error - expected) <= tolerance:  # a NaN is wrong too
+                    rule = f"the reference's is {expected:.3g}"
+                    raise WrongResult(f"the {name} score error of block {c} is {error:.3g}, {rule}")
+
+    def _first_head(self, problem: Problem, grouping: Grouping | Subspace) -> tuple[Rows, Rows]:
+        """Return the queries (heads, N, D) and the keys (M, D) that the maps of the first head come from."""
+        shared = problem.heads_per_kv_head if grouping.by == "keys" else 1
+        return np.stack([to_host(self._q[0, h]) for h in range(shared)]), to_host(self._k[0, 0])
+
+
+def rows_of_block(q: Rows, k: Rows, problem: Problem, grouping: Grouping | Subspace, c: int) -> tuple[Rows, Rows]:
+    """Return views X (rows, D) and Y (heads, rows, D), block c and what meets it through its maps (eq. 11).
+
+    They are rows of the queries q (heads, N, D) and the centred keys k (M, D) that the maps of one head come from.
+    """
+    start, stop = block_edges(problem.grouped_rows, grouping.block_size)[c]
+    first, last = rows_that_meet(
+        start, stop, group_by=grouping.by, N=problem.queries, M=problem.keys, causal_offset=problem.meeting_offset
+    )
+    if grouping.by == "keys":
+        return k[start:stop], q[:, first:last]
+    return q[0, start:stop], k[np.newaxis, first:last]
 
 
 def _sample_rows(count: int) -> np.ndarray[Any, np.dtype[np.intp]]:

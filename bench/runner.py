@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .. import backends, demo, distr_attention
-from ..problem import Grouping, Problem
+from ..problem import Grouping, Problem, Subspace
 from ..work import work_of
 from .axes import EXACT, Shape
 from .device import Call, Device
@@ -76,10 +76,13 @@ def profile(plan: Plan, say: Say) -> None:
 
 def label_of(name: str, problem: Problem) -> str:
     """Return the name of one of our contenders."""
-    grouping = problem.grouping
-    if not isinstance(grouping, Grouping):  # the axes know exact and lsh alone
-        return f"{name} exact"
-    return f"{name} lsh/{grouping.fusion} G={grouping.group_size} L={grouping.block_size} {grouping.by}"
+    match problem.grouping:
+        case Grouping(group_size=G, block_size=L, by=by, fusion=fusion):
+            return f"{name} lsh/{fusion} G={G} L={L} {by}"
+        case Subspace(block_size=L, by=by):
+            return f"{name} subspace G={problem.width // problem.rank} L={L} {by}"
+        case None:
+            return f"{name} exact"
 
 
 def run_shape(
@@ -140,15 +143,14 @@ def measure_peak(device: Device, dtype: str) -> dict[str, Any]:
 
 
 @cache
-def sample_error(method: str, fusion: str, group_size: int, group_by: str, block_size: int) -> float | None:
+def sample_error(**options: Any) -> float | None:
     """Return the relative output error on the packaged real sample, the mean over its heads; NumPy, float32, D=64."""
     inputs = demo.load_sample()
     q, k, v = (x.astype(np.float32) for x in (inputs.q, inputs.k, inputs.v))
-    if q.shape[-1] % group_size:
+    if q.shape[-1] % options["group_size"]:
         return None
     attend = partial(distr_attention, q, k, v, causal=inputs.causal, scale=inputs.scale, backend="numpy")
-    out = attend(method=method, fusion=fusion, group_size=group_size, group_by=group_by, block_size=block_size)
-    return float(demo.relative_error(out, attend(**EXACT)).mean())
+    return float(demo.relative_error(attend(**options), attend(**EXACT)).mean())
 
 
 def _new_row(label: str, contender: str, shape: Shape, problem: Problem, options: dict[str, Any]) -> Row:
@@ -201,7 +203,8 @@ def _check_own(
     _judge(row, oracle, out, expected)
     contender = Contender(row, call)
     if problem.grouping is not None:
-        row["error_sample"] = sample_error(**options)
+        # blocks of the label's size: the default may be another for the sample's width
+        row["error_sample"] = sample_error(**(options | {"block_size": problem.grouping.block_size}))
         O = backend.empty((shape.B, shape.H, shape.N, shape.E), Q, "bhnd")
         lse = backend.empty_lse((shape.B, shape.H, shape.N), Q)
         maps = backend.group_maps(problem, Q, K)

@@ -6,24 +6,26 @@ import json
 import os
 import subprocess
 import sys
-from itertools import product
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from distrattn_np.bench import cli, device, runner, table
-from distrattn_np.bench.axes import EXACT, PRESETS, Axes, Shape
+from distrattn_np.bench.axes import EXACT, PRESETS, Axes, Shape, multiply_out
 from distrattn_np.bench.oracle import Oracle, WrongResult
 from distrattn_np.bench.timing import time_cold
 
 from distrattn_np import backends, bench, reference
+from distrattn_np.block_size import choose_block_size
 from distrattn_np.problem import Grouping, GroupMaps, Problem, Subspace
 from distrattn_np.work import own_pairs, visible_pairs, work_of
 
 ROOT = Path(__file__).parents[1]
 NUMPY = type(backends.load_by_name("numpy"))
 TINY = ["run", "-N", "70", "-H", "3", "-D", "16", "-L", "32", "--backend=numpy", "--peers=none", "--repeat=2"]
-SHARED_HEADS = "-H 4 --kv-heads 2 -M 90 -E 5 -G 2 --group-by queries,keys --fusion sum,lstsq --causal"
+SHARED_HEADS = "-H 4 --kv-heads 2 -M 90 -E 5 -G 2 --group-by queries,keys --fusion sum,lstsq --causal --full"
+METHODS = ("lsh", "subspace")
 
 
 @pytest.fixture(autouse=True)
@@ -116,12 +118,40 @@ class TestAxes:
         assert all((s.M, s.E, s.kv_heads, s.dtype) == (s.N, s.D, s.H, "float32") for s in shapes)
         options = axes.options()
         assert options.count(EXACT) == 1
-        assert len(options) == 1 + 2 * 2 * 2
+        of_method = {name: [o for o in options if o.get("method") == name] for name in METHODS}
+        assert len(of_method["lsh"]) == 2 * 2 * 2
+        assert len(of_method["subspace"]) == 2 * 2  # it has no fusion
+        assert len(options) == 1 + sum(map(len, of_method.values()))
+
+    def test_defaults_are_those_of_each_method(self):
+        shape = Shape(B=1, H=1, kv_heads=1, N=4096, M=4096, D=128, E=128, dtype="float16", causal=False)
+        labels = [runner.label_of("cupy", shape.problem(options)) for options in Axes(G=(1, 2, 4)).options()]
+        assert labels == [
+            "cupy exact",
+            "cupy lsh/sum G=2 L=1024 queries",
+            "cupy lsh/sum G=4 L=1024 queries",
+            f"cupy subspace G=2 L={choose_block_size(128, 64)[0]} keys",
+            f"cupy subspace G=4 L={choose_block_size(128, 32)[0]} keys",
+        ]
+
+    def test_what_comes_to_the_same_problem_counts_once(self):
+        axes = Axes(N=(8,), D=(64,), G=(1, 2), L=(None, 1024), group_by=("queries",))
+        ((shape, variants),) = multiply_out([axes, axes], "float32")
+        blocks = [shape.problem(options).grouping for options in variants]
+        assert [None if x is None else x.block_size for x in blocks] == [None, 1024, choose_block_size(64, 32)[0], 1024]
 
     def test_presets_are_problems_that_the_call_accepts(self):
-        for axes, _ in PRESETS.values():
-            for shape, options in product(axes.shapes("float32"), axes.options()):
-                assert shape.problem(options).queries == shape.N
+        for name, preset in PRESETS.items():
+            points = multiply_out(preset.axes, "float32")
+            methods = {options.get("method") for _, variants in points for options in variants}
+            assert methods == ({None, "lsh"} if name == "paper" else {None, *METHODS})
+            for shape, variants in points:
+                assert {shape.problem(options).queries for options in variants} == {shape.N}
+
+    def test_serving_is_as_many_tokens_whatever_the_batch(self):
+        shapes = [shape for shape, _ in multiply_out(PRESETS["serving"].axes, "float16")]
+        assert {(s.B, s.N, s.causal) for s in shapes} == {(b, n, c) for b, n in ((4, 4096), (1, 16384)) for c in (0, 1)}
+        assert {(s.H, s.kv_heads, s.D) for s in shapes} == {(32, 8, 128)}
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -139,6 +169,7 @@ class TestAxes:
 
     def test_a_size_is_positive_and_k_means_1024(self, capsys):
         assert cli._list_of(cli._size)("8k, 3") == [8192, 3]
+        assert cli._list_of(cli._block_size)("default,1k") == [None, 1024]
         with pytest.raises(SystemExit):
             bench.main([*TINY, "-N", "0"])
         assert "must be a positive number, got '0'" in capsys.readouterr().err
@@ -146,14 +177,14 @@ class TestAxes:
 
 class TestRun:
     def test_rows_have_every_field(self, tmp_path, capsys):
-        options = ["-G", "1,2", "--fusion", "sum,lstsq", "--causal", "--full", "--dtype", "float32,float16"]
+        options = ["-G", "1,2", "-L", "64", "--fusion", "sum,lstsq", "--causal", "--full", "--dtype", "float32,float16"]
         code, measured = run(*options, path=tmp_path / "report.json")
         assert code == 0
         assert measured["kind"] == "cpu"
         assert {"date", "argv", "git", "threads", "cpu", "numpy", "packages"} <= set(measured["environment"])
         assert measured["peaks"]["float16"]["burst_tflops"] > 0
         rows = measured["rows"]
-        assert len(rows) == 2 * 2 * 3
+        assert len(rows) == 2 * 2 * (1 + 2 + 1)
         for row in rows:
             is_exact = row["options"] == EXACT
             assert row["status"] == "ok"
@@ -173,20 +204,23 @@ class TestRun:
                 assert row["grouping_us"] is None
                 assert row["speedup"] == {}
             else:
-                assert row["error_random"] > 0.1  # normal data has nothing to group
-                assert row["error_sample"] > 0.01
+                assert row["error_random"] > 0.02  # normal data has nothing to group
+                assert row["error_sample"] > 1e-3
                 assert row["grouping_us"]["median"] > 0
                 assert row["forward_us"]["median"] > 0
                 exact = next(r for r in rows if r["options"] == EXACT and r["shape"] == row["shape"])
                 assert row["speedup"] == {"numpy exact": exact["cold_us"]["median"] / cold["median"]}
         assert "B=1 H=3 N=70 D=16 float16 causal" in capsys.readouterr().out
+        sample = {row["label"].split()[1]: row["error_sample"] for row in rows}
+        assert sample["subspace"] < sample["lsh/lstsq"] < sample["lsh/sum"]  # a model's channels do have
 
     def test_grouped_query_heads_and_other_widths_pass_the_check(self, tmp_path):
         code, measured = run(*SHARED_HEADS.split(), path=tmp_path / "report.json")
         assert code == 0
-        assert [row["status"] for row in measured["rows"]] == ["ok"] * 4
+        assert [row["status"] for row in measured["rows"]] == ["ok"] * 2 * (2 * 2 + 2)
 
-    def test_a_result_that_is_off_is_not_timed(self, tmp_path, monkeypatch, capsys):
+    @pytest.mark.parametrize("method", METHODS)
+    def test_a_result_that_is_off_is_not_timed(self, method, tmp_path, monkeypatch, capsys):
         attend = NUMPY.attend
 
         def off(self, problem, Q, K, V, O, lse, maps, *rest):
@@ -195,7 +229,7 @@ class TestRun:
                 O[..., -1, :] *= 1.001  # the last query of each head
 
         monkeypatch.setattr(NUMPY, "attend", off)
-        code, measured = run("-G", "1,2", path=tmp_path / "report.json")
+        code, measured = run("-G", "1,2", "--method", method, path=tmp_path / "report.json")
         assert code == 1
         exact, approximate = measured["rows"]
         assert exact["status"] == "ok"
@@ -229,9 +263,41 @@ class TestRun:
             return GroupMaps(channels.copy(), maps.gains)
 
         monkeypatch.setattr(NUMPY, "group_maps", ungrouped)
-        code, measured = run("-G", "2", "--fusion", fusion, path=tmp_path / "report.json")
+        code, measured = run("-G", "2", "--method=lsh", "--fusion", fusion, path=tmp_path / "report.json")
         assert code == 1
         assert "blocks differ from the reference" in measured["rows"][0]["reason"]
+
+    @pytest.mark.parametrize("by", ["keys", "queries"])
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            (lambda maps: replace(maps, ranks=maps.ranks - 1), "the ranks are not all 8"),
+            (lambda maps: replace(maps, score_errors=1.1 * maps.score_errors), "the predicted score error of block 0"),
+            (lambda maps: replace(maps, fusion=1.2 * maps.fusion), "the actual score error of block 0"),
+            (lambda maps: replace(maps, fusion=maps.fusion * np.nan), "the actual score error of block 0 is nan"),
+            (lambda maps: maps.key_mean, "the maps are ndarray"),
+        ],
+        ids=["ranks", "predicted", "actual", "nan", "kind"],
+    )
+    def test_maps_other_than_the_methods_are_wrong(self, change, reason, by, tmp_path, monkeypatch):
+        group_maps = NUMPY.group_maps
+        monkeypatch.setattr(NUMPY, "group_maps", lambda self, *arguments: change(group_maps(self, *arguments)))
+        code, measured = run("-G", "2", "--method=subspace", "--group-by", by, path=tmp_path / "report.json")
+        assert code == 1
+        assert reason in measured["rows"][0]["reason"]
+        assert measured["rows"][0]["cold_us"] is None
+
+    @pytest.mark.parametrize("by", ["keys", "queries"])
+    def test_maps_that_are_not_refined_are_wrong(self, by, tmp_path, monkeypatch):
+        group_maps = NUMPY.group_maps
+
+        def unrefined(self, problem, Q, K):  # consistent, but less than was asked for
+            return group_maps(self, replace(problem, grouping=replace(problem.grouping, refine=0)), Q, K)
+
+        monkeypatch.setattr(NUMPY, "group_maps", unrefined)
+        code, measured = run("-G", "2", "--method=subspace", "--group-by", by, path=tmp_path / "report.json")
+        assert code == 1
+        assert "the reference's is" in measured["rows"][0]["reason"]
 
     @pytest.mark.parametrize(
         ("error", "status", "code"),
@@ -250,7 +316,7 @@ class TestRun:
             attend(self, problem, Q, K, V, O, lse, maps, *rest)
 
         monkeypatch.setattr(NUMPY, "attend", fail)
-        got, measured = run("-G", "1,2", "-N", "40,70", path=tmp_path / "report.json")
+        got, measured = run("-G", "1,2", "--method=subspace", "-N", "40,70", path=tmp_path / "report.json")
         assert got == code
         assert [row["status"] for row in measured["rows"]] == [status, "ok"] * 2
         assert str(error) in measured["rows"][0]["reason"]
@@ -261,7 +327,7 @@ class TestRun:
         attend = NUMPY.attend
         monkeypatch.setattr(NUMPY, "attend", lambda self, *args: calls.append(attend(self, *args)))
         assert bench.main([*TINY, "-G", "1,2", "--profile", "--json", str(tmp_path / "report.json")]) == 0
-        assert len(calls) == 2
+        assert len(calls) == 3
         assert not (tmp_path / "report.json").exists()
         assert capsys.readouterr().out == ""
 
@@ -283,9 +349,11 @@ class TestPeers:
         monkeypatch.setattr(cli, "load_peers", lambda *_: ({"torch-cpu": prepare}, {}))
         code, measured = run("-G", "1,2", "--causal", path=tmp_path / "report.json")
         assert code == 0  # a peer's mistake is not ours
-        ours, approximate, peer = measured["rows"]
+        ours, *approximate, peer = measured["rows"]
         assert peer["status"] == ("ok" if factor == 1 else "wrong")
-        assert ("torch-cpu" in ours["speedup"]) == ("torch-cpu" in approximate["speedup"]) == (factor == 1)
+        assert len(approximate) == 2
+        for row in (ours, *approximate):
+            assert ("torch-cpu" in row["speedup"]) == (factor == 1)
 
 
 class TestTiming:
@@ -331,6 +399,30 @@ class TestOracle:
         assert np.abs(oracle.exact).max() > 0.1
         np.testing.assert_allclose(oracle.rows_of(exact), oracle.exact, rtol=0, atol=1e-13)
 
+    @pytest.mark.parametrize("causal", [False, True])
+    @pytest.mark.parametrize("by", ["keys", "queries"])
+    @pytest.mark.parametrize("M", [90, 300])
+    def test_expected_rows_of_maps_are_those_of_the_reference(self, M, by, causal):
+        shape = Shape(B=2, H=4, kv_heads=2, N=200, M=M, D=8, E=3, dtype="float64", causal=causal)
+        q, k, v = device.Cpu().inputs(shape, seed=1)
+        problem = shape.problem({"method": "subspace", "group_size": 2, "group_by": by, "block_size": 32})
+        oracle = Oracle(shape.problem(EXACT), q, k, v)
+        backend = backends.load_by_name("numpy")
+        maps = backend.group_maps(problem, q, k)
+        wanted, _ = reference.subspace_attention(
+            q,
+            k,
+            v,
+            reference.Maps(maps.sampling, maps.fusion, maps.key_mean, maps.ranks, maps.score_errors),
+            scale=problem.scale,
+            block_size=32,
+            group_by=by,
+            causal_offset=problem.causal_offset,
+        )
+        expected = oracle.expected(backend, problem, q, k)
+        assert oracle.error_to_exact(expected) > 0.01
+        np.testing.assert_allclose(oracle.rows_of(wanted), expected, rtol=0, atol=1e-12)
+
     def test_nan_and_values_in_empty_rows_are_wrong(self, oracle):
         empty = np.flatnonzero(~oracle.exact[0].any(axis=-1))
         assert len(empty) > 0  # N > M: the first queries see nothing
@@ -344,10 +436,10 @@ class TestOracle:
 
 @pytest.fixture
 def results(tmp_path):
-    """Return a folder of results with a CPU report of two shapes, one of whose rows failed."""
+    """Return a folder of results with a CPU report of two shapes, the last of whose rows failed."""
     folder = tmp_path / "results"
     _, measured = run("-G", "1,2", "-N", "40,70", path=folder / "cpu.json")
-    measured["rows"][3] |= {"status": "out of memory", "reason": "MemoryError", "cold_us": None, "speedup": {}}
+    measured["rows"][-1] |= {"status": "out of memory", "reason": "MemoryError", "cold_us": None, "speedup": {}}
     (folder / "cpu.json").write_text(json.dumps(measured), encoding="utf-8")
     return folder
 
@@ -369,11 +461,15 @@ class TestTable:
         assert text.endswith(f"<!-- bench:begin gpu -->\n{table.MISSING}\n<!-- bench:end gpu -->\nc")
         assert "old" not in text
         lines = text.splitlines()
-        assert sum(line.startswith("| numpy ") for line in lines) == 2
+        assert [line.split(" | ")[0] for line in lines if line.startswith("| numpy ")] == [
+            "| numpy exact",
+            "| numpy lsh/sum G=2 L=32 queries",
+            "| numpy subspace G=2 L=32 keys",
+        ]
         (second,) = (line for line in lines if line.startswith("| B=1 H=3 N=70"))
         assert "out of memory" in second
         tables = [line.count("|") for line in lines if line.startswith("|")]
-        assert tables == [tables[0]] * 4 + [tables[-1]] * 3  # as many cells in each line as in its heading
+        assert tables == [tables[0]] * 5 + [tables[-1]] * 3  # as many cells in each line as in its heading
         assert table.fill(text, results) == text
 
     def test_check_tells_a_table_that_is_not_current(self, results, tmp_path, capsys):
@@ -406,13 +502,13 @@ class TestTable:
 class TestReports:
     def test_compare_tells_the_ratio(self, results, tmp_path, capsys):
         measured = json.loads((results / "cpu.json").read_text(encoding="utf-8"))
-        for row in measured["rows"][:3]:
+        for row in measured["rows"][:5]:
             row["cold_us"]["median"] *= 2
         slower = tmp_path / "slower.json"
         slower.write_text(json.dumps(measured), encoding="utf-8")
         capsys.readouterr()
         assert bench.main(["compare", str(results / "cpu.json"), str(slower)]) == 0
-        assert capsys.readouterr().out.count("0.500") == 3
+        assert capsys.readouterr().out.count("0.500") == 5
 
     def test_a_file_that_is_no_report_is_refused(self, tmp_path, capsys):
         path = tmp_path / "other.json"
@@ -435,4 +531,5 @@ class TestReports:
 
     def test_list_names_every_preset(self, capsys):
         assert bench.main(["list"]) == 0
-        assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == list(PRESETS)
+        names = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+        assert list(dict.fromkeys(names)) == list(PRESETS)
