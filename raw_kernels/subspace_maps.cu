@@ -284,7 +284,7 @@ __device__ inline void eliminate(SharedVectors& shared, real_t* rows, int end, r
       for (int i = 0; i < BLOCK; ++i) x[i] = block[i * PITCH + place];
 #pragma unroll
       for (int i = 0; i < BLOCK; ++i) {
-        if (sizeof(real_t) == 8) asm volatile("" ::: "memory");  // or the compiler keeps the factor in too many registers
+        if (sizeof(real_t) == 8) asm volatile("" ::: "memory");  // or registers take in the whole factor
         real_t factor[BLOCK];  // row i of it, up to the diagonal
 #pragma unroll
         for (int j = 0; j <= i; j += 4) {
