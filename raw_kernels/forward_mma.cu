@@ -7,8 +7,8 @@
 //
 // K holds what stands on the key side of eq. 4: the keys themselves (exact attention), keys fused for one block of
 // queries (KEYS_PER_ITEM), or sampled keys. QUERY_MAP says how a query tile becomes the other side: as it is, sampled
-// once, or anew for every block of keys: fused, or multiplied with a dense map. With OWN_BLOCK (eq. 20), a query and the
-// keys of its own block are multiplied as they are; a tile's other keys come first.
+// once, or anew for every block of keys: fused, or multiplied with a dense map. With OWN_BLOCK (eq. 20), a query and
+// the keys of its own block are multiplied as they are; a tile's other keys come first.
 //
 // Grid      : (query tiles of a block * items); an item is a (batch, head, query block), see work_item.cuh
 // Block     : NUM_WARPS * 32 threads; a warp owns WARP_Q query rows from the scores to the output
