@@ -57,21 +57,25 @@ class MmaTiles:
 _MMA_TILES = (
     MmaTiles(128, 64, 4),
     MmaTiles(128, 48, 4),
+    MmaTiles(128, 32, 4),
     MmaTiles(128, 64, 8),
     MmaTiles(64, 64, 4),
     MmaTiles(64, 32, 4),
     MmaTiles(32, 32, 2),
 )
 _MAX_ACCUMULATORS = 176
+_FEWER_ACCUMULATORS = 160
+"""What ptxas keeps in registers for sm_120 (CUDA 13.0), which is among the devices with less than 100 KB of shared memory."""
 
 
 def mma_tiles(
     width: int, rank: int, value_width: int, query_map: int, shared_limit: int, *, own_block: bool = False
 ) -> MmaTiles:
     """Return the first tiles that fit the registers and the ``shared_limit`` bytes of a block."""
+    most = _FEWER_ACCUMULATORS if shared_limit < 100 << 10 else _MAX_ACCUMULATORS
     for tiles in _MMA_TILES:
         fits_shared = tiles.shared_bytes(width, rank, value_width, query_map, own_block=own_block) <= shared_limit
-        if fits_shared and tiles.accumulators(value_width) <= _MAX_ACCUMULATORS:
+        if fits_shared and tiles.accumulators(value_width) <= most:
             return tiles
     msg = f"no tiles for D={width}, R={rank}, E={value_width} in {shared_limit} bytes of shared memory"
     raise NotImplementedError(msg)

@@ -7,8 +7,8 @@
 //
 // K holds what stands on the key side of eq. 4: the keys themselves (exact attention), keys fused for one block of
 // queries (KEYS_PER_ITEM), or sampled keys. QUERY_MAP says how a query tile becomes the other side: as it is, sampled
-// once, or anew for every block of keys: fused, or multiplied with a dense map. With OWN_BLOCK (eq. 20), a query and the
-// keys of its own block are multiplied as they are; a tile's other keys come first.
+// once, or anew for every block of keys: fused, or multiplied with a dense map. With OWN_BLOCK (eq. 20), a query and
+// the keys of its own block are multiplied as they are; a tile's other keys come first.
 //
 // Grid      : (query tiles of a block * items); an item is a (batch, head, query block), see work_item.cuh
 // Block     : NUM_WARPS * 32 threads; a warp owns WARP_Q query rows from the scores to the output
@@ -57,7 +57,7 @@
 #define BLOCK_Q 128
 #endif
 #ifndef BLOCK_KV
-#define BLOCK_KV 48
+#define BLOCK_KV 32
 #endif
 #ifndef NUM_WARPS
 #define NUM_WARPS 4
@@ -182,8 +182,8 @@ __device__ inline void multiply_tile(float (&S_rmem)[M_TILES][KV_TILES][4], unsi
   }
 }
 
-// Where a lane's part of ldmatrix rows lies: A and transposed B walk 16 rows x two 8-column halves, B 8 rows x two halves
-// x 2. In bytes.
+// Where a lane's part of ldmatrix rows lies, in bytes: A and transposed B walk 16 rows x two 8-column halves, B 8 rows
+// x two halves x 2.
 __device__ inline unsigned left_offset(int lane, int stride) { return (lane % 16 * stride + lane / 16 * 8) * 2; }
 __device__ inline unsigned right_offset(int lane, int stride) {
   return ((lane % 8 + lane / 16 * 8) * stride + lane / 8 % 2 * 8) * 2;
@@ -275,7 +275,7 @@ extern "C" __global__ __launch_bounds__(NUM_THREADS)
 void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
                  const element_t* __restrict__ K,     // [B, H_kv, M, K_COLUMNS], or as KEYS_PER_ITEM says
                  const element_t* __restrict__ V,     // [B, H_kv, M, E]
-                 const element_t* __restrict__ own_K,  // [B, H_kv, M, D], the keys as they are; unused without OWN_BLOCK
+                 const element_t* __restrict__ own_K,  // [B, H_kv, M, D], keys as they are; unused without OWN_BLOCK
                  const float* __restrict__ mean,       // [B, H_kv, D], what they were centred by; unused as well
                  const map_t* __restrict__ maps,      // [B, H_x, C, MAP_ELEMENTS]; unused without QUERY_MAP
                  const float* __restrict__ gains,     // [B, H_x, C, D]; unused without WITH_GAINS
@@ -397,7 +397,7 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
       multiply_tile<R_PADDED, R_STRIDE>(S_rmem, Q_address, stage_address + K_lane_offset);
     }
 
-    // ---- minus infinity where a key is past the tile's end, hidden by the causal limit or scored with other tiles ----
+    // ---- minus infinity where a key is past the tile's end, behind the causal limit or scored with other tiles ----
     const int first_query = work.query_begin + warp * WARP_Q;
     auto own_begin_of = [&](int query) { return own_block_begin(query, causal_offset, key_block_size); };
     bool is_masked = tile.begin + BLOCK_KV > tile.end;

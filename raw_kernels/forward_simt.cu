@@ -1,5 +1,5 @@
-// forward_simt.cu - attention on CUDA cores, exact or with keys of reduced width: float32, float64, and 16-bit types where
-// forward_mma.cu does not take them.
+// forward_simt.cu - attention on CUDA cores, exact or with keys of reduced width: float32, float64, and 16-bit types
+// where forward_mma.cu does not take them.
 //
 //   S = scale * A C^T,   O = softmax(S) V,   lse_n = log( sum_m exp(S_nm) )       docs/math.md (eq. 2 to 4, 8 to 10)
 //
@@ -12,8 +12,8 @@
 //   DENSE, GROUP_BY = 1     A = reduced_Q = Q W,  C = reduced_K = (K - mean) Z, both made before
 //   DENSE, GROUP_BY = 2     A = Q Z,              C = reduced_K = (K - mean) W
 //
-// Q Z is made anew for every block of keys, and kept in reduced_Q meanwhile. With OWN_BLOCK (eq. 20), a query and the keys
-// of its own block are multiplied as they are, centred; the tile's other keys come first.
+// Q Z is made anew for every block of keys, and kept in reduced_Q meanwhile. With OWN_BLOCK (eq. 20), a query and the
+// keys of its own block are multiplied as they are, centred; the tile's other keys come first.
 //
 // Reference : reference/exact_attention.py, reference/distr_attention.py, reference/subspace_attention.py
 // Launcher  : distrattn_np/backends/cupy_backend.py

@@ -11,8 +11,8 @@
 // Grid      : (B * grams of a batch * S * PAIRS), pairs of strips fastest, then s
 // Block     : 256 threads
 // Shared    : under 18 KB, static
-// Assumes   : 1 <= D <= 256; 0 <= lower <= upper <= rows. Sums run in float32 (float64 for float64), those of ROW_TILE rows
-//             apart, in a fixed order. Channels from D on are zero; an empty segment gives 0.
+// Assumes   : 1 <= D <= 256; 0 <= lower <= upper <= rows. Sums run in float32 (float64 for float64), those of ROW_TILE
+//             rows apart, in a fixed order. Channels from D on are zero; an empty segment gives 0.
 // Alone     : nvcc -cubin -arch=sm_75 raw_kernels/gram_simt.cu
 
 #include "simt.cuh"
@@ -37,7 +37,7 @@ constexpr int MIN_BLOCKS = 2;  // per multiprocessor; without a number ptxas spi
 
 extern "C" __global__ __launch_bounds__(THREADS, MIN_BLOCKS)
 void gram_simt(const element_t* __restrict__ X,        // [B, H, rows, D]
-               const accumulate_t* __restrict__ mean,  // [B, H, D]; read only where CENTRED, with one head a Gram matrix
+               const accumulate_t* __restrict__ mean,  // [B, H, D]; read only where CENTRED, with one head a gram
                accumulate_t* __restrict__ grams,       // [B, grams of a batch, S, WIDTH, WIDTH]
                int grams_per_batch, int heads_per_gram, int S, int segment_rows, int shift, int lower, int upper,
                long long stride_x_b, long long stride_x_h, long long stride_x_n) {

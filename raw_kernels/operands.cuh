@@ -22,8 +22,8 @@ __device__ inline unsigned add_to_half(unsigned x, unsigned y) {
 __device__ inline float limit_to_element(float x) {
 #if ELEMENT == FLOAT16
   constexpr float LARGEST = 65504.0f;
-  asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(LARGEST));
-  asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(-LARGEST));
-#endif
+  return x > LARGEST ? LARGEST : x < -LARGEST ? -LARGEST : x;
+#else
   return x;
+#endif
 }

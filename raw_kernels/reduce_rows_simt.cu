@@ -11,7 +11,7 @@
 //             row_tiles = ceil_div(ROWS_FROM_BLOCK ? block_rows : rows, 64)
 // Block     : 256 threads
 // Shared    : under 17 KB, static
-// Assumes   : 1 <= R <= D <= 256. Maps and out are contiguous, in the type of the sums: float32, or float64 for float64.
+// Assumes   : 1 <= R <= D <= 256. Maps and out are contiguous, in the type of the sums: float32 (float64 for float64).
 //             Columns of out from R on are not written.
 // Alone     : nvcc -cubin -arch=sm_75 raw_kernels/reduce_rows_simt.cu
 

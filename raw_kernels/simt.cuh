@@ -11,7 +11,7 @@ constexpr int PADDING = 4;  // shifts one channel's row by four banks, and keeps
 constexpr int CHUNK_BYTES = 16384;
 constexpr int NEIGHBOURS = 8;  // threads that read along a row; the four rows of a warp reach all 32 banks
 
-// Channels of two tiles of `rows` together that are in shared memory at a time.
+// Channels that are in shared memory at a time, of two tiles that have `rows` rows together.
 __device__ constexpr int channels_at_a_time(int rows, int width) {
   const int most = CHUNK_BYTES / rows / static_cast<int>(sizeof(accumulate_t)) / NEIGHBOURS * NEIGHBOURS;
   return width < most ? width : most;
@@ -19,8 +19,8 @@ __device__ constexpr int channels_at_a_time(int rows, int width) {
 
 // sums += A C^T over `depth` channels in shared memory
 template <int ROWS, int COLUMNS>
-__device__ __forceinline__ void add_products(accumulate_t (&sums)[ROWS][COLUMNS], const accumulate_t* A_smem, int A_pitch,
-                                             const accumulate_t* C_smem, int C_pitch, int depth) {
+__device__ __forceinline__ void add_products(accumulate_t (&sums)[ROWS][COLUMNS], const accumulate_t* A_smem,
+                                             int A_pitch, const accumulate_t* C_smem, int C_pitch, int depth) {
   const int ty = threadIdx.x / SIDE, tx = threadIdx.x % SIDE;
 #pragma unroll 4
   for (int r = 0; r < depth; r++) {
@@ -55,8 +55,8 @@ __device__ __forceinline__ void load_transposed(accumulate_t* tile_smem, int pit
 // sums += A C^T over all channels; A(row, r) and C(row, r) give the elements of the two tiles. operands_smem has room
 // for CHANNELS channels of both. All threads call it: what they wrote before is seen by all when A and C are called.
 template <int CHANNELS, int ROWS, int COLUMNS, class Left, class Right>
-__device__ __forceinline__ void multiply_rows(accumulate_t (&sums)[ROWS][COLUMNS], accumulate_t* operands_smem, int width,
-                                              const Left& A, const Right& C) {
+__device__ __forceinline__ void multiply_rows(accumulate_t (&sums)[ROWS][COLUMNS], accumulate_t* operands_smem,
+                                              int width, const Left& A, const Right& C) {
   constexpr int A_PITCH = SIDE * ROWS + PADDING, C_PITCH = SIDE * COLUMNS + PADDING;
   accumulate_t* const C_smem = operands_smem + CHANNELS * A_PITCH;
 #pragma unroll 1

@@ -342,6 +342,8 @@ def plain(
             X, Y = (q[b, h], K) if g.by == "queries" else (K, q[b, h])
             for c, (start, stop) in enumerate(block_edges(problem.grouped_rows, g.block_size)):
                 W, Z = dense_maps(problem, maps, b, h if g.by == "queries" else h_kv, c)
+                if isinstance(maps, SubspaceMaps):  # operands of products, as the rows are
+                    W, Z = rounded(W), rounded(Z)
                 block = rounded(X[start:stop] @ W) @ rounded(Y @ Z).T
                 S[(slice(start, stop), slice(None)) if g.by == "queries" else (slice(None), slice(start, stop))] = (
                     block if g.by == "queries" else block.T
