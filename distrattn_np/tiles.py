@@ -65,7 +65,7 @@ _MMA_TILES = (
 )
 _MAX_ACCUMULATORS = 176
 _FEWER_ACCUMULATORS = 160
-"""What ptxas keeps in registers for sm_120 (CUDA 13.0), which is among the devices with less than 100 KB of shared memory."""
+"""What CUDA 13.0 has registers for on sm_120, one of the devices with less than 100 KB of shared memory."""
 
 
 def mma_tiles(
