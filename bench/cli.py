@@ -53,9 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     }
     for flag, meaning in sizes.items():
         run.add_argument(flag, type=_list_of(_size), metavar="LIST", help=f"{meaning}; 8k is 8192")
-    run.add_argument(
-        "-L", type=_list_of(_block_size), metavar="LIST", help="rows per block, or default: the method's own"
-    )
+    run.add_argument("-L", type=_list_of(_block_size), metavar="LIST", help='rows per block, or "default"')
     words: dict[str, tuple[str, ...]] = {
         "--dtype": checks.DTYPES,
         "--method": METHODS,
