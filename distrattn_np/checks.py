@@ -210,6 +210,44 @@ def check_appended(k: Any, keys: Any) -> None:
         raise ValueError(_message("k", f"must have shape ({shape})", describe(k)))
 
 
+def check_saved_keys(file: Any, arrays: dict[str, np.ndarray], fmt: int) -> None:
+    """Raise unless ``arrays`` are what `GroupedKeys.save` wrote to ``file``, whole and of one size."""
+
+    def require(condition: bool, rule: str) -> None:
+        if not condition:
+            raise ValueError(_message("file", rule, str(file)))
+
+    names = {"format", "dtype", "layout", "scale", "tail"}
+    require(names <= set(arrays), f"must be one that GroupedKeys.save wrote, with {', '.join(sorted(names))}")
+    require(int(arrays["format"]) == fmt, f"must be of format {fmt}")
+    require(str(arrays["dtype"]) in DTYPES, f"the dtype must be one of {', '.join(DTYPES)}")
+    stored = "uint16" if arrays["dtype"] == "bfloat16" else str(arrays["dtype"])
+    batch, heads, rows, width = arrays["tail"].shape if arrays["tail"].ndim == 4 else (0, 0, 0, 0)
+    shapes: dict[str, tuple[int, ...]] = {"tail": (batch, heads, rows, width)}
+    optional = {"query_gram": {"query_rows"}, "rank": {"score_tol", "refine", "block_size"}}
+    optional["widths"] = optional["rank"] | {"rank", "sampled", "fusion", "mean", "ranks", "score_errors"}
+    for name, others in optional.items():
+        require(name not in arrays or others <= set(arrays), f"must hold {', '.join(sorted(others))} with {name}")
+    if "query_gram" in arrays:
+        shapes["query_gram"] = (batch, heads, width, width)
+    if "rank" in arrays:
+        require(rows <= int(arrays["block_size"]), "the tail must be no longer than a block")
+    if "widths" in arrays:
+        columns, blocks = int(arrays["widths"].sum()), len(arrays["widths"])
+        shapes |= {
+            "sampled": (batch, heads, int(arrays["block_size"]), columns),
+            "fusion": (batch, heads, width, columns),
+            "mean": (batch, heads, width, blocks),
+            "ranks": (batch, heads, blocks),
+            "score_errors": (batch, heads, blocks),
+        }
+    for name, shape in shapes.items():
+        found = arrays[name]
+        require(found.shape == shape, f"{name} must have shape {shape} and not {found.shape}")
+        if name in ("tail", "sampled", "fusion", "mean"):
+            require(found.dtype == stored, f"{name} must have dtype {stored} and not {found.dtype}")
+
+
 def check_options_of_grouped_keys(keys: Any, *, method: str, refine: int, scale: float | None, **options: Any) -> None:
     """Raise unless a call leaves to the `GroupedKeys` what they were made with."""
     if not (isinstance(method, str) and method == "subspace"):

@@ -274,7 +274,7 @@ class GroupedKeys:
         """
         with np.load(file, allow_pickle=False) as npz:
             arrays = dict(npz)
-        checks.check_saved_keys(arrays, FORMAT)
+        checks.check_saved_keys(file, arrays, FORMAT)
         dtype = _dtype_of_name(str(arrays["dtype"]))
         grouping = None
         if "rank" in arrays:

@@ -115,7 +115,7 @@ def grouped_keys_scores(
     Q: np.ndarray, K: np.ndarray, W: np.ndarray, Z: np.ndarray, means: np.ndarray, *, block_size: int
 ) -> np.ndarray:
     """Return the approximate ``Q K^T`` (N, M) of one head before scaling (eq. 27); W, Z (F, D, R), means (F, D)."""
-    scores = Q @ K.T
+    scores: np.ndarray = Q @ K.T
     for c, mean in enumerate(means):
         rows = slice(c * block_size, (c + 1) * block_size)
         scores[:, rows] = (Q @ mean)[:, np.newaxis] + (Q @ Z[c]) @ ((K[rows] - mean) @ W[c]).T

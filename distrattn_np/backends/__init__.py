@@ -95,8 +95,8 @@ class Backend(ABC):
     ) -> None:
         """Write attention into O (B, H, N, E) and its log-sum-exp into lse (B, H, N); no axis of O is empty.
 
-        K is a `GroupedKeys` where the call got one. ``mask`` and ``bias`` broadcast to (B, H, N, M); they are None where
-        `score_options` does not name them.
+        K is a `GroupedKeys` where the call got one. ``mask`` and ``bias`` broadcast to (B, H, N, M); they are None
+        where `score_options` does not name them.
         """
 
     @abstractmethod
