@@ -328,7 +328,7 @@ class GroupedKeys:
             R = ranks.max(initial=0)
             sampled = (X - mean[:, :, np.newaxis].astype(np.float64)) @ W[..., :R]
             fusion = np.ascontiguousarray(Z[..., :R], dtype)
-            self.blocks.append(KeyBlock(sampled.astype(dtype), fusion, mean, ranks.astype(np.int32), score_errors))
+            self.blocks.append(KeyBlock(sampled.astype(dtype), fusion, mean, ranks, score_errors))
         self._tail_rows = 0
 
     def _make_room(self, rows: int) -> None:

@@ -53,19 +53,23 @@ def group_block(
     ``mean`` (B, H_kv, D) is subtracted from the keys; ``queries`` (B, H_kv, D, D) is a sum over ``query_rows`` queries.
     """
     B, H_kv, L, D = X.shape
-    grams = np.empty((2, B, H_kv, D, D))
-    for b, h in np.ndindex(B, H_kv):
-        grams[:, b, h] = gram(X[b, h] - mean[b, h]), gram(X[b, h])
-    return subspace_maps(
-        grams[0],
-        expected_gram(grams[1], queries),
-        x_rows=np.full((B, H_kv), L),
-        y_rows=np.full((B, H_kv), L if queries is None else query_rows),
-        scale=scale,
-        rank=rank,
-        score_tol=score_tol,
-        refine=refine,
-    )
+    R = D if rank is None else rank
+    shape = (B, H_kv)
+    W, Z = np.empty((2, *shape, D, R))
+    ranks, errors = np.empty(shape, np.int32), np.empty(shape)
+    # one head at a time: the bits of a stack of them may depend on its other members (`cholesky`)
+    for head in np.ndindex(shape):
+        W[head], Z[head], ranks[head], errors[head] = subspace_maps(
+            gram(X[head] - mean[head]),
+            expected_gram(gram(X[head]), None if queries is None else queries[head]),
+            x_rows=np.array(L),
+            y_rows=np.array(L if queries is None else query_rows),
+            scale=scale,
+            rank=rank,
+            score_tol=score_tol,
+            refine=refine,
+        )
+    return W, Z, ranks, errors
 
 
 def make_key_maps(

@@ -56,8 +56,6 @@ class Backend(ABC):
             rule = f"'subspace' is not built for the {self.name} backend yet"
             raise NotImplementedError(f"method: {rule}, got {describe(q)}")
         keys_are_grouped = isinstance(k, GroupedKeys)
-        if keys_are_grouped and not self.attends_grouped_keys:
-            raise NotImplementedError(f"k: GroupedKeys is not built for the {self.name} backend yet, got {k}")
         for name in sorted(problem.score_options - self.score_options):
             rule = f"is not built for the {self.name} backend yet"
             raise NotImplementedError(f"{name}: {rule}, got {describe(q)}")

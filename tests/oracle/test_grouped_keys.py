@@ -20,7 +20,7 @@ def draw(*shape: int, seed: int = 0, dtype: Any = np.float64) -> np.ndarray:
 
 def attention_by_loops(q, k, v, maps, *, scale, L, offset):
     """Eq. 2, 3, 26 and 27, a number at a time."""
-    B, H, N, D = q.shape
+    B, H, N, _ = q.shape
     H_kv, M, E = k.shape[1], k.shape[2], v.shape[3]
     finished = math.ceil(M / L) - 1
     out, lse = np.zeros((B, H, N, E)), np.full((B, H, N), -np.inf)
