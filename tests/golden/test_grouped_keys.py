@@ -34,7 +34,7 @@ def plain(sample, R, L):
 
 
 def from_cache(known):
-    """Block by block, as one token at a time would have it; ``known`` queries are given to the cache."""
+    """Ask block by block, as one token at a time would; ``known`` queries are given to the cache."""
 
     def outputs(sample, R, L):
         q, k, v, scale = sample
@@ -51,7 +51,7 @@ def from_cache(known):
 
 
 def weighed_by(expected_gram, known):
-    """A cache that has something else for eq. 28."""
+    """Give the cache something else for eq. 28."""
 
     def outputs(sample, R, L):
         with pytest.MonkeyPatch.context() as patch:
