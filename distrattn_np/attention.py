@@ -45,8 +45,8 @@ def distr_attention(
     Parameters
     ----------
     q : array, shape (B, H, N, D), float16 | bfloat16 | float32 | float64
-        Queries: a NumPy, CuPy or Numba device array. The last axis must be contiguous; any other strides are used as
-        they are. D is 1 to 256.
+        Queries: a NumPy, CuPy or Numba device array, or what becomes one without a copy (Notes). The last axis must be
+        contiguous; any other strides are used as they are. D is 1 to 256.
     k : array, shape (B, H_kv, M, D), dtype and kind of ``q``
         Keys. H_kv divides H: query head h uses key head ``h * H_kv // H``.
     v : array, shape (B, H_kv, M, E), dtype and kind of ``q``
@@ -90,7 +90,8 @@ def distr_attention(
     layout : {"bhnd", "bnhd"}
         Order of the axes of q, k, v and the result; "bnhd" is (B, N, H, D).
     out : array, optional
-        Written and returned. Shape, dtype, kind and device of the result; must not overlap the inputs.
+        Written and returned. Shape, dtype, kind and device of the result; must not overlap the inputs. What becomes an
+        array without a copy may stand here too, where it may be written.
     return_lse : bool
         Also return the log-sum-exp of each row of the scores that the softmax sees: scaled, capped, with the bias.
     return_info : bool
@@ -111,7 +112,7 @@ def distr_attention(
     Raises
     ------
     TypeError
-        If an array is of another kind or dtype than ``q``, or of none that is supported.
+        If an array is of another kind or dtype than ``q``, of none that is supported, or cannot be read without a copy.
     ValueError
         If shapes, strides or options break one of the rules above; the text names the argument.
     ImportError
@@ -121,6 +122,11 @@ def distr_attention(
 
     Notes
     -----
+    Objects with ``__dlpack__`` (JAX, PyTorch, cuda.core and others) are taken as the NumPy array that has their memory,
+    or the CuPy array where it is a CUDA device's; objects with nothing but ``__cuda_array_interface__`` as CuPy arrays
+    (not bfloat16); all else that ``np.asarray`` takes without a copy as NumPy arrays. The result is then such an array,
+    which ``from_dlpack`` of the other package takes back (docs/interop.md).
+
     A score passes through ``scale``, ``softcap``, ``bias`` and ``mask`` in this order, and does not count beyond
     ``window`` or the causal limit. The channels are reduced as if there were only the causal limit: rows that nobody
     attends to, such as padding, must hold finite numbers.
@@ -149,6 +155,8 @@ def distr_attention(
     array([[[16],
             [16]]], dtype=int32)
     """
+    given_out = out
+    q, k, v, mask, bias, out = checks.arrays_in_place(q=q, k=k, v=v, mask=mask, bias=bias, out=out)
     grouping = checks.check_grouping(
         q,
         method=method,
@@ -178,6 +186,8 @@ def distr_attention(
     )
     chosen = backends.load(backend, like=q)
     result, lse, maps = chosen.attention(problem, q, k, v, out, mask, bias)
+    if given_out is not None:
+        result = given_out
     results = [result]
     if return_lse:
         results.append(lse)
@@ -214,6 +224,8 @@ def exact_attention(
     >>> exact_attention(one, one, one)[0, 0, 0]
     array([1., 1., 1., 1.], dtype=float32)
     """
+    given_out = out
+    q, k, v, mask, bias, out = checks.arrays_in_place(q=q, k=k, v=v, mask=mask, bias=bias, out=out)
     checks.check_backend_name(backend)
     problem = checks.check_attention(
         q,
@@ -230,6 +242,8 @@ def exact_attention(
         grouping=None,
     )
     result, lse, _ = backends.load(backend, like=q).attention(problem, q, k, v, out, mask, bias)
+    if given_out is not None:
+        result = given_out
     return (result, lse) if return_lse else result
 
 
