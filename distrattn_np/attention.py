@@ -131,17 +131,13 @@ def distr_attention(
     ``window`` or the causal limit. The channels are reduced as if there were only the causal limit: rows that nobody
     attends to, such as padding, must hold finite numbers.
 
-    Equation (4) of docs/math.md; after [1]_, whose grouping this is with ``method="lsh", fusion="sum",
-    group_by="queries"``. 16-bit inputs are multiplied on tensor cores with float32 accumulation; the softmax is float32
-    (float64 for float64). With ``causal`` the result for row n never uses the values of later rows, but it depends on
-    those rows through the maps: the groups of "lsh" are chosen from all rows of a block, and the maps of "subspace" for
-    all rows that meet it, with the mean of all keys subtracted. "subspace" with blocks over keys scores the keys of a
-    query's own block exactly (eq. 20), so later keys have no part in row n but for that mean. The quality on real
-    inputs is measured in docs/accuracy.md; no bound is promised.
-
-    References
-    ----------
-    .. [1] Jin et al., "DistrAttention", arXiv:2507.17245.
+    Equation (4) of docs/math.md; after Jin et al., "DistrAttention" (arXiv:2507.17245), whose grouping this is with
+    ``method="lsh", fusion="sum", group_by="queries"``. 16-bit inputs are multiplied on tensor cores with float32
+    accumulation; the softmax is float32 (float64 for float64). With ``causal`` the result for row n never uses the
+    values of later rows, but it depends on those rows through the maps: the groups of "lsh" are chosen from all rows of
+    a block, and the maps of "subspace" for all rows that meet it, with the mean of all keys subtracted. "subspace" with
+    blocks over keys scores the keys of a query's own block exactly (eq. 20), so later keys have no part in row n but
+    for that mean. The quality on real inputs is measured in docs/accuracy.md; no bound is promised.
 
     Examples
     --------
