@@ -183,3 +183,12 @@ def test_producer_stream_comes_first() -> None:
         result = exact_attention(*late)
         host = result.get(stream=stream)
     assert_same_bits(host, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_strided_memory_view_of_a_host(dtype: str) -> None:
+    utils = pytest.importorskip("cuda.core.utils", reason="pip install cuda-core")
+    arrays = [x.astype(dtype) for x in values()]
+    given = [utils.StridedMemoryView.from_dlpack(x, stream_ptr=-1) for x in arrays]
+    assert [in_place(x).ctypes.data for x in given] == [x.ctypes.data for x in arrays]
+    assert_same_bits(exact_attention(*given), exact_attention(*arrays))
