@@ -59,6 +59,7 @@ void gram_simt(const element_t* __restrict__ X,        // [B, H, rows, D]
   auto load_strip = [&](int side, int head, int row) {
     const element_t* const source = X + b * stride_x_b + head * stride_x_h + row * stride_x_n;
     const accumulate_t* const centre = mean + static_cast<long long>(gram) * D;
+#pragma unroll 4
     for (int i = threadIdx.x; i < ROW_TILE * STRIP; i += THREADS) {
       const int n = i / STRIP, d = (side == 0 ? left : right) * STRIP + i % STRIP;
       const bool is_valid = row + n < end && d < D;
