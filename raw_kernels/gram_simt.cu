@@ -33,7 +33,7 @@ constexpr int STRIPS = (D + STRIP - 1) / STRIP;
 constexpr int PAIRS = STRIPS * (STRIPS + 1) / 2;
 constexpr int ROW_TILE = CHUNK_BYTES / (2 * STRIP) / sizeof(accumulate_t);
 constexpr int PITCH = STRIP + PADDING;
-constexpr int MIN_BLOCKS = 2;  // per multiprocessor; without a number ptxas spills registers for occupancy
+constexpr int MIN_BLOCKS = D > 128 ? 1 : 2;  // per multiprocessor; without a number ptxas spills for occupancy
 
 extern "C" __global__ __launch_bounds__(THREADS, MIN_BLOCKS)
 void gram_simt(const element_t* __restrict__ X,        // [B, H, rows, D]
@@ -59,7 +59,6 @@ void gram_simt(const element_t* __restrict__ X,        // [B, H, rows, D]
   auto load_strip = [&](int side, int head, int row) {
     const element_t* const source = X + b * stride_x_b + head * stride_x_h + row * stride_x_n;
     const accumulate_t* const centre = mean + static_cast<long long>(gram) * D;
-#pragma unroll 4
     for (int i = threadIdx.x; i < ROW_TILE * STRIP; i += THREADS) {
       const int n = i / STRIP, d = (side == 0 ? left : right) * STRIP + i % STRIP;
       const bool is_valid = row + n < end && d < D;
