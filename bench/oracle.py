@@ -154,14 +154,7 @@ class Oracle:
         """Compare the maps of the first head with the reference's."""
         q, k = self._first_head(problem, grouping)
         expected_channels, expected_gains = reference.group_maps(
-            q[np.newaxis],
-            k[np.newaxis, np.newaxis],
-            group_size=grouping.group_size,
-            block_size=grouping.block_size,
-            group_by=grouping.by,
-            fusion=grouping.fusion,
-            seed=grouping.seed,
-            causal_offset=problem.causal_offset,
+            q[np.newaxis], k[np.newaxis, np.newaxis], **problem.map_options
         )
         equal = (channels[0, 0] == expected_channels[0, 0]).all(axis=-1)
         if gains is not None and expected_gains is not None:

@@ -48,8 +48,8 @@ def distr_attention(
     Parameters
     ----------
     q : array, shape (B, H, N, D), float16 | bfloat16 | float32 | float64
-        Queries: a NumPy, CuPy or Numba device array. The last axis must be contiguous; any other strides are used as
-        they are. D is 1 to 256.
+        Queries: a NumPy, CuPy or Numba device array, or what becomes one without a copy (Notes). The last axis must be
+        contiguous; any other strides are used as they are. D is 1 to 256.
     k : array, shape (B, H_kv, M, D), dtype and kind of ``q``; or GroupedKeys
         Keys. H_kv divides H: query head h uses key head ``h * H_kv // H``. Keys from `group_keys` bring their grouping
         with them: all options from ``method`` to ``block_size`` must be left as they are by default then.
@@ -94,7 +94,8 @@ def distr_attention(
     layout : {"bhnd", "bnhd"}
         Order of the axes of q, k, v and the result; "bnhd" is (B, N, H, D).
     out : array, optional
-        Written and returned. Shape, dtype, kind and device of the result; must not overlap the inputs.
+        Written and returned. Shape, dtype, kind and device of the result; must not overlap the inputs. What becomes an
+        array without a copy may stand here too, where it may be written.
     return_lse : bool
         Also return the log-sum-exp of each row of the scores that the softmax sees: scaled, capped, with the bias.
     return_info : bool
@@ -115,7 +116,7 @@ def distr_attention(
     Raises
     ------
     TypeError
-        If an array is of another kind or dtype than ``q``, or of none that is supported.
+        If an array is of another kind or dtype than ``q``, of none that is supported, or cannot be read without a copy.
     ValueError
         If shapes, strides or options break one of the rules above; the text names the argument.
     ImportError
@@ -125,21 +126,22 @@ def distr_attention(
 
     Notes
     -----
+    Objects with ``__dlpack__`` (JAX, PyTorch, cuda.core and others) are taken as the NumPy array that has their memory,
+    or the CuPy array where it is a CUDA device's; objects with nothing but ``__cuda_array_interface__`` as CuPy arrays
+    (not bfloat16); all else that ``np.asarray`` takes without a copy as NumPy arrays. The result is then such an array,
+    which ``from_dlpack`` of the other package takes back (docs/interop.md).
+
     A score passes through ``scale``, ``softcap``, ``bias`` and ``mask`` in this order, and does not count beyond
     ``window`` or the causal limit. The channels are reduced as if there were only the causal limit: rows that nobody
     attends to, such as padding, must hold finite numbers.
 
-    Equation (4) of docs/math.md; after [1]_, whose grouping this is with ``method="lsh", fusion="sum",
-    group_by="queries"``. 16-bit inputs are multiplied on tensor cores with float32 accumulation; the softmax is float32
-    (float64 for float64). With ``causal`` the result for row n never uses the values of later rows, but it depends on
-    those rows through the maps: the groups of "lsh" are chosen from all rows of a block, and the maps of "subspace" for
-    all rows that meet it, with the mean of all keys subtracted. "subspace" with blocks over keys scores the keys of a
-    query's own block exactly (eq. 20), so later keys have no part in row n but for that mean. The quality on real
-    inputs is measured in docs/accuracy.md; no bound is promised.
-
-    References
-    ----------
-    .. [1] Jin et al., "DistrAttention", arXiv:2507.17245.
+    Equation (4) of docs/math.md; after Jin et al., "DistrAttention" (arXiv:2507.17245), whose grouping this is with
+    ``method="lsh", fusion="sum", group_by="queries"``. 16-bit inputs are multiplied on tensor cores with float32
+    accumulation; the softmax is float32 (float64 for float64). With ``causal`` the result for row n never uses the
+    values of later rows, but it depends on those rows through the maps: the groups of "lsh" are chosen from all rows of
+    a block, and the maps of "subspace" for all rows that meet it, with the mean of all keys subtracted. "subspace" with
+    blocks over keys scores the keys of a query's own block exactly (eq. 20), so later keys have no part in row n but
+    for that mean. The quality on real inputs is measured in docs/accuracy.md; no bound is promised.
 
     Examples
     --------
@@ -153,6 +155,8 @@ def distr_attention(
     array([[[16],
             [16]]], dtype=int32)
     """
+    given_out = out
+    q, k, v, mask, bias, out = checks.arrays_in_place(q=q, k=k, v=v, mask=mask, bias=bias, out=out)
     keys = k if isinstance(k, GroupedKeys) else None
     if keys is None:
         grouping = checks.check_grouping(
@@ -201,6 +205,8 @@ def distr_attention(
     if keys is not None and not chosen.attends_grouped_keys:  # before a device is looked for
         raise NotImplementedError(f"k: GroupedKeys is not built for the {chosen.name} backend yet, got {keys}")
     result, lse, maps = chosen.attention(problem, q, k, v, out, mask, bias)
+    if given_out is not None:
+        result = given_out
     results = [result]
     if return_lse:
         results.append(lse)
@@ -237,6 +243,8 @@ def exact_attention(
     >>> exact_attention(one, one, one)[0, 0, 0]
     array([1., 1., 1., 1.], dtype=float32)
     """
+    given_out = out
+    q, k, v, mask, bias, out = checks.arrays_in_place(q=q, k=k, v=v, mask=mask, bias=bias, out=out)
     checks.check_backend_name(backend)
     problem = checks.check_attention(
         q,
@@ -253,6 +261,8 @@ def exact_attention(
         grouping=None,
     )
     result, lse, _ = backends.load(backend, like=q).attention(problem, q, k, v, out, mask, bias)
+    if given_out is not None:
+        result = given_out
     return (result, lse) if return_lse else result
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import address, describe, kind_of, overlaps_itself, share_memory
+from .arrays import address, describe, in_place, is_declared_read_only, kind_of, overlaps_itself, share_memory
 from .block_size import choose_block_size
 from .problem import Grouping, Problem, Subspace, ceil_div
 
@@ -23,6 +23,25 @@ DEFAULT_BLOCK_SIZE = 1024
 """Rows per block of ``method="lsh"`` where the caller names none; docs/block_size.md says what the choice trades."""
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 FLOAT32_TINY = float(np.finfo(np.float32).tiny)
+
+
+def arrays_in_place(**named: Any) -> list[Any]:
+    """Return the arguments as arrays of a known kind, without a copy; what is no array, as it is."""
+    arrays = []
+    for name, given in named.items():
+        try:
+            arrays.append(in_place(given))
+            read_only = name == "out" and is_declared_read_only(given)
+        except ImportError as error:
+            raise ImportError(_message(name, str(error), type(given).__name__)) from error
+        except Exception as error:  # another package's own, of any type
+            reason = str(error).partition("\n")[0]
+            raise TypeError(
+                _message(name, "must be readable without a copy", f"{type(given).__name__}: {reason}")
+            ) from error
+        if read_only:
+            raise ValueError(_message(name, "must be writeable", f"read-only {type(given).__name__}"))
+    return arrays
 
 
 def check_attention(

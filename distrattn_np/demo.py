@@ -255,29 +255,10 @@ def compare_rows(plan: Plan, maps: Sequence[Maps | None], step: Step, compared: 
 def head_maps(inputs: Inputs, problem: Problem) -> Maps | None:
     """Return the maps of every block; None for exact attention."""
     match problem.grouping:
-        case Grouping() as lsh:
-            return reference.group_maps(
-                inputs.q,
-                inputs.k,
-                group_size=lsh.group_size,
-                block_size=lsh.block_size,
-                group_by=lsh.by,
-                fusion=lsh.fusion,
-                seed=lsh.seed,
-                causal_offset=problem.causal_offset,
-            )
-        case Subspace() as subspace:
-            return reference.make_maps(
-                inputs.q,
-                inputs.k,
-                scale=problem.scale,
-                rank=subspace.rank,
-                score_tol=subspace.score_tol,
-                refine=subspace.refine,
-                block_size=subspace.block_size,
-                group_by=subspace.by,
-                causal_offset=problem.causal_offset,
-            )
+        case Grouping():
+            return reference.group_maps(inputs.q, inputs.k, **problem.map_options)
+        case Subspace():
+            return reference.make_maps(inputs.q, inputs.k, **problem.map_options)
         case _:
             return None
 

@@ -59,7 +59,7 @@ def group_keys(
     Parameters
     ----------
     k : array, shape (B, H_kv, M, D), float16 | bfloat16 | float32 | float64
-        The first keys, copied; M may be 0. A NumPy array.
+        The first keys, copied: a NumPy array, or what becomes one without a copy. M may be 0.
     q : array, shape (B, H, any number of rows, D), dtype of ``k``
         Queries like those that the keys will meet, such as those of a prompt: the maps weigh directions by them and by
         the keys of the block. Without them by the keys alone, which costs accuracy.
@@ -100,6 +100,7 @@ def group_keys(
     >>> distr_attention(q[:, :, 299:], keys, v, causal=True).shape
     (1, 2, 1, 64)
     """
+    k, q = checks.arrays_in_place(k=k, q=q)
     grouping, scale = checks.check_group_keys(
         k,
         q,
@@ -223,6 +224,7 @@ class GroupedKeys:
         TypeError, ValueError
             As `group_keys` does; nothing is appended then.
         """
+        (k,) = checks.arrays_in_place(k=k)
         checks.check_appended(k, self)
         new = _bhnd(k, self.layout)
         taken = 0

@@ -113,6 +113,18 @@ class Problem:
         return 0 if self.grouping is None else -(-self.grouped_rows // self.grouping.block_size)
 
     @property
+    def map_options(self) -> dict[str, Any]:
+        """Keyword arguments of ``reference.group_maps`` or ``reference.make_maps``, beside the queries and keys."""
+        match self.grouping:
+            case Grouping() as g:
+                own: dict[str, Any] = {"group_size": g.group_size, "fusion": g.fusion, "seed": g.seed}
+            case Subspace() as g:
+                own = {"scale": self.scale, "rank": g.rank, "score_tol": g.score_tol, "refine": g.refine}
+            case None:
+                raise ValueError("exact attention has no maps")
+        return own | {"block_size": g.block_size, "group_by": g.by, "causal_offset": self.causal_offset}
+
+    @property
     def own_block_is_exact(self) -> bool:
         """Whether a query scores the keys of its own block exactly (docs/math.md, eq. 20)."""
         return isinstance(self.grouping, Subspace) and self.grouping.by == "keys" and self.causal_offset is not None

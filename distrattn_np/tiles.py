@@ -64,15 +64,15 @@ _MMA_TILES = (
     MmaTiles(32, 32, 2),
 )
 _MAX_ACCUMULATORS = 176
-_FEWER_ACCUMULATORS = 160
-"""What CUDA 13.0 has registers for on sm_120, one of the devices with less than 100 KB of shared memory."""
+_FEWER_ACCUMULATORS = 160, 144
+"""Where a block has less than 100 KB of shared memory, and there with own blocks: what sm_120 has registers for."""
 
 
 def mma_tiles(
     width: int, rank: int, value_width: int, query_map: int, shared_limit: int, *, own_block: bool = False
 ) -> MmaTiles:
     """Return the first tiles that fit the registers and the ``shared_limit`` bytes of a block."""
-    most = _FEWER_ACCUMULATORS if shared_limit < 100 << 10 else _MAX_ACCUMULATORS
+    most = _FEWER_ACCUMULATORS[own_block] if shared_limit < 100 << 10 else _MAX_ACCUMULATORS
     for tiles in _MMA_TILES:
         fits_shared = tiles.shared_bytes(width, rank, value_width, query_map, own_block=own_block) <= shared_limit
         if fits_shared and tiles.accumulators(value_width) <= most:
@@ -368,12 +368,15 @@ def fuse_defines(*, element: int, group_size: int, rank: int, with_gains: bool, 
     }
 
 
-def compile_cases(stem: str) -> list[Defines]:
-    """Return -D sets that reach every branch and tile of a kernel, for the tests that compile without a GPU."""
-    return list(_CASES[stem]())
+def compile_cases(stem: str, shared_limit: int) -> list[Defines]:
+    """Return -D sets that reach every branch and tile of a kernel, for the tests that compile without a GPU.
+
+    They are those of a device that gives a block ``shared_limit`` bytes of shared memory.
+    """
+    return list(_CASES[stem](shared_limit))
 
 
-def _forward_mma_cases() -> Iterator[Defines]:
+def _forward_mma_cases(shared_limit: int) -> Iterator[Defines]:
     # (D, G, E, query map): the widths of real models, then odd, tiny and largest ones
     shapes = [
         (128, 1, 128, NO_MAP),
@@ -397,24 +400,23 @@ def _forward_mma_cases() -> Iterator[Defines]:
         (256, 2, 256, DENSE),
     ]
     for number, (width, group_size, value_width, query_map) in enumerate(shapes):
-        for shared_limit in (99 << 10, 227 << 10):
-            for own_block in (False, True) if query_map == DENSE else (False,):
-                rank = width // group_size
-                tiles = mma_tiles(width, rank, value_width, query_map, shared_limit, own_block=own_block)
-                yield mma_defines(
-                    tiles,
-                    element=ELEMENTS["bfloat16" if number % 3 == 1 else "float16"],
-                    width=width,
-                    rank=rank,
-                    value_width=value_width,
-                    query_map=query_map,
-                    group_size=group_size,
-                    with_gains=number % 2 == 1,
-                    keys_per_item=query_map == SAMPLE,
-                    causal=own_block or shared_limit == 99 << 10,
-                    own_block=own_block,
-                    aligned=width % 8 == 0 and value_width % 8 == 0,
-                )
+        for causal in (False, True):
+            rank, own_block = width // group_size, causal and query_map == DENSE
+            tiles = mma_tiles(width, rank, value_width, query_map, shared_limit, own_block=own_block)
+            yield mma_defines(
+                tiles,
+                element=ELEMENTS["bfloat16" if number % 3 == 1 else "float16"],
+                width=width,
+                rank=rank,
+                value_width=value_width,
+                query_map=query_map,
+                group_size=group_size,
+                with_gains=number % 2 == 1,
+                keys_per_item=query_map == SAMPLE,
+                causal=causal,
+                own_block=own_block,
+                aligned=width % 8 == 0 and value_width % 8 == 0,
+            )
 
 
 def _forward_simt_cases() -> Iterator[Defines]:
@@ -471,8 +473,9 @@ def _widest(element: int) -> int:
 
 
 def _forward_sm90_cases() -> Iterator[Defines]:
-    for element, rank, value_width in product((1, 2), SM90_WIDTHS, SM90_WIDTHS):
+    for rank, value_width in product(SM90_WIDTHS, SM90_WIDTHS):
         for keys_per_item in (False, True):
+            element = 1 + (rank + value_width) // 16 % 2
             yield sm90_defines(
                 sm90_tiles(rank, value_width, 1024 if keys_per_item else 1920),
                 element=element,
@@ -496,11 +499,10 @@ def _forward_sm90_cases() -> Iterator[Defines]:
             )
 
 
-def _subspace_maps_cases() -> Iterator[Defines]:
+def _subspace_maps_cases(shared_limit: int) -> Iterator[Defines]:
     shapes = ((128, 64), (128, 128), (128, 96), (64, 32), (80, 40), (33, 11), (2, 1), (256, 128), (256, 256))
     for (width, columns), element in product(shapes, ELEMENTS.values()):
-        for shared_limit in (99 << 10, 227 << 10):
-            yield maps_defines(element, width, columns, shared_limit)
+        yield maps_defines(element, width, columns, shared_limit)
 
 
 def _reduce_rows_cases() -> Iterator[Defines]:
@@ -531,39 +533,39 @@ def _reduce_rows_simt_cases() -> Iterator[Defines]:
 
 
 _SIXTEEN_BITS = (ELEMENTS["float16"], ELEMENTS["bfloat16"])
-_CASES: dict[str, Callable[[], Iterable[Defines]]] = {
-    "hash_channels": lambda: [hash_defines(e, v) for e in ELEMENTS.values() for v in (1, _widest(e))],
-    "group_channels": lambda: [{}],
-    "channel_norms": lambda: [
+_CASES: dict[str, Callable[[int], Iterable[Defines]]] = {
+    "hash_channels": lambda _: [hash_defines(e, v) for e in ELEMENTS.values() for v in (1, _widest(e))],
+    "group_channels": lambda _: [{}],
+    "channel_norms": lambda _: [
         norms_defines(e, v, power) for e in ELEMENTS.values() for v in (1, _widest(e)) for power in (1, 2)
     ],
-    "fusion_gains": lambda: [gains_defines(e, g) for e in ELEMENTS.values() for g in (2, 3, 4, 256)],
-    "fuse_channels": _fuse_cases,
-    "gram": lambda: [
+    "fusion_gains": lambda _: [gains_defines(e, g) for e in ELEMENTS.values() for g in (2, 3, 4, 256)],
+    "fuse_channels": lambda _: _fuse_cases(),
+    "gram": lambda _: [
         gram_defines(element=e, width=width, centred=centred, aligned=width % 8 == 0 and aligned)
         for e, width, centred, aligned in product(
             _SIXTEEN_BITS, (128, 64, 80, 33, 1, 176, 192, 256), (False, True), (False, True)
         )
     ],
-    "gram_simt": lambda: [
+    "gram_simt": lambda _: [
         gram_simt_defines(element=e, width=width, centred=centred)
         for e, width, centred in product(ELEMENTS.values(), (128, 64, 33, 1, 256), (False, True))
     ],
-    "sum_segments": lambda: [
+    "sum_segments": lambda _: [
         sum_defines(e, direction, to_element=direction == ALL)
         for e in ELEMENTS.values()
         for direction in (OWN, ALL, UP_TO, FROM)
     ],
     "subspace_maps": _subspace_maps_cases,
-    "narrow_maps": lambda: [narrow_defines(e) for e in _SIXTEEN_BITS],
-    "reduce_rows": _reduce_rows_cases,
-    "reduce_rows_simt": _reduce_rows_simt_cases,
-    "add_mean_scores": lambda: [
+    "narrow_maps": lambda _: [narrow_defines(e) for e in _SIXTEEN_BITS],
+    "reduce_rows": lambda _: _reduce_rows_cases(),
+    "reduce_rows_simt": lambda _: _reduce_rows_simt_cases(),
+    "add_mean_scores": lambda _: [
         mean_scores_defines(e, width, vector)
         for e in ELEMENTS.values()
         for width, vector in ((128, _widest(e)), (33, 1), (256, _widest(e)))
     ],
-    "forward_simt": _forward_simt_cases,
+    "forward_simt": lambda _: _forward_simt_cases(),
     "forward_mma": _forward_mma_cases,
-    "forward_sm90": _forward_sm90_cases,
+    "forward_sm90": lambda _: _forward_sm90_cases(),
 }

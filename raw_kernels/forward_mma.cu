@@ -359,8 +359,9 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
   bool has_large_offset = true;  // some row's maximum, scaled; the same in the whole warp
 
   const unsigned Q_address = shared_address(Q_smem + warp * WARP_Q * R_STRIDE) + left_offset(lane, R_STRIDE);
-  const unsigned K_lane_offset = right_offset(lane, R_STRIDE);
-  const unsigned V_lane_offset = BLOCK_KV * K_STRIDE * 2 + left_offset(lane, E_STRIDE);
+  // Made anew for each tile: registers are dearer.
+  auto K_lane_offset = [] { return right_offset(thread_index_anew() % WARP_SIZE, R_STRIDE); };
+  auto V_lane_offset = [] { return BLOCK_KV * K_STRIDE * 2 + left_offset(thread_index_anew() % WARP_SIZE, E_STRIDE); };
 
 #pragma unroll 1
   for (int t = 0;; ++t) {
@@ -394,7 +395,7 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
           shared_address(raw_Q_smem + anew / WARP_SIZE * WARP_Q * D_STRIDE) + left_offset(anew % WARP_SIZE, D_STRIDE),
           stage_address + right_offset(anew % WARP_SIZE, D_STRIDE));
     } else {
-      multiply_tile<R_PADDED, R_STRIDE>(S_rmem, Q_address, stage_address + K_lane_offset);
+      multiply_tile<R_PADDED, R_STRIDE>(S_rmem, Q_address, stage_address + K_lane_offset());
     }
 
     // ---- minus infinity where a key is past the tile's end, behind the causal limit or scored with other tiles ----
@@ -465,6 +466,7 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
           S_rmem[i / 2][j][i % 2 * 2 + 1] -= row_max[i];
         }
     }
+    const unsigned V_address = stage_address + V_lane_offset();
     float offset_log2[ROWS];
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) offset_log2[i] = has_large_offset ? 0.0f : row_max[i] * scale_log2;
@@ -484,7 +486,7 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
 #pragma unroll
       for (int j = 0; j < E_TILES; j += 2) {
         unsigned V_rmem[4];
-        load_matrices_transposed(V_rmem, stage_address + V_lane_offset + (k * MMA_K * E_STRIDE + j * MMA_N) * 2);
+        load_matrices_transposed(V_rmem, V_address + (k * MMA_K * E_STRIDE + j * MMA_N) * 2);
 #pragma unroll
         for (int i = 0; i < M_TILES; ++i) {
           multiply_add(O_rmem[i][j], P_rmem[i], V_rmem[0], V_rmem[1]);

@@ -17,6 +17,9 @@ NO_GPU = reason_for_no_gpu()
 if NO_GPU is not None:
     os.environ["NUMBA_ENABLE_CUDASIM"] = "1"  # read when Numba is imported
 
+# JAX would take most of a device's memory, which CuPy and PyTorch use in the same process
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 # a first call compiles its kernels, and the simulator is slow: time says nothing about an example
 common = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("dev", max_examples=20, **common)

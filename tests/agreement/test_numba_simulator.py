@@ -320,35 +320,12 @@ def test_bfloat16_is_refused() -> None:
 
 def reference_maps(problem: Problem, inputs: Inputs) -> Any:
     """Return the reference's channels and float64 gains."""
-    g = problem.grouping
-    assert g is not None
-    return reference.group_maps(
-        inputs.q,
-        inputs.k,
-        group_size=g.group_size,
-        block_size=g.block_size,
-        group_by=g.by,
-        fusion=g.fusion,
-        seed=g.seed,
-        causal_offset=problem.causal_offset,
-    )
+    return reference.group_maps(inputs.q, inputs.k, **problem.map_options)
 
 
 def subspace_maps(problem: Problem, inputs: Inputs) -> reference.Maps:
     """Return the reference's maps, in float64."""
-    g = problem.grouping
-    assert isinstance(g, Subspace)
-    return reference.make_maps(
-        inputs.q,
-        inputs.k,
-        scale=problem.scale,
-        rank=g.rank,
-        score_tol=g.score_tol,
-        refine=g.refine,
-        block_size=g.block_size,
-        group_by=g.by,
-        causal_offset=problem.causal_offset,
-    )
+    return reference.make_maps(inputs.q, inputs.k, **problem.map_options)
 
 
 def expected(case: Case, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:

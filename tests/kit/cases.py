@@ -239,29 +239,10 @@ def reference_maps(problem: Problem, q: np.ndarray, k: np.ndarray, dtype: Any = 
     if g is None:
         return None
     if isinstance(g, Subspace):
-        maps = reference.make_maps(
-            q,
-            k,
-            scale=problem.scale,
-            rank=g.rank,
-            score_tol=g.score_tol,
-            refine=g.refine,
-            block_size=g.block_size,
-            group_by=g.by,
-            causal_offset=problem.causal_offset,
-        )
+        maps = reference.make_maps(q, k, **problem.map_options)
         dtype = dtype or (np.float64 if q.dtype == np.float64 else np.float32)
         return SubspaceMaps(*(x if x.dtype == np.int32 else x.astype(dtype) for x in maps))
-    channels, gains = reference.group_maps(
-        q,
-        k,
-        group_size=g.group_size,
-        block_size=g.block_size,
-        group_by=g.by,
-        fusion=g.fusion,
-        seed=g.seed,
-        causal_offset=problem.causal_offset,
-    )
+    channels, gains = reference.group_maps(q, k, **problem.map_options)
     return GroupMaps(channels, None if gains is None else gains.astype(dtype or np.float32))
 
 
