@@ -64,7 +64,7 @@ def group_keys(
         Queries like those that the keys will meet, such as those of a prompt: the maps weigh directions by them and by
         the keys of the block. Without them by the keys alone, which costs accuracy.
     group_size, rank, score_tol, refine, block_size
-        As in `distr_attention` with "subspace". ``score_tol`` needs ``q``.
+        As in `distr_attention` with "subspace". ``score_tol`` needs ``q``, and is for queries like these.
     scale : float, optional
         Of the scores, in every call with these keys. Default: ``1 / sqrt(D)``.
     layout : {"bhnd", "bnhd"}
@@ -200,7 +200,7 @@ class GroupedKeys:
     def score_errors(self) -> np.ndarray:
         """Predicted root-mean-square error of the scores of every finished block, in nats, (B, H_kv, F) float64.
 
-        For queries that weigh as B in eq. (28) does.
+        For queries that weigh as B in eq. (28) does; those to come may have twice or three times as much.
         """
         return self._of_blocks("score_errors", np.float64)
 

@@ -116,3 +116,22 @@ def test_appending_token_by_token_is_the_same(sample):
         keys.append(k[:, :, token : token + 1])
         out = distr_attention(q[:, :, token : token + 1], keys, v[:, :, : token + 1], causal=True)
         np.testing.assert_allclose(out[:, :, 0], rows[:, :, token], rtol=0, atol=2e-6)
+
+
+# as docs/caches.md says; layers 2 and 20
+@pytest.mark.parametrize(
+    ("options", "factors"), [({"rank": 32}, (2.1, 1.7)), ({"rank": None, "score_tol": 0.1}, (2.6, 2.1))]
+)
+def test_score_errors_of_later_queries_beside_the_prediction(sample, options, factors):
+    q, k, _, scale = sample
+    L, known = 128, 128
+    maps = reference.make_key_maps(k, q[:, :, :known], scale=scale, block_size=L, **options)
+    squares = np.zeros((2, 2))  # measured and predicted, by layer
+    for layer, c in np.ndindex(2, maps.ranks.shape[2]):
+        later = q[layer, :, max((c + 1) * L, FIRST) :].reshape(-1, q.shape[3]).astype(np.float64)
+        W, Z, mean, predicted = (x[layer, 0, c] for x in (maps.sampling, maps.fusion, maps.key_mean, maps.score_errors))
+        keys = k[layer, 0, c * L : (c + 1) * L] - mean
+        lost = scale * (later @ keys.T - (later @ Z) @ (keys @ W).T)
+        squares[:, layer] += (lost**2).sum(), predicted**2 * lost.size
+    measured, predicted = np.sqrt(squares)
+    np.testing.assert_allclose(measured / predicted, factors, rtol=0, atol=0.05)

@@ -231,6 +231,14 @@ def test_memory_is_that_of_the_rank(dtype: str) -> None:
     assert keys.nbytes < 0.75 * k.nbytes  # (R + (R + 1) D / L) / D is 0.57, and an eighth is tail
 
 
+def test_what_becomes_an_array_without_a_copy_is_taken() -> None:
+    q, k, v = np.random.default_rng(1).standard_normal((3, 1, 1, 40, 8))
+    keys = group_keys(memoryview(k[:, :, :9]), memoryview(q), rank=3, block_size=16)
+    keys.append(memoryview(k[:, :, 9:]))
+    assert_same_keys(keys, group_keys(k, q, rank=3, block_size=16))
+    assert distr_attention(memoryview(q), keys, memoryview(v)).shape == q.shape
+
+
 def test_keys_are_copied() -> None:
     q, k = np.random.default_rng(1).standard_normal((2, 1, 1, 40, 8))
     keys = group_keys(k, rank=3, block_size=16)
