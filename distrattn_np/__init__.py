@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from .attention import distr_attention, exact_attention
+from .grouped_keys import GroupedKeys, group_keys
 from .merge import merge
 
 try:
@@ -10,4 +11,4 @@ try:
 except PackageNotFoundError:  # an uninstalled source tree
     __version__ = "0+unknown"
 
-__all__ = ["__version__", "distr_attention", "exact_attention", "merge"]
+__all__ = ["GroupedKeys", "__version__", "distr_attention", "exact_attention", "group_keys", "merge"]

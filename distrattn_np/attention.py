@@ -6,7 +6,10 @@ from typing import Any
 
 from . import backends, checks
 from .block_size import choose_block_size
+from .grouped_keys import GroupedKeys
 from .problem import AttentionInfo, Problem, Subspace, SubspaceMaps
+
+NOTHING_GROUPED = AttentionInfo("exact", None, "the rank is the width, so nothing is grouped", None, None)
 
 
 def distr_attention(
@@ -47,8 +50,9 @@ def distr_attention(
     q : array, shape (B, H, N, D), float16 | bfloat16 | float32 | float64
         Queries: a NumPy, CuPy or Numba device array, or what becomes one without a copy (Notes). The last axis must be
         contiguous; any other strides are used as they are. D is 1 to 256.
-    k : array, shape (B, H_kv, M, D), dtype and kind of ``q``
-        Keys. H_kv divides H: query head h uses key head ``h * H_kv // H``.
+    k : array, shape (B, H_kv, M, D), dtype and kind of ``q``; or GroupedKeys
+        Keys. H_kv divides H: query head h uses key head ``h * H_kv // H``. Keys from `group_keys` bring their grouping
+        with them: all options from ``method`` to ``block_size`` must be left as they are by default then.
     v : array, shape (B, H_kv, M, E), dtype and kind of ``q``
         Values. E is 1 to 256.
     method : {"lsh", "subspace"}
@@ -153,18 +157,34 @@ def distr_attention(
     """
     given_out = out
     q, k, v, mask, bias, out = checks.arrays_in_place(q=q, k=k, v=v, mask=mask, bias=bias, out=out)
-    grouping = checks.check_grouping(
-        q,
-        method=method,
-        group_size=group_size,
-        rank=rank,
-        score_tol=score_tol,
-        refine=refine,
-        fusion=fusion,
-        group_by=group_by,
-        block_size=block_size,
-        seed=seed,
-    )
+    keys = k if isinstance(k, GroupedKeys) else None
+    if keys is None:
+        grouping = checks.check_grouping(
+            q,
+            method=method,
+            group_size=group_size,
+            rank=rank,
+            score_tol=score_tol,
+            refine=refine,
+            fusion=fusion,
+            group_by=group_by,
+            block_size=block_size,
+            seed=seed,
+        )
+    else:
+        checks.check_options_of_grouped_keys(
+            keys,
+            method=method,
+            refine=refine,
+            scale=scale,
+            group_size=group_size,
+            rank=rank,
+            score_tol=score_tol,
+            fusion=fusion,
+            group_by=group_by,
+            block_size=block_size,
+        )
+        grouping, scale = None, keys.scale
     checks.check_backend_name(backend)
     problem = checks.check_attention(
         q,
@@ -179,8 +199,11 @@ def distr_attention(
         layout=layout,
         out=out,
         grouping=grouping,
+        keys_are_grouped=keys is not None,
     )
     chosen = backends.load(backend, like=q)
+    if keys is not None and not chosen.attends_grouped_keys:  # before a device is looked for
+        raise NotImplementedError(f"k: GroupedKeys is not built for the {chosen.name} backend yet, got {keys}")
     result, lse, maps = chosen.attention(problem, q, k, v, out, mask, bias)
     if given_out is not None:
         result = given_out
@@ -188,7 +211,7 @@ def distr_attention(
     if return_lse:
         results.append(lse)
     if return_info:
-        results.append(_info(problem, chosen, maps, q, block_size))
+        results.append(_info(problem, chosen, maps, q, block_size) if keys is None else _info_of_grouped_keys(keys))
     return tuple(results) if len(results) > 1 else result
 
 
@@ -249,7 +272,7 @@ def _info(
     """Return what a call did; ``block_size`` is what the caller asked for."""
     grouping = problem.grouping
     if grouping is None:
-        return AttentionInfo("exact", None, "the rank is the width, so nothing is grouped", None, None)
+        return NOTHING_GROUPED
     if block_size is not None:
         reason = "given"
     elif isinstance(grouping, Subspace):
@@ -261,3 +284,9 @@ def _info(
         ranks, score_errors = (backend.hand_back(x, None, like=like, out=None) for x in (maps.ranks, maps.score_errors))
     method = "subspace" if isinstance(grouping, Subspace) else "lsh"
     return AttentionInfo(method, grouping.block_size, reason, ranks, score_errors)
+
+
+def _info_of_grouped_keys(keys: GroupedKeys) -> AttentionInfo:
+    if keys.grouping is None:
+        return NOTHING_GROUPED
+    return AttentionInfo("subspace", keys.block_size, "that of the grouped keys", keys.ranks, keys.score_errors)

@@ -58,14 +58,23 @@ def check_attention(
     softcap: float = 0.0,
     mask: Any = None,
     bias: Any = None,
+    keys_are_grouped: bool = False,
 ) -> Problem:
-    """Return the problem that the arguments describe, or raise the first error found."""
+    """Return the problem that the arguments describe, or raise the first error found.
+
+    ``keys_are_grouped``: ``k`` is a `GroupedKeys`.
+    """
     _check_choice("layout", layout, "bhnd", "bnhd")
-    named = {"q": q, "k": k, "v": v}
+    named = {"q": q, "v": v} if keys_are_grouped else {"q": q, "k": k, "v": v}
     if out is not None:
         named["out"] = out
     for name, array in named.items():
         _check_array(name, array, q)
+    if keys_are_grouped:
+        if k.dtype != q.dtype:
+            raise TypeError(_message("k", f"must have q's dtype {q.dtype}", _show(k)))
+        if k.layout != layout:
+            raise ValueError(_message("layout", f"must be {k.layout!r}, as of the keys", _show(layout)))
     batch, heads, queries, width = _bhnd_shape(q, layout)
     k_batch, kv_heads, keys, k_width = _bhnd_shape(k, layout)
     v_batch, v_heads, v_keys, value_width = _bhnd_shape(v, layout)
@@ -73,13 +82,13 @@ def check_attention(
         if not 1 <= size <= MAX_WIDTH:
             raise ValueError(_message(name, f"the last axis must have 1 to {MAX_WIDTH} elements", describe(array)))
     if k_batch != batch:
-        raise ValueError(_message("k", f"must have q's batch size {batch}", describe(k)))
+        raise ValueError(_message("k", f"must have q's batch size {batch}", _show(k)))
     if v_batch != batch:
         raise ValueError(_message("v", f"must have q's batch size {batch}", describe(v)))
     if k_width != width:
-        raise ValueError(_message("k", f"must have q's width {width}", describe(k)))
+        raise ValueError(_message("k", f"must have q's width {width}", _show(k)))
     if (kv_heads == 0 and heads != 0) or (kv_heads and heads % kv_heads):
-        raise ValueError(_message("k", f"the number of heads must divide q's {heads}", describe(k)))
+        raise ValueError(_message("k", f"the number of heads must divide q's {heads}", _show(k)))
     if v_heads != kv_heads:
         raise ValueError(_message("v", f"must have k's {kv_heads} heads", describe(v)))
     if v_keys != keys:
@@ -125,8 +134,12 @@ def check_grouping(
     group_by: str | None = None,
     block_size: int | None = None,
     seed: int = 0,
+    name: str = "q",
 ) -> Grouping | Subspace | None:
-    """Return the grouping that the options describe, None where they ask for exact attention, or raise."""
+    """Return the grouping that the options describe, None where they ask for exact attention, or raise.
+
+    ``name`` is the argument that ``q`` came in as.
+    """
     _check_choice("method", method, "subspace", "lsh")
     if group_by is not None:
         _check_choice("group_by", group_by, "queries", "keys")
@@ -134,7 +147,7 @@ def check_grouping(
         block_size = _check_integer("block_size", block_size, at_least=1)
     refine = _check_integer("refine", refine, at_least=0)
     seed = _check_integer("seed", seed, at_least=0)
-    _check_array("q", q, q)
+    _check_array(name, q, q, name)
     width = q.shape[3]
     if method == "lsh":
         _check_absent("method='lsh'", rank=rank, score_tol=score_tol)
@@ -172,6 +185,97 @@ def check_grouping(
         block_size=block_size or choose_block_size(width, rank)[0],
         by="queries" if group_by == "queries" else "keys",
     )
+
+
+def check_group_keys(
+    k: Any, q: Any, *, scale: float | None, layout: str, score_tol: float | None, **options: Any
+) -> tuple[Subspace | None, float]:
+    """Return how `group_keys` groups, None where every key is kept as it is, and the scale; or raise."""
+    _check_choice("layout", layout, "bhnd", "bnhd")
+    _check_grouped_kind(k)
+    _check_array("k", k, k, "k")
+    batch, kv_heads, _, width = _bhnd_shape(k, layout)
+    if not 1 <= width <= MAX_WIDTH:
+        raise ValueError(_message("k", f"the last axis must have 1 to {MAX_WIDTH} elements", describe(k)))
+    if q is not None:
+        _check_array("q", q, k, "k")
+        q_batch, heads, rows, q_width = _bhnd_shape(q, layout)
+        if q_batch != batch:
+            raise ValueError(_message("q", f"must have k's batch size {batch}", describe(q)))
+        if q_width != width:
+            raise ValueError(_message("q", f"must have k's width {width}", describe(q)))
+        if (kv_heads == 0 and heads != 0) or (kv_heads and (heads % kv_heads or not heads)):
+            raise ValueError(_message("q", f"the number of heads must be a multiple of k's {kv_heads}", describe(q)))
+        if rows == 0:
+            raise ValueError(_message("q", "must have a row", describe(q)))
+    elif score_tol is not None:
+        raise ValueError(_message("q", "must be given with score_tol", _show(q)))
+    grouping = check_grouping(k, method="subspace", score_tol=score_tol, name="k", **options)
+    # only lsh has another kind of grouping
+    return grouping if isinstance(grouping, Subspace) else None, _check_scale(scale, width)
+
+
+def check_appended(k: Any, keys: Any) -> None:
+    """Raise unless ``k`` can be appended to the `GroupedKeys`."""
+    _check_grouped_kind(k)
+    _check_array("k", k, k, "k")
+    if k.dtype != keys.dtype:
+        raise TypeError(_message("k", f"must have the dtype {keys.dtype} of the keys so far", describe(k)))
+    rows_axis = 1 if keys.layout == "bnhd" else 2
+    wanted = list(keys.shape)
+    wanted[rows_axis] = k.shape[rows_axis]
+    if list(k.shape) != wanted:
+        shape = ", ".join("any" if axis == rows_axis else str(size) for axis, size in enumerate(wanted))
+        raise ValueError(_message("k", f"must have shape ({shape})", describe(k)))
+
+
+def check_saved_keys(file: Any, arrays: dict[str, np.ndarray], fmt: int) -> None:
+    """Raise unless ``arrays`` are what `GroupedKeys.save` wrote to ``file``, whole and of one size."""
+
+    def require(condition: bool, rule: str) -> None:
+        if not condition:
+            raise ValueError(_message("file", rule, str(file)))
+
+    names = {"format", "dtype", "layout", "scale", "tail"}
+    require(names <= set(arrays), f"must be one that GroupedKeys.save wrote, with {', '.join(sorted(names))}")
+    require(int(arrays["format"]) == fmt, f"must be of format {fmt}")
+    require(str(arrays["dtype"]) in DTYPES, f"the dtype must be one of {', '.join(DTYPES)}")
+    stored = "uint16" if arrays["dtype"] == "bfloat16" else str(arrays["dtype"])
+    batch, heads, rows, width = arrays["tail"].shape if arrays["tail"].ndim == 4 else (0, 0, 0, 0)
+    shapes: dict[str, tuple[int, ...]] = {"tail": (batch, heads, rows, width)}
+    optional = {"query_gram": {"query_rows"}, "rank": {"score_tol", "refine", "block_size"}}
+    optional["widths"] = optional["rank"] | {"rank", "sampled", "fusion", "mean", "ranks", "score_errors"}
+    for name, others in optional.items():
+        require(name not in arrays or others <= set(arrays), f"must hold {', '.join(sorted(others))} with {name}")
+    if "query_gram" in arrays:
+        shapes["query_gram"] = (batch, heads, width, width)
+    if "rank" in arrays:
+        require(rows <= int(arrays["block_size"]), "the tail must be no longer than a block")
+    if "widths" in arrays:
+        columns, blocks = int(arrays["widths"].sum()), len(arrays["widths"])
+        shapes |= {
+            "sampled": (batch, heads, int(arrays["block_size"]), columns),
+            "fusion": (batch, heads, width, columns),
+            "mean": (batch, heads, width, blocks),
+            "ranks": (batch, heads, blocks),
+            "score_errors": (batch, heads, blocks),
+        }
+    for name, shape in shapes.items():
+        found = arrays[name]
+        require(found.shape == shape, f"{name} must have shape {shape} and not {found.shape}")
+        if name in ("tail", "sampled", "fusion", "mean"):
+            require(found.dtype == stored, f"{name} must have dtype {stored} and not {found.dtype}")
+
+
+def check_options_of_grouped_keys(keys: Any, *, method: str, refine: int, scale: float | None, **options: Any) -> None:
+    """Raise unless a call leaves to the `GroupedKeys` what they were made with."""
+    if not (isinstance(method, str) and method == "subspace"):
+        raise ValueError(_message("method", "must be 'subspace' with GroupedKeys", _show(method)))
+    _check_absent("GroupedKeys", **options)
+    if _check_integer("refine", refine, at_least=0) != 1:
+        raise ValueError(_message("refine", "must be 1, the default, with GroupedKeys", _show(refine)))
+    if scale is not None and _check_scale(scale, 1) != keys.scale:
+        raise ValueError(_message("scale", f"must be None or the {keys.scale} of the keys", _show(scale)))
 
 
 def check_merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, *, layout: str) -> None:
@@ -222,6 +326,14 @@ def _check_kind(name: str, array: Any, q: Any, first: str = "q") -> None:
     if _device_of(array) != _device_of(q):
         rule = f"must be on {first}'s device {_device_of(q)}"
         raise ValueError(_message(name, rule, f"{describe(array)} on device {_device_of(array)}"))
+
+
+def _check_grouped_kind(k: Any) -> None:
+    """Raise where the keys are of a kind that has no `GroupedKeys`."""
+    if kind_of(k) in ("cupy", "numba"):
+        raise NotImplementedError(
+            _message("k", f"GroupedKeys is not built for the {kind_of(k)} backend yet", describe(k))
+        )
 
 
 def _check_array(name: str, array: Any, q: Any, first: str = "q") -> None:

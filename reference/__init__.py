@@ -12,6 +12,15 @@ from .fuse_channels import fuse_channels, sample_channels
 from .fusion_gains import fusion_gains
 from .gram import gram
 from .group_channels import gray_rank, group_channels
+from .grouped_keys import (
+    expected_gram,
+    finished_blocks,
+    group_block,
+    grouped_keys_attention,
+    grouped_keys_scores,
+    make_key_maps,
+    query_statistics,
+)
 from .hash_channels import HASH_BITS, hash_channels, hyperplanes
 from .merge_results import merge_results
 from .score_options import ScoreOptions, Window, cap_scores, key_limits, of_head, visible_keys
@@ -42,22 +51,29 @@ __all__ = [
     "choose_ranks",
     "distr_attention",
     "exact_attention",
+    "expected_gram",
+    "finished_blocks",
     "fuse_channels",
     "fused_scores",
     "fusion_gains",
     "gram",
     "gray_rank",
+    "group_block",
     "group_channels",
     "group_maps",
+    "grouped_keys_attention",
+    "grouped_keys_scores",
     "half_step",
     "hash_channels",
     "hyperplanes",
     "key_limits",
     "key_mean",
+    "make_key_maps",
     "make_maps",
     "merge_results",
     "of_head",
     "own_block_begin",
+    "query_statistics",
     "rounding",
     "sample_channels",
     "score_errors",

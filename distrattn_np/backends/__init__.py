@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..arrays import Kind, describe, kind_of
+from ..grouped_keys import GroupedKeys
 from ..problem import GroupMaps, Layout, Problem, Subspace, SubspaceMaps
 
 NAMES = ("numpy", "cupy", "numba")
@@ -34,6 +35,8 @@ class Backend(ABC):
     """Whether it covers ``method="subspace"``."""
     score_options: ClassVar[frozenset[str]] = frozenset()
     """Which of "window", "softcap", "mask" and "bias" it covers."""
+    attends_grouped_keys: ClassVar[bool] = False
+    """Whether it takes `GroupedKeys` in the place of keys."""
 
     def attention(
         self, problem: Problem, q: Any, k: Any, v: Any, out: Any, mask: Any = None, bias: Any = None
@@ -52,10 +55,12 @@ class Backend(ABC):
         if isinstance(problem.grouping, Subspace) and not self.builds_subspace:
             rule = f"'subspace' is not built for the {self.name} backend yet"
             raise NotImplementedError(f"method: {rule}, got {describe(q)}")
+        keys_are_grouped = isinstance(k, GroupedKeys)
         for name in sorted(problem.score_options - self.score_options):
             rule = f"is not built for the {self.name} backend yet"
             raise NotImplementedError(f"{name}: {rule}, got {describe(q)}")
-        Q, K, V = (self.bring_in(x, problem.layout) for x in (q, k, v))
+        Q, V = (self.bring_in(x, problem.layout) for x in (q, v))
+        K = k if keys_are_grouped else self.bring_in(k, problem.layout)
         mask, bias = (None if x is None else self.bring_in(x, "bhnd") for x in (mask, bias))
         if out is not None and self.shares_memory(out):
             O = self.bring_in(out, problem.layout)
@@ -64,7 +69,7 @@ class Backend(ABC):
         lse = self.empty_lse((problem.batch, problem.heads, problem.queries), Q)
         maps = None
         if 0 not in O.shape:
-            maps = self.group_maps(problem, Q, K)
+            maps = None if keys_are_grouped else self.group_maps(problem, Q, K)
             self.attend(problem, Q, K, V, O, lse, maps, mask, bias)
         result = self.hand_back(O, problem.layout, like=q, out=out)
         return result, self.hand_back(lse, None, like=q, out=None), maps
@@ -88,7 +93,8 @@ class Backend(ABC):
     ) -> None:
         """Write attention into O (B, H, N, E) and its log-sum-exp into lse (B, H, N); no axis of O is empty.
 
-        ``mask`` and ``bias`` broadcast to (B, H, N, M); they are None where `score_options` does not name them.
+        K is a `GroupedKeys` where the call got one. ``mask`` and ``bias`` broadcast to (B, H, N, M); they are None
+        where `score_options` does not name them.
         """
 
     @abstractmethod

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .. import reference
+from ..grouped_keys import GroupedKeys
 from ..problem import Grouping, GroupMaps, Layout, Problem, Subspace, SubspaceMaps, block_edges, ceil_div
 from ..reference.distr_attention import rows_that_meet
 from . import Backend, Maps
@@ -44,6 +45,7 @@ class NumpyBackend(Backend):
     kinds = frozenset({"numpy"})
     builds_subspace: ClassVar[bool] = True
     score_options: ClassVar[frozenset[str]] = frozenset({"window", "softcap", "mask", "bias"})
+    attends_grouped_keys: ClassVar[bool] = True
 
     def group_maps(self, problem: Problem, Q: np.ndarray, K: np.ndarray) -> Maps:
         """Return the maps of every block; what multiplies has the precision of the scores."""
@@ -150,7 +152,7 @@ class NumpyBackend(Backend):
         self,
         problem: Problem,
         Q: np.ndarray,
-        K: np.ndarray,
+        K: np.ndarray | GroupedKeys,
         V: np.ndarray,
         O: np.ndarray,
         lse: np.ndarray,
@@ -170,7 +172,7 @@ class NumpyBackend(Backend):
             _Head(
                 problem,
                 Q[b, h],
-                K[b, h_kv],
+                _HeadOfGroupedKeys(K, b, h_kv) if isinstance(K, GroupedKeys) else K[b, h_kv],
                 V[b, h_kv],
                 O[b, h],
                 lse[b, h],
@@ -265,12 +267,37 @@ def _maps_of_head(problem: Problem, maps: Maps, b: int, h: int, h_kv: int) -> _H
 
 
 @dataclass(frozen=True, slots=True)
+class _HeadOfGroupedKeys:
+    """A key head of `GroupedKeys`."""
+
+    keys: GroupedKeys
+    b: int
+    h: int
+
+    def write_scores(self, S: np.ndarray, X: np.ndarray, m: int) -> None:
+        """Write the scores S (eq. 27) of scaled queries X with the keys from m on."""
+        L, exact_from, stop = self.keys.block_size, self.keys.exact_from, m + S.shape[1]
+        for c in range(m // L, ceil_div(min(stop, exact_from), L)):
+            block = self.keys.blocks[c]
+            sampled, fusion, mean = (x[self.b, self.h] for x in (block.sampled, block.fusion, block.mean))
+            first, last = max(c * L, m), min((c + 1) * L, stop)
+            fused = X @ _tile(fusion, 0, len(fusion), X.dtype)
+            scores = S[:, first - m : last - m]
+            np.matmul(fused, _tile(sampled, first - c * L, last - c * L, X.dtype).T, out=scores)
+            scores += (X @ mean.astype(X.dtype))[:, np.newaxis]
+        if stop > exact_from:
+            first = max(m, exact_from)
+            tail = self.keys.tail[self.b, self.h]
+            np.matmul(X, _tile(tail, first - exact_from, stop - exact_from, X.dtype).T, out=S[:, first - m :])
+
+
+@dataclass(frozen=True, slots=True)
 class _Head:
     """A query head and its key/value head."""
 
     problem: Problem
     Q: np.ndarray  # (N, D)
-    K: np.ndarray  # (M, D)
+    K: np.ndarray | _HeadOfGroupedKeys  # (M, D)
     V: np.ndarray  # (M, E)
     O: np.ndarray  # (N, E)
     lse: np.ndarray  # (N,)
@@ -306,8 +333,11 @@ class _Head:
                 continue
             rows = slice(n - start, n_stop - start)
             S = buffer[: (n_stop - n) * (m_stop - m)].reshape(-1, m_stop - m)
-            Y = _tile(self.K, m, m_stop, dtype)
-            self._write_scores(S, X[rows], Y if key_mean is None else Y - key_mean, n, m, block)
+            if isinstance(self.K, _HeadOfGroupedKeys):
+                self.K.write_scores(S, X[rows], m)
+            else:
+                Y = _tile(self.K, m, m_stop, dtype)
+                self._write_scores(S, X[rows], Y if key_mean is None else Y - key_mean, n, m, block)
             if problem.softcap:
                 if row_shift is not None:
                     S += row_shift[rows, np.newaxis]

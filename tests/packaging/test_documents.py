@@ -131,7 +131,7 @@ def test_readme_has_the_two_commands_and_the_tables():
         assert text.index(begin) < text.index(begin.replace(":begin", ":end"))
 
 
-@pytest.mark.parametrize("module", ["attention", "merge"])
+@pytest.mark.parametrize("module", ["attention", "grouped_keys", "merge"])
 def test_doctests_of_the_public_calls(module):
     result = doctest.testmod(import_module(f"distrattn_np.{module}"))
     assert result.attempted > 0

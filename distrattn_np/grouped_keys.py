@@ -1,0 +1,361 @@
+"""Keys that are grouped once, as they come, and used by many calls: a cache that grows (docs/caches.md)."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from sys import maxsize
+from typing import IO, Any
+
+import numpy as np
+
+from . import checks, reference
+from .problem import Layout, Subspace
+
+FORMAT = 1
+"""Of the files that `GroupedKeys.save` writes."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyBlock:
+    """A finished block of every head (docs/math.md, eq. 27); arrays but the last two have the dtype of the keys."""
+
+    sampled: np.ndarray  # (B, H_kv, L, R): keys less their mean, times W
+    fusion: np.ndarray  # (B, H_kv, D, R): Z
+    mean: np.ndarray  # (B, H_kv, D)
+    ranks: np.ndarray  # (B, H_kv) int32, at most R; what lies beyond is zero
+    score_errors: np.ndarray  # (B, H_kv) float64
+
+
+BLOCK_ARRAYS = [field.name for field in fields(KeyBlock)]
+
+
+@dataclass(frozen=True, slots=True)
+class QueryStatistics:
+    """What is known of the queries that the keys will meet."""
+
+    gram: np.ndarray  # (B, H_kv, D, D) float64
+    rows: int  # that it is a sum over
+
+
+def group_keys(
+    k: Any,
+    q: Any = None,
+    *,
+    group_size: int | None = None,
+    rank: int | None = None,
+    score_tol: float | None = None,
+    refine: int = 1,
+    block_size: int | None = None,
+    scale: float | None = None,
+    layout: str = "bhnd",
+) -> GroupedKeys:
+    """Return keys that are grouped once, can be appended to, and go into `distr_attention` in the place of ``k``.
+
+    Every ``block_size`` keys make a block. The last block is kept as it is, and its scores are exact. When the first
+    key after it comes, it is finished: R numbers a key are kept instead of D, and two small arrays for the block.
+
+    Parameters
+    ----------
+    k : array, shape (B, H_kv, M, D), float16 | bfloat16 | float32 | float64
+        The first keys, copied: a NumPy array, or what becomes one without a copy. M may be 0.
+    q : array, shape (B, H, any number of rows, D), dtype of ``k``
+        Queries like those that the keys will meet, such as those of a prompt: the maps weigh directions by them and by
+        the keys of the block. Without them by the keys alone, which costs accuracy.
+    group_size, rank, score_tol, refine, block_size
+        As in `distr_attention` with "subspace". ``score_tol`` needs ``q``, and is for queries like these.
+    scale : float, optional
+        Of the scores, in every call with these keys. Default: ``1 / sqrt(D)``.
+    layout : {"bhnd", "bnhd"}
+        Order of the axes of k and q here, of what is appended, and of the arrays of every call with these keys.
+
+    Returns
+    -------
+    GroupedKeys
+
+    Raises
+    ------
+    TypeError
+        If an array is of a wrong kind or dtype.
+    ValueError
+        If shapes, strides or options break one of the rules above; the text names the argument.
+    NotImplementedError
+        If the keys are CuPy or Numba device arrays.
+
+    Notes
+    -----
+    Equations (26) to (28) of docs/math.md. All depends on the keys and ``q`` alone, not on how the keys were appended.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distrattn_np import distr_attention, group_keys
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = rng.standard_normal((3, 1, 2, 300, 64), dtype=np.float32)
+    >>> keys = group_keys(k[:, :, :299], q[:, :, :299], block_size=128)
+    >>> keys.append(k[:, :, 299:])
+    >>> keys
+    GroupedKeys of shape (1, 2, 300, 64) and dtype float32
+    >>> distr_attention(q[:, :, 299:], keys, v, causal=True).shape
+    (1, 2, 1, 64)
+    """
+    k, q = checks.arrays_in_place(k=k, q=q)
+    grouping, scale = checks.check_group_keys(
+        k,
+        q,
+        scale=scale,
+        group_size=group_size,
+        rank=rank,
+        score_tol=score_tol,
+        refine=refine,
+        block_size=block_size,
+        layout=layout,
+    )
+    order: Layout = "bnhd" if layout == "bnhd" else "bhnd"
+    first = _bhnd(k, order)
+    queries = None
+    if q is not None and grouping is not None:
+        queries = QueryStatistics(*reference.query_statistics(_bhnd(q, order), first.shape[1]))
+    keys = GroupedKeys(first[:, :, :0], [], grouping=grouping, queries=queries, scale=scale, layout=order)
+    keys.append(k)
+    return keys
+
+
+class GroupedKeys:
+    """Keys as `group_keys` makes them and `load` reads them; `distr_attention` takes them in the place of ``k``.
+
+    Several threads may attend to them at a time, while none appends.
+
+    Attributes
+    ----------
+    grouping : Subspace or None
+        None where the rank is D: all keys are kept as they are.
+    queries : QueryStatistics or None
+        None where no queries were given.
+    scale : float
+        Of the scores.
+    layout : {"bhnd", "bnhd"}
+        Of the keys that are appended, and of the arrays of a call.
+    blocks : list of KeyBlock
+        The finished blocks.
+    """
+
+    def __init__(
+        self,
+        tail: np.ndarray,
+        blocks: list[KeyBlock],
+        *,
+        grouping: Subspace | None,
+        queries: QueryStatistics | None,
+        scale: float,
+        layout: Layout,
+    ) -> None:
+        """Take over finished blocks and a copy of the keys after them, (B, H_kv, rows, D)."""
+        self.grouping = grouping
+        self.queries = queries
+        self.scale = scale
+        self.layout = layout
+        self.blocks = blocks
+        self._buffer = np.array(tail, order="C")  # its first rows are the tail, the others are room
+        self._tail_rows = tail.shape[2]
+
+    def __repr__(self) -> str:
+        """Return what error messages say of it."""
+        return f"GroupedKeys of shape {self.shape} and dtype {self.dtype}"
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Shape of all keys so far, in `layout`."""
+        B, H_kv, _, D = self._buffer.shape
+        M = self.exact_from + self._tail_rows
+        return (B, M, H_kv, D) if self.layout == "bnhd" else (B, H_kv, M, D)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the keys."""
+        return self._buffer.dtype
+
+    @property
+    def block_size(self) -> int:
+        """Keys in a finished block; where the rank is D no block is ever full."""
+        return maxsize if self.grouping is None else self.grouping.block_size
+
+    @property
+    def exact_from(self) -> int:
+        """The first key that is kept as it is."""
+        return len(self.blocks) * self.block_size
+
+    @property
+    def tail(self) -> np.ndarray:
+        """The keys that are kept as they are, a view (B, H_kv, rows, D)."""
+        return self._buffer[:, :, : self._tail_rows]
+
+    @property
+    def ranks(self) -> np.ndarray:
+        """Rank of every finished block, (B, H_kv, F) int32."""
+        return self._of_blocks("ranks", np.int32)
+
+    @property
+    def score_errors(self) -> np.ndarray:
+        """Predicted root-mean-square error of the scores of every finished block, in nats, (B, H_kv, F) float64.
+
+        For queries that weigh as B in eq. (28) does; those to come may have twice or three times as much.
+        """
+        return self._of_blocks("score_errors", np.float64)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the keys and what belongs to them take."""
+        arrays = [getattr(block, name) for block in self.blocks for name in BLOCK_ARRAYS]
+        arrays += [self._buffer] if self.queries is None else [self._buffer, self.queries.gram]
+        return sum(array.nbytes for array in arrays)
+
+    def append(self, k: Any) -> None:
+        """Append keys, which are copied; every block that they fill and exceed is finished.
+
+        Parameters
+        ----------
+        k : array, shape (B, H_kv, any number of rows, D) in `layout`, dtype and kind of the first keys
+            Rows come after all keys so far.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `group_keys` does; nothing is appended then.
+        """
+        (k,) = checks.arrays_in_place(k=k)
+        checks.check_appended(k, self)
+        new = _bhnd(k, self.layout)
+        taken = 0
+        while taken < new.shape[2]:
+            if self.grouping is not None and self._tail_rows == self.block_size:
+                self._finish_block(self.grouping)
+            rows = min(self.block_size - self._tail_rows, new.shape[2] - taken)
+            self._make_room(self._tail_rows + rows)
+            self._buffer[:, :, self._tail_rows : self._tail_rows + rows] = new[:, :, taken : taken + rows]
+            self._tail_rows += rows
+            taken += rows
+
+    def save(self, file: str | Path | IO[bytes]) -> None:
+        """Write everything as plain arrays, in NumPy's npz format, to a path or a binary file."""
+        if isinstance(file, str | Path):
+            with Path(file).open("wb") as opened:
+                self.save(opened)
+            return
+        arrays = {
+            "format": FORMAT,
+            "dtype": self.dtype.name,
+            "layout": self.layout,
+            "scale": self.scale,
+            "tail": self.tail,
+        }
+        if self.grouping is not None:
+            # zero stands for None in the first two
+            arrays |= {"rank": self.grouping.rank or 0, "score_tol": self.grouping.score_tol or 0.0}
+            arrays |= {"refine": self.grouping.refine, "block_size": self.grouping.block_size}
+        if self.queries is not None:
+            arrays |= {"query_gram": self.queries.gram, "query_rows": self.queries.rows}
+        if self.blocks:
+            arrays["widths"] = [block.sampled.shape[3] for block in self.blocks]
+            for name in BLOCK_ARRAYS:
+                of_blocks = [getattr(block, name) for block in self.blocks]
+                # what has a column a rank stands side by side: blocks may differ in how many
+                join = np.concatenate if name in ("sampled", "fusion") else np.stack
+                arrays[name] = join(of_blocks, axis=-1)
+        np.savez(file, **{name: _as_plain(np.asarray(value)) for name, value in arrays.items()})  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, file: str | Path | IO[bytes]) -> GroupedKeys:
+        """Return keys as `save` wrote them, bit for bit: appending goes on as if they had never been saved.
+
+        Raises
+        ------
+        ValueError
+            If the file holds something else.
+        """
+        with np.load(file, allow_pickle=False) as npz:
+            arrays = dict(npz)
+        checks.check_saved_keys(file, arrays, FORMAT)
+        dtype = _dtype_of_name(str(arrays["dtype"]))
+        grouping = None
+        if "rank" in arrays:
+            grouping = Subspace(
+                rank=int(arrays["rank"]) or None,
+                score_tol=float(arrays["score_tol"]) or None,
+                refine=int(arrays["refine"]),
+                block_size=int(arrays["block_size"]),
+                by="keys",
+            )
+        queries = None
+        if "query_gram" in arrays:
+            queries = QueryStatistics(arrays["query_gram"], int(arrays["query_rows"]))
+        blocks = []
+        if "widths" in arrays:
+            edges = np.cumsum(arrays["widths"])[:-1]
+            sampled, fusion = (np.split(arrays[name].view(dtype), edges, axis=-1) for name in ("sampled", "fusion"))
+            others = (
+                np.moveaxis(array, -1, 0)
+                for array in (arrays["mean"].view(dtype), arrays["ranks"], arrays["score_errors"])
+            )
+            blocks = [
+                KeyBlock(*map(np.ascontiguousarray, parts)) for parts in zip(sampled, fusion, *others, strict=True)
+            ]
+        return cls(
+            arrays["tail"].view(dtype),
+            blocks,
+            grouping=grouping,
+            queries=queries,
+            scale=float(arrays["scale"]),
+            layout="bnhd" if arrays["layout"] == "bnhd" else "bhnd",
+        )
+
+    def _finish_block(self, grouping: Subspace) -> None:
+        """Make a block of the full tail, which is empty then."""
+        queries, dtype = self.queries, self.dtype
+        with np.errstate(all="ignore"):  # what is not finite passes through to the scores of its block
+            X = self.tail.astype(np.float64)
+            # rounded first, so that what is added to the scores is what was subtracted
+            mean = X.mean(axis=2).astype(dtype)
+            W, Z, ranks, score_errors = reference.group_block(
+                X,
+                mean.astype(np.float64),
+                None if queries is None else queries.gram,
+                0 if queries is None else queries.rows,
+                scale=self.scale,
+                rank=grouping.rank,
+                score_tol=grouping.score_tol,
+                refine=grouping.refine,
+            )
+            R = ranks.max(initial=0)
+            sampled = (X - mean[:, :, np.newaxis].astype(np.float64)) @ W[..., :R]
+            fusion = np.ascontiguousarray(Z[..., :R], dtype)
+            self.blocks.append(KeyBlock(sampled.astype(dtype), fusion, mean, ranks, score_errors))
+        self._tail_rows = 0
+
+    def _make_room(self, rows: int) -> None:
+        """Let the tail grow to so many rows, doubling: one key at a time must not copy all of them every time."""
+        B, H_kv, room, D = self._buffer.shape
+        if rows > room:
+            grown = np.empty((B, H_kv, min(max(rows, 2 * room), self.block_size), D), self.dtype)
+            grown[:, :, : self._tail_rows] = self.tail
+            self._buffer = grown
+
+    def _of_blocks(self, name: str, dtype: Any) -> np.ndarray:
+        """Return (B, H_kv, F) numbers of the finished blocks."""
+        if not self.blocks:
+            return np.zeros((*self._buffer.shape[:2], 0), dtype)
+        return np.stack([getattr(block, name) for block in self.blocks], axis=-1)
+
+
+def _bhnd(array: np.ndarray, layout: Layout) -> np.ndarray:
+    return array.swapaxes(1, 2) if layout == "bnhd" else array
+
+
+def _as_plain(array: np.ndarray) -> np.ndarray:
+    """Return what a reader without ml_dtypes can load: bfloat16 as its 16 bits."""
+    return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
+
+
+def _dtype_of_name(name: str) -> np.dtype[Any]:
+    return np.dtype(importlib.import_module("ml_dtypes").bfloat16 if name == "bfloat16" else name)
