@@ -33,7 +33,8 @@ constexpr int STRIPS = (D + STRIP - 1) / STRIP;
 constexpr int PAIRS = STRIPS * (STRIPS + 1) / 2;
 constexpr int ROW_TILE = CHUNK_BYTES / (2 * STRIP) / sizeof(accumulate_t);
 constexpr int PITCH = STRIP + PADDING;
-constexpr int MIN_BLOCKS = D > 128 ? 1 : 2;  // per multiprocessor; without a number ptxas spills for occupancy
+// per multiprocessor; without a number ptxas spills for occupancy
+constexpr int MIN_BLOCKS = D > 128 || sizeof(accumulate_t) == 8 ? 1 : 2;
 
 extern "C" __global__ __launch_bounds__(THREADS, MIN_BLOCKS)
 void gram_simt(const element_t* __restrict__ X,        // [B, H, rows, D]
