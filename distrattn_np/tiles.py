@@ -204,16 +204,14 @@ def sm90_defines(
     keys_per_item: bool,
     causal: bool,
     mapped_width: int | None = None,
-    own_block: bool = False,
 ) -> Defines:
     """Return the -D options of forward_sm90.cu for inner width ``rank`` (padded).
 
-    ``mapped_width`` is the width of queries that the kernel maps itself, for blocks over keys; with ``own_block`` they
-    score the keys of their own block exactly.
+    ``mapped_width`` is the width of queries that the kernel maps itself, for blocks over keys.
     """
     key_maps = {}
     if mapped_width is not None:
-        key_maps = {"KEY_MAPS": 1, "D": mapped_width, "OWN_BLOCK": int(own_block), "MAP_AHEAD": int(tiles.map_ahead)}
+        key_maps = {"KEY_MAPS": 1, "D": mapped_width, "MAP_AHEAD": int(tiles.map_ahead)}
     return key_maps | {
         "ELEMENT": element,
         "R": rank,
@@ -495,7 +493,6 @@ def _forward_sm90_cases() -> Iterator[Defines]:
                 keys_per_item=False,
                 causal=causal,
                 mapped_width=width,
-                own_block=causal,
             )
 
 

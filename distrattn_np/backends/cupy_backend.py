@@ -617,7 +617,6 @@ class _Forward:
             keys_per_item=self.by == "queries",
             causal=problem.causal_offset is not None,
             mapped_width=mapped_width,
-            own_block=problem.own_block_is_exact,
         )
         launch = forward_sm90_launch(
             rank,
