@@ -415,7 +415,11 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
   // Rows that see no key visit one tile all the same, hidden from them, so that every barrier has its use.
   const int tiles = max(1, (key_end + BLOCK_KV - 1) / BLOCK_KV);
 #if KEY_MAPS
-  const int tiles_per_key_block = key_block_size / BLOCK_KV;
+  auto tiles_per_key_block = [&]() -> int {
+    int size = key_block_size;
+    asm volatile("" : "+r"(size));  // or a register of the main loop keeps the quotient
+    return size / BLOCK_KV;
+  };
 #endif
 #if OWN_BLOCK
   const KeyTiles keys{min(tiles - 1, own_block_begin(work.query_begin, causal_offset, key_block_size) / BLOCK_KV), tiles,
@@ -458,7 +462,7 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
       if (threadIdx.x == 0) {
         producer.copy_tiles(shared, k_map, v_map,
 #if KEY_MAPS
-                            z_map, tiles_per_key_block,
+                            z_map, tiles_per_key_block(),
 #endif
 #if OWN_BLOCK
                             own_map,
@@ -658,14 +662,14 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
 #endif
         begin_visits(Bool<false>(), tile);
 #if KEY_MAPS
-        if (tile > 0 && tile % tiles_per_key_block == 0) map_queries();
+        if (tile > 0 && tile % tiles_per_key_block() == 0) map_queries();
 #endif
         --tile;
         if (tile >= 0) barrier_wait(shared.K_full[K_ring.stage], K_ring.parity);
 #if KEY_MAPS
 #pragma unroll 1
         while (tile >= 0) {
-          const int last_of_key_block = tile - tile % tiles_per_key_block;
+          const int last_of_key_block = tile - tile % tiles_per_key_block();
 #pragma unroll 1
           while (tile > last_of_key_block) visit_tile(Bool<false>(), Bool<false>());
           if (MAP_AHEAD && last_of_key_block > 0) {
