@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 
 from .problem import ceil_div
@@ -278,6 +279,29 @@ def decode_tiles(width: int, rank: int | None, value_width: int, rows: int, shar
                 return tiles
     msg = f"no tiles for D={width}, R={rank}, E={value_width} in {shared_limit} bytes of shared memory"
     raise NotImplementedError(msg)
+
+
+_LEAST_TILES = 4
+"""Tiles of keys in a split below which its partial result costs more than another thread block brings."""
+_TILES_TO_START = 2
+"""Tiles that a thread block could read while it starts and ends."""
+
+
+@lru_cache(maxsize=1024)
+def decode_splits(keys: int, block_kv: int, items: int, blocks_at_once: int) -> tuple[int, int]:
+    """Return into how many splits decode.cu cuts the keys of a head, and the keys of each.
+
+    ``items`` thread blocks there are for each split, ``blocks_at_once`` run at a time. Taken is what is done first
+    where every block of a round takes as long as its keys.
+    """
+    tiles = ceil_div(keys, block_kv)
+    most = min(tiles // _LEAST_TILES, 4 * ceil_div(blocks_at_once, items))
+
+    def duration(splits: int) -> int:
+        return ceil_div(items * splits, blocks_at_once) * (ceil_div(tiles, splits) + _TILES_TO_START)
+
+    keys_per_split = ceil_div(tiles, min(range(1, max(most, 1) + 1), key=duration)) * block_kv
+    return ceil_div(keys, keys_per_split), keys_per_split
 
 
 def decode_defines(

@@ -266,6 +266,11 @@ class CupyBackend(Backend):
         mask: Any = None,  # noqa: ARG002
         bias: Any = None,  # noqa: ARG002
     ) -> None:
+        from . import cupy_decode  # it launches through this module
+
+        if cupy_decode.suits_plain_keys(problem):
+            cupy_decode.decode(problem, Q, K, V, O, lse)
+            return
         on_tensor_cores = uses_tensor_cores(problem, capability())
         ready: GroupMaps | _DenseMaps | None = None
         if isinstance(maps, GroupMaps):
