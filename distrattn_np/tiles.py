@@ -328,6 +328,20 @@ def merge_splits_defines(element: int, value_width: int) -> Defines:
     return {"ELEMENT": element, "E": value_width, "THREADS": 128}
 
 
+def expected_gram_defines(element: int, width: int) -> Defines:
+    """Return the -D options of expected_gram.cu."""
+    return {"ELEMENT": element, "WIDTH": pad(width), "THREADS": 256}
+
+
+REBUILD_TILE = 64
+"""Keys of a block of rebuild_keys.cu."""
+
+
+def rebuild_defines(element: int, width: int, rank: int) -> Defines:
+    """Return the -D options of rebuild_keys.cu."""
+    return {"ELEMENT": element, "D": width, "R": rank}
+
+
 def gram_defines(*, element: int, width: int, centred: bool, aligned: bool) -> Defines:
     """Return the -D options of gram.cu."""
     return {"ELEMENT": element, "D": width, "CENTRED": int(centred), "ALIGNED": int(aligned)}
@@ -698,6 +712,14 @@ _CASES: dict[str, Callable[[int], Iterable[Defines]]] = {
     ],
     "decode": _decode_cases,
     "merge_splits": lambda _: [merge_splits_defines(e, width) for e in _SIXTEEN_BITS for width in (1, 64, 128, 256)],
+    "expected_gram": lambda _: [
+        expected_gram_defines(ELEMENTS[name], width) for name in ("float32", "float64") for width in (1, 128, 256)
+    ],
+    "rebuild_keys": lambda _: [
+        rebuild_defines(e, width, rank)
+        for e in ELEMENTS.values()
+        for width, rank in ((128, 64), (64, 32), (33, 11), (2, 1), (256, 256))
+    ],
     "forward_simt": lambda _: _forward_simt_cases(),
     "forward_mma": _forward_mma_cases,
     "forward_sm90": lambda _: _forward_sm90_cases(),

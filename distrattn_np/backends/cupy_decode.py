@@ -19,7 +19,16 @@ from ..tiles import (
     merge_splits_defines,
     pad,
 )
-from .cupy_backend import _NULL, _element, _launch, _multiprocessors, _shared_memory_limit, _strides, _vector, capability
+from .cupy_backend import (
+    _NULL,
+    _element,
+    _launch,
+    _multiprocessors,
+    _shared_memory_limit,
+    _strides,
+    _vector,
+    capability,
+)
 
 MOST_QUERIES = 8
 LEAST_KEYS = 1024
@@ -56,7 +65,7 @@ def suits_plain_keys(problem: Problem) -> bool:
 
 
 def decode(problem: Problem, Q: Any, K: Any, V: Any, O: Any, lse: Any, finished: FinishedKeys | None = None) -> None:
-    """Launch decode.cu, and merge_splits.cu where keys are split; K (B, H_kv, rows, D) are the keys after `finished`."""
+    """Launch decode.cu, and merge_splits.cu where keys are split; K (B, H_kv, rows, D) are those after ``finished``."""
     device = cupy.cuda.Device().id
     element, width, value_width = _element(Q), problem.width, problem.value_width
     rank = None if finished is None else finished.rank
