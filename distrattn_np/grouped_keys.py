@@ -184,7 +184,8 @@ class GroupedKeys:
     @property
     def dtype(self) -> np.dtype[Any]:
         """Of the keys."""
-        return self._buffer.dtype
+        dtype: np.dtype[Any] = self._buffer.dtype
+        return dtype
 
     @property
     def device(self) -> int:
