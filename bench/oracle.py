@@ -243,7 +243,7 @@ class Oracle:
             ]
             tolerance = SCORE_TOLERANCE[np.dtype(problem.dtype).name] * float(np.sqrt(np.square(S).mean()))
             predicted = float(to_host(blocks[c].score_errors)[0, 0])
-            for name, error, wanted in (("predicted", predicted, errors[0, 0]), ("actual", *losses)):
+            for name, error, wanted in (("predicted", predicted, errors[0, 0]), ("actual", losses[0], losses[1])):
                 if not abs(error - wanted) <= tolerance:  # a NaN is wrong too
                     rule = f"the reference's is {wanted:.3g}"
                     raise WrongResult(f"the {name} score error of block {c} is {error:.3g}, {rule}")
