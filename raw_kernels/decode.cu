@@ -381,7 +381,7 @@ void decode(const element_t* __restrict__ Q,         // [B, H, N, D]
   const int first_block = MAPPED ? begin / block_size : 0;
   Cursor loading = {begin, end, finished_end, first_block, block_size, 0};
   Cursor attending = loading;
-#pragma unroll
+#pragma unroll 1
   for (int stage = 0; stage < STAGES - 1; ++stage) {
     load(loading.next(), ring_smem + stage * STAGE_ELEMENTS);
     copy_async_commit();

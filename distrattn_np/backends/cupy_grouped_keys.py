@@ -214,10 +214,10 @@ class CupyGroupedKeys(GroupedKeys):
         sampled = _Forward(problem, X, X, X, None, None, dense).sample_keys()
 
         new = slice(self._finished, self._finished + blocks)
-        rank = grouping.rank or width
-        kept = pad(rank) if narrows else rank  # kernels on CUDA cores leave the padding unwritten
-        self._sampled.array[:, new, :, :kept] = sampled[..., :kept]
-        self._maps.array[:, new, :rank, :width] = maps.fusion[:, :, 0].swapaxes(-1, -2)
+        fusion = dense.fusion[:, :, 0]
+        rank = fusion.shape[2]  # padded for tensor cores; kernels on CUDA cores leave the padding unwritten
+        self._sampled.array[:, new, :, :rank] = sampled[..., :rank]
+        self._maps.array[:, new, :rank, : fusion.shape[3]] = fusion
         self._maps.array[:, new, -1, :width] = mean
         self._ranks.array[:, new] = maps.ranks[:, :, 0]
         self._score_errors.array[:, new] = maps.score_errors[:, :, 0]
