@@ -9,7 +9,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-from ..checks import FLOAT32_TINY
+from ..checks import FLOAT32_MAX, FLOAT32_TINY
 from ..problem import Problem, ceil_div
 from ..tiles import (
     DECODE_BLOCKS_PER_PROCESSOR,
@@ -90,18 +90,19 @@ def decode(problem: Problem, Q: Any, K: Any, V: Any, O: Any, lse: Any, finished:
     if splits > 1:
         partial_O = cupy.empty((splits, rows, pad(value_width)), np.float32)
         partial_stats = cupy.empty((splits, rows, 2), np.float32)
+    kept = (_NULL, _NULL) if finished is None else (finished.sampled, finished.maps)
     sign, scale_log2 = _sign_and_size(problem.scale)
     _launch(
         "decode",
         defines,
         items * splits,
         32 * tiles.num_warps,
-        *(Q, *((_NULL, _NULL) if finished is None else (finished.sampled, finished.maps)), K, V, O, lse),
+        *(Q, *kept, K, V, O, lse),
         *(partial_O, partial_stats, problem.heads, problem.heads_per_kv_head, problem.queries, problem.keys),
         *((0, 1) if finished is None else (finished.keys, finished.block_size)),
         *(splits, keys_per_split, problem.keys if problem.causal_offset is None else problem.causal_offset),
         *(sign, scale_log2),
-        *(np.int64(0) if finished is None else _strides(x)[0] for x in _arrays_of(finished)),
+        *((np.int64(0), np.int64(0)) if finished is None else (_strides(x)[0] for x in kept)),
         *(stride for x in (Q, K, V, O) for stride in _strides(x)),
         shared=defines["LAUNCH_SHARED_BYTES"],
     )
@@ -116,13 +117,9 @@ def decode(problem: Problem, Q: Any, K: Any, V: Any, O: Any, lse: Any, finished:
         )
 
 
-def _arrays_of(finished: FinishedKeys | None) -> tuple[Any, Any]:
-    return (None, None) if finished is None else (finished.sampled, finished.maps)
-
-
 def _sign_and_size(scale: float) -> tuple[np.float32, np.float32]:
     """Return the sign of the scale and its size for powers of two; the kernels flush what is as good as zero."""
     size = abs(scale) * math.log2(math.e)
     if size < FLOAT32_TINY:
         return np.float32(0), np.float32(1)
-    return np.float32(np.sign(scale)), np.float32(size)
+    return np.float32(np.sign(scale)), np.float32(min(size, FLOAT32_MAX))
