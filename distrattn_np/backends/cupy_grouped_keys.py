@@ -324,5 +324,5 @@ class _Room:
 class _WholeBlocks(_Segments):
     """Segments that are never split, so that sums do not depend on how many of them a launch makes."""
 
-    def split(self, sums: int) -> _Segments:  # noqa: ARG002
+    def split(self, sums: int, **room: int) -> _Segments:  # noqa: ARG002
         return self
