@@ -353,21 +353,6 @@ class _Segments:
         return replace(self, count=self.count * parts, rows=self.rows // parts, per_block=parts)
 
 
-@dataclass(frozen=True, slots=True)
-class _MapRows:
-    """How many rows maps are made for, as subspace_maps.cu takes it."""
-
-    x_rows: int
-    """Of a head of the side that is cut into blocks."""
-    block_size: int
-    y_rows: int
-    """Of a head of the other side."""
-    heads_per_gram: int
-    direction: int
-    """Which of them meet a block, as in sum_segments.cu."""
-    offset: int
-
-
 def _equal_segments(rows: int, sums: int, per_processor: int = 2) -> _Segments:
     """Return segments of rows that are all wanted in one sum.
 
@@ -485,6 +470,21 @@ class _OwnSubspaceMaps(SubspaceMaps):
     """Maps that were made here, with what subspace_maps.cu wrote for tensor cores at once."""
 
     narrow: _DenseMaps | None
+
+
+@dataclass(frozen=True, slots=True)
+class _MapRows:
+    """How many rows maps are made for, as subspace_maps.cu takes it."""
+
+    x_rows: int
+    """Of a head of the side that is cut into blocks."""
+    block_size: int
+    y_rows: int
+    """Of a head of the other side."""
+    heads_per_gram: int
+    direction: int
+    """Which of them meet a block, as in sum_segments.cu."""
+    offset: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -609,6 +609,10 @@ class _Forward:
             self._fuse(self.K, workspace, first, count)
             yield first, count, workspace
 
+    def sample_keys(self) -> Any:
+        """Return K W of blocks over keys."""
+        return self._sample(self.K)
+
     @property
     def _reduced_type(self) -> Any:
         """Type of sampled and fused rows: that of the maps, where they are dense."""
@@ -690,10 +694,6 @@ class _Forward:
             *((by_keys.mean, key_block_size) if by_keys else ()),
             shared=launch.shared_bytes,
         )
-
-    def sample_keys(self) -> Any:
-        """Return K W of blocks over keys."""
-        return self._sample(self.K)
 
     def _sample(self, X: Any) -> Any:
         """Return X W (B, H_x, rows, R padded), X the side that is cut into blocks."""
