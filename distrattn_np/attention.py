@@ -202,8 +202,8 @@ def distr_attention(
         keys_are_grouped=keys is not None,
     )
     chosen = backends.load(backend, like=q)
-    if keys is not None and not chosen.attends_grouped_keys:  # before a device is looked for
-        raise NotImplementedError(f"k: GroupedKeys is not built for the {chosen.name} backend yet, got {keys}")
+    if keys is not None:  # before a device is looked for
+        checks.check_kind_of_grouped_keys(q, keys, chosen.name, chosen.kinds_of_grouped_keys)
     result, lse, maps = chosen.attention(problem, q, k, v, out, mask, bias)
     if given_out is not None:
         result = given_out

@@ -219,6 +219,11 @@ def check_appended(k: Any, keys: Any) -> None:
     """Raise unless ``k`` can be appended to the `GroupedKeys`."""
     _check_grouped_kind(k)
     _check_array("k", k, k, "k")
+    if kind_of(k) != keys.kind:
+        raise TypeError(_message("k", f"must be a {keys.kind} array, as the keys so far", describe(k)))
+    if _device_of(k) != keys.device:
+        rule = f"must be on the device {keys.device} of the keys so far"
+        raise ValueError(_message("k", rule, f"{describe(k)} on device {_device_of(k)}"))
     if k.dtype != keys.dtype:
         raise TypeError(_message("k", f"must have the dtype {keys.dtype} of the keys so far", describe(k)))
     rows_axis = 1 if keys.layout == "bnhd" else 2
@@ -267,6 +272,11 @@ def check_saved_keys(file: Any, arrays: dict[str, np.ndarray], fmt: int) -> None
             require(found.dtype == stored, f"{name} must have dtype {stored} and not {found.dtype}")
 
 
+def check_kind_to_load(kind: str) -> None:
+    """Raise unless `GroupedKeys` of this kind of arrays can be loaded."""
+    _check_choice("kind", kind, "numpy", "cupy")
+
+
 def check_options_of_grouped_keys(keys: Any, *, method: str, refine: int, scale: float | None, **options: Any) -> None:
     """Raise unless a call leaves to the `GroupedKeys` what they were made with."""
     if not (isinstance(method, str) and method == "subspace"):
@@ -276,6 +286,19 @@ def check_options_of_grouped_keys(keys: Any, *, method: str, refine: int, scale:
         raise ValueError(_message("refine", "must be 1, the default, with GroupedKeys", _show(refine)))
     if scale is not None and _check_scale(scale, 1) != keys.scale:
         raise ValueError(_message("scale", f"must be None or the {keys.scale} of the keys", _show(scale)))
+
+
+def check_kind_of_grouped_keys(q: Any, keys: Any, backend: str, kinds: frozenset[str]) -> None:
+    """Raise unless a backend that takes `GroupedKeys` of these kinds can attend to ``keys`` with ``q``."""
+    if not kinds:
+        raise NotImplementedError(_message("k", f"GroupedKeys is not built for the {backend} backend yet", _show(keys)))
+    if keys.kind != kind_of(q):
+        raise TypeError(_message("k", f"must hold {kind_of(q)} arrays, as q is", str(keys)))
+    if keys.kind not in kinds:
+        rule = f"the {backend} backend takes GroupedKeys of {' and '.join(sorted(kinds))} arrays"
+        raise NotImplementedError(_message("k", rule, str(keys)))
+    if keys.device != _device_of(q):
+        raise ValueError(_message("k", f"must be on q's device {_device_of(q)}", f"{keys} on device {keys.device}"))
 
 
 def check_merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, *, layout: str) -> None:
@@ -330,10 +353,8 @@ def _check_kind(name: str, array: Any, q: Any, first: str = "q") -> None:
 
 def _check_grouped_kind(k: Any) -> None:
     """Raise where the keys are of a kind that has no `GroupedKeys`."""
-    if kind_of(k) in ("cupy", "numba"):
-        raise NotImplementedError(
-            _message("k", f"GroupedKeys is not built for the {kind_of(k)} backend yet", describe(k))
-        )
+    if kind_of(k) == "numba":
+        raise NotImplementedError(_message("k", "GroupedKeys is not built for the numba backend yet", describe(k)))
 
 
 def _check_array(name: str, array: Any, q: Any, first: str = "q") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 
 from .problem import ceil_div
@@ -229,6 +230,121 @@ def sm90_defines(
         "BLOCK_KV": tiles.block_kv,
         "STAGES": tiles.stages,
     }
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTiles:
+    """Tiles of decode.cu."""
+
+    row_warps: int
+    num_warps: int
+    block_kv: int
+    stages: int
+
+    def __post_init__(self) -> None:
+        """Refuse what the kernel's static_asserts would refuse."""
+        if self.num_warps % self.row_warps or self.block_kv % (16 * self.num_warps // self.row_warps):
+            msg = f"a warp takes 16 rows and whole 16-key tiles, got {self}"
+            raise ValueError(msg)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a tile: queries of all heads that share a key head."""
+        return 16 * self.row_warps
+
+    def shared_bytes(self, width: int, rank: int | None, value_width: int) -> int:
+        """Return the dynamic shared memory of a block: Q, Q through a map, and the ring of buffers."""
+        plain_row = pad(width) + 8 + pad(value_width) + 8
+        if rank is None:
+            mapped_q, stage = 0, self.block_kv * plain_row
+        else:
+            mapped_q = self.rows * (pad(rank) + 8)
+            stage = max(self.block_kv * (pad(rank) + 8 + pad(value_width) + 8), 16 * plain_row)
+        return 2 * (self.rows * (pad(width) + 8) + mapped_q + self.stages * stage)
+
+
+_SHARED_BYTES_OF_A_BLOCK = 1 << 10
+"""Shared memory that the system takes for a thread block, and that a multiprocessor has beyond the largest block's."""
+DECODE_BLOCKS_PER_PROCESSOR = 2
+
+
+def decode_tiles(width: int, rank: int | None, value_width: int, rows: int, shared_limit: int) -> DecodeTiles:
+    """Return tiles for ``rows`` rows a key head in ``shared_limit`` bytes of a block; plain keys have no ``rank``.
+
+    The first that let two blocks share a multiprocessor, one copying while the other computes; else the first that fit.
+    """
+    row_warps = min(1 << (ceil_div(rows, 16) - 1).bit_length(), 4)
+    sizes = [(row_warps, 4), (min(row_warps, 2), 2), (1, 2)]
+    all_tiles = [DecodeTiles(of_rows, warps, 16 * warps, stages) for of_rows, warps in sizes for stages in (4, 3, 2)]
+    two_blocks = (shared_limit + _SHARED_BYTES_OF_A_BLOCK) // DECODE_BLOCKS_PER_PROCESSOR - _SHARED_BYTES_OF_A_BLOCK
+    # beside the dynamic shared memory, at most 1 KB for sums of rows
+    for limit in (two_blocks - 1024, shared_limit - 1024):
+        for tiles in all_tiles:
+            if tiles.shared_bytes(width, rank, value_width) <= limit:
+                return tiles
+    msg = f"no tiles for D={width}, R={rank}, E={value_width} in {shared_limit} bytes of shared memory"
+    raise NotImplementedError(msg)
+
+
+_LEAST_TILES = 4
+"""Tiles of keys in a split below which its partial result costs more than another thread block brings."""
+_TILES_TO_START = 2
+"""Tiles that a thread block could read while it starts and ends."""
+
+
+@lru_cache(maxsize=1024)
+def decode_splits(keys: int, block_kv: int, items: int, blocks_at_once: int) -> tuple[int, int]:
+    """Return into how many splits decode.cu cuts the keys of a head, and the keys of each.
+
+    ``items`` thread blocks there are for each split, ``blocks_at_once`` run at a time. Taken is what is done first
+    where every block of a round takes as long as its keys.
+    """
+    tiles = ceil_div(keys, block_kv)
+    most = min(tiles // _LEAST_TILES, 4 * ceil_div(blocks_at_once, items))
+
+    def duration(splits: int) -> int:
+        return ceil_div(items * splits, blocks_at_once) * (ceil_div(tiles, splits) + _TILES_TO_START)
+
+    keys_per_split = ceil_div(tiles, min(range(1, max(most, 1) + 1), key=duration)) * block_kv
+    return ceil_div(keys, keys_per_split), keys_per_split
+
+
+def decode_defines(
+    tiles: DecodeTiles, *, element: int, width: int, rank: int | None, value_width: int, aligned: bool
+) -> Defines:
+    """Return the -D options of decode.cu; ``rank`` is None where all keys are plain."""
+    return {
+        "ELEMENT": element,
+        "D": width,
+        "R": width if rank is None else rank,
+        "E": value_width,
+        "MAPPED": int(rank is not None),
+        "ALIGNED": int(aligned),
+        "ROW_WARPS": tiles.row_warps,
+        "NUM_WARPS": tiles.num_warps,
+        "BLOCK_KV": tiles.block_kv,
+        "STAGES": tiles.stages,
+        "LAUNCH_SHARED_BYTES": tiles.shared_bytes(width, rank, value_width),
+    }
+
+
+def merge_splits_defines(element: int, value_width: int) -> Defines:
+    """Return the -D options of merge_splits.cu."""
+    return {"ELEMENT": element, "E": value_width, "THREADS": 128}
+
+
+def expected_gram_defines(element: int, width: int) -> Defines:
+    """Return the -D options of expected_gram.cu."""
+    return {"ELEMENT": element, "WIDTH": pad(width), "THREADS": 256}
+
+
+REBUILD_TILE = 64
+"""Keys of a block of rebuild_keys.cu."""
+
+
+def rebuild_defines(element: int, width: int, rank: int) -> Defines:
+    """Return the -D options of rebuild_keys.cu."""
+    return {"ELEMENT": element, "D": width, "R": rank}
 
 
 def gram_defines(*, element: int, width: int, centred: bool, aligned: bool) -> Defines:
@@ -533,6 +649,35 @@ def _forward_sm90_cases() -> Iterator[Defines]:
                 )
 
 
+def _decode_cases(shared_limit: int) -> Iterator[Defines]:
+    # (D, R, E): the widths of real models, then odd, tiny and largest ones
+    shapes = [
+        (128, 64, 128),
+        (128, 32, 128),
+        (128, None, 128),
+        (64, 32, 64),
+        (64, None, 64),
+        (256, 128, 256),
+        (256, 256, 256),
+        (256, None, 256),
+        (80, 40, 80),
+        (33, 11, 7),
+        (256, 16, 16),
+        (96, 48, 192),
+        (1, None, 1),
+    ]
+    for number, (shape, rows) in enumerate(product(shapes, (4, 32, 64))):
+        width, rank, value_width = shape
+        yield decode_defines(
+            decode_tiles(width, rank, value_width, rows, shared_limit),
+            element=1 + number % 2,
+            width=width,
+            rank=rank,
+            value_width=value_width,
+            aligned=width % 8 == 0 and value_width % 8 == 0 and number % 5 != 4,
+        )
+
+
 def _subspace_maps_cases(shared_limit: int) -> Iterator[Defines]:
     shapes = ((128, 64), (128, 128), (128, 96), (64, 32), (80, 40), (33, 11), (2, 1), (256, 128), (256, 256))
     for (width, columns), element in product(shapes, ELEMENTS.values()):
@@ -600,6 +745,16 @@ _CASES: dict[str, Callable[[int], Iterable[Defines]]] = {
         mean_scores_defines(e, width, vector)
         for e in ELEMENTS.values()
         for width, vector in ((128, _widest(e)), (33, 1), (256, _widest(e)))
+    ],
+    "decode": _decode_cases,
+    "merge_splits": lambda _: [merge_splits_defines(e, width) for e in _SIXTEEN_BITS for width in (1, 64, 128, 256)],
+    "expected_gram": lambda _: [
+        expected_gram_defines(ELEMENTS[name], width) for name in ("float32", "float64") for width in (1, 128, 256)
+    ],
+    "rebuild_keys": lambda _: [
+        rebuild_defines(e, width, rank)
+        for e in ELEMENTS.values()
+        for width, rank in ((128, 64), (64, 32), (33, 11), (2, 1), (256, 256))
     ],
     "forward_simt": lambda _: _forward_simt_cases(),
     "forward_mma": _forward_mma_cases,

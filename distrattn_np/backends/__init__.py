@@ -35,8 +35,8 @@ class Backend(ABC):
     """Whether it covers ``method="subspace"``."""
     score_options: ClassVar[frozenset[str]] = frozenset()
     """Which of "window", "softcap", "mask" and "bias" it covers."""
-    attends_grouped_keys: ClassVar[bool] = False
-    """Whether it takes `GroupedKeys` in the place of keys."""
+    kinds_of_grouped_keys: ClassVar[frozenset[Kind]] = frozenset()
+    """Array kinds of the `GroupedKeys` that it takes in the place of keys."""
 
     def attention(
         self, problem: Problem, q: Any, k: Any, v: Any, out: Any, mask: Any = None, bias: Any = None

@@ -83,6 +83,7 @@ class CupyBackend(Backend):
     name: ClassVar[str] = "cupy"
     kinds: ClassVar[frozenset[Kind]] = frozenset({"cupy", "numba", "numpy"})
     builds_subspace: ClassVar[bool] = True
+    kinds_of_grouped_keys: ClassVar[frozenset[Kind]] = frozenset({"cupy"})
 
     def attention(
         self, problem: Problem, q: Any, k: Any, v: Any, out: Any, mask: Any = None, bias: Any = None
@@ -233,7 +234,7 @@ class CupyBackend(Backend):
         return _sum_segments(sums, parts)
 
     def _subspace_maps(self, problem: Problem, grouping: Subspace, Q: Any, K: Any) -> SubspaceMaps:
-        batch, heads, blocks = problem.batch, problem.grouped_heads, problem.blocks
+        blocks = problem.blocks
         block_size = min(grouping.block_size, problem.grouped_rows)
         by_keys = grouping.by == "keys"
         X, Y = (K, Q) if by_keys else (Q, K)
@@ -247,17 +248,36 @@ class CupyBackend(Backend):
         beside.join()
         x_grams, y_grams = (k_grams, q_grams) if by_keys else (q_grams, k_grams)
 
-        columns, width = problem.rank, problem.width
-        real = _sum_type(Q.dtype)
-        narrow_type = Q.dtype if uses_tensor_cores(problem, capability()) else None
-        element = _element(Q) if narrow_type else ELEMENTS[real.__name__]
-        defines = maps_defines(element, width, columns, _shared_memory_limit(Q.device.id))
-        shape = (batch, heads, blocks, pad(columns), pad(width))
+        rows = _MapRows(
+            X.shape[2], block_size, Y.shape[2], heads_per_gram, meeting.direction, problem.meeting_offset or 0
+        )
+        narrows = uses_tensor_cores(problem, capability())
+        return self.solve_maps(x_grams, y_grams, grouping, rows, mean, X, scale=problem.scale, narrows=narrows)
+
+    def solve_maps(
+        self,
+        x_grams: Any,
+        y_grams: Any,
+        grouping: Subspace,
+        rows: _MapRows,
+        mean: Any,
+        like: Any,
+        *,
+        scale: float,
+        narrows: bool,
+    ) -> _OwnSubspaceMaps:
+        """Return the maps of the blocks of ``like`` from Gram matrices of `grams`; ``narrows``: in 16 bits too."""
+        width, real = like.shape[3], _sum_type(like.dtype)
+        columns = grouping.rank or width
+        narrow_type = like.dtype if narrows else None
+        element = _element(like) if narrow_type else ELEMENTS[real.__name__]
+        defines = maps_defines(element, width, columns, _shared_memory_limit(like.device.id))
+        shape = (*x_grams.shape[:3], pad(columns), pad(width))
         sampling, fusion = (cupy.empty(shape, real) for _ in range(2))
         narrow = (
             _DenseMaps(cupy.empty(shape, narrow_type), cupy.empty(shape, narrow_type), mean) if narrow_type else None
         )
-        ranks = cupy.empty((batch, heads, blocks), np.int32)
+        ranks = cupy.empty(shape[:3], np.int32)
         score_errors = cupy.empty(ranks.shape, real)
         workspace_size = 0 if defines["IN_SHARED"] else ranks.size * pad(columns) * maps_pitch(width, columns)
         _launch(
@@ -269,8 +289,8 @@ class CupyBackend(Backend):
             *((narrow.sampling, narrow.fusion) if narrow else (_NULL, _NULL)),
             *(ranks, score_errors, cupy.empty(workspace_size, real)),
             *(grouping.refine, real(-1 if grouping.score_tol is None else grouping.score_tol)),
-            *(real(problem.scale), heads, y_grams.shape[1], blocks, X.shape[2], block_size),
-            *(Y.shape[2], heads_per_gram, _SIGNS[meeting.direction], problem.meeting_offset or 0),
+            *(real(scale), shape[1], y_grams.shape[1], shape[2], rows.x_rows, rows.block_size),
+            *(rows.y_rows, rows.heads_per_gram, _SIGNS[rows.direction], rows.offset),
             shared=defines["LAUNCH_SHARED_BYTES"],
         )
         sampling, fusion = (x[..., :columns, :width].swapaxes(-1, -2) for x in (sampling, fusion))
@@ -287,9 +307,17 @@ class CupyBackend(Backend):
         O: Any,
         lse: Any,
         maps: Maps,
-        mask: Any = None,  # noqa: ARG002
-        bias: Any = None,  # noqa: ARG002
+        mask: Any = None,
+        bias: Any = None,
     ) -> None:
+        from . import cupy_decode, cupy_grouped_keys  # which launch through this module
+
+        if isinstance(K, cupy_grouped_keys.CupyGroupedKeys):
+            K.attend(problem, Q, V, O, lse, mask, bias)
+            return
+        if cupy_decode.suits_plain_keys(problem):
+            cupy_decode.decode(problem, Q, K, V, O, lse)
+            return
         on_tensor_cores = uses_tensor_cores(problem, capability())
         ready: GroupMaps | _DenseMaps | None = None
         if isinstance(maps, GroupMaps):
@@ -505,6 +533,21 @@ class _OwnSubspaceMaps(SubspaceMaps):
 
 
 @dataclass(frozen=True, slots=True)
+class _MapRows:
+    """How many rows maps are made for, as subspace_maps.cu takes it."""
+
+    x_rows: int
+    """Of a head of the side that is cut into blocks."""
+    block_size: int
+    y_rows: int
+    """Of a head of the other side."""
+    heads_per_gram: int
+    direction: int
+    """Which of them meet a block, as in sum_segments.cu."""
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
 class _Forward:
     """One forward on one device: how its arrays reach the kernels."""
 
@@ -630,6 +673,10 @@ class _Forward:
             count = min(launch_items, items - first)
             self._fuse(self.K, workspace, first, count)
             yield first, count, workspace
+
+    def sample_keys(self) -> Any:
+        """Return K W of blocks over keys."""
+        return self._sample(self.K)
 
     @property
     def _reduced_type(self) -> Any:

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .. import reference
+from ..arrays import Kind
 from ..grouped_keys import GroupedKeys
 from ..problem import Grouping, GroupMaps, Layout, Problem, Subspace, SubspaceMaps, block_edges, ceil_div
 from ..reference.distr_attention import rows_that_meet
@@ -45,7 +46,7 @@ class NumpyBackend(Backend):
     kinds = frozenset({"numpy"})
     builds_subspace: ClassVar[bool] = True
     score_options: ClassVar[frozenset[str]] = frozenset({"window", "softcap", "mask", "bias"})
-    attends_grouped_keys: ClassVar[bool] = True
+    kinds_of_grouped_keys: ClassVar[frozenset[Kind]] = frozenset({"numpy"})
 
     def group_maps(self, problem: Problem, Q: np.ndarray, K: np.ndarray) -> Maps:
         """Return the maps of every block; what multiplies has the precision of the scores."""

@@ -25,7 +25,7 @@ SHARED_LIMITS = {  # bytes that a block can have
     "sm_80": 163 << 10,
     **dict.fromkeys(("sm_90", "sm_90a", "sm_100"), 227 << 10),
 }
-ON_TENSOR_CORES = ("forward_mma", "gram", "reduce_rows", "narrow_maps")
+ON_TENSOR_CORES = ("forward_mma", "decode", "merge_splits", "gram", "reduce_rows", "narrow_maps")
 """Those whose instructions begin with sm_80."""
 
 
@@ -75,7 +75,7 @@ def test_kernel_compiles_without_spills_or_local_memory(stem: str) -> None:
 @pytest.mark.parametrize(
     "stem",
     [
-        *("forward_mma", "forward_simt", "forward_sm90", "fuse_channels", "hash_channels"),
+        *("forward_mma", "forward_simt", "forward_sm90", "decode", "merge_splits", "fuse_channels", "hash_channels"),
         *(
             "gram",
             "gram_sm90",
@@ -121,6 +121,11 @@ def test_hopper_kernels_run_on_warpgroup_tensor_cores(stem: str, products: int, 
         ("forward_mma", {"BLOCK_KV": 24}, "a key tile is a multiple of the product's depth"),
         ("forward_mma", {"ELEMENT": 3}, "tensor cores take 16-bit elements"),
         ("forward_mma", {"LAUNCH_SHARED_BYTES": 1}, "tiles.py and this file disagree on the shared memory"),
+        ("decode", {"BLOCK_KV": 48}, "each warp owns whole 16-key tiles"),
+        ("decode", {"ROW_WARPS": 3}, "each tile of rows has as many warps"),
+        ("decode", {"STAGES": 1}, "one buffer is filled while another is read"),
+        ("decode", {"LAUNCH_SHARED_BYTES": 1}, "tiles.py and this file disagree on the shared memory"),
+        ("merge_splits", {"ELEMENT": 3}, "decode.cu has 16-bit elements"),
         ("forward_simt", {"BLOCK_Q": 40}, "every thread owns the same number of queries"),
         ("forward_simt", {"D": 257}, "rows have 1 to 256 elements"),
         ("forward_simt", {"OWN_BLOCK": 1}, "own blocks are of keys, in causal calls with maps"),

@@ -183,15 +183,21 @@ def test_exact_attention_takes_no_grouped_keys() -> None:
         exact_attention(**call())
 
 
-@pytest.mark.parametrize("name", ["cupy", "numba"])
-def test_gpu_backends_refuse_grouped_keys(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("cupy", "the cupy backend takes GroupedKeys of cupy arrays"),
+        ("numba", "GroupedKeys is not built for the numba backend yet"),
+    ],
+)
+def test_gpu_backends_refuse_grouped_keys_on_the_host(name: str, rule: str) -> None:
     pytest.importorskip(name)
-    assert not backends.load_by_name(name).attends_grouped_keys
-    with refused(NotImplementedError, f"k: GroupedKeys is not built for the {name} backend yet, got {GROUPED}"):
+    assert "numpy" not in backends.load_by_name(name).kinds_of_grouped_keys
+    with refused(NotImplementedError, f"k: {rule}, got {GROUPED}"):
         distr_attention(**call(backend=name))
 
 
-def test_device_arrays_are_refused() -> None:
+def test_numba_arrays_are_refused() -> None:
     cuda = pytest.importorskip("numba.cuda")
     k = normal(2, 2, 7, 6)
     shown = f"{K.replace('numpy', 'numba')} float32"
@@ -236,6 +242,11 @@ def test_wrong_file_is_named(changed: dict[str, Any], rule: str, tmp_path: Any) 
     np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
     with refused(ValueError, f"file: {rule}, got {path}"):
         GroupedKeys.load(path)
+
+
+def test_another_kind_to_load_is_named(tmp_path: Any) -> None:
+    with refused(ValueError, "kind: must be 'numpy' or 'cupy', got 'numba'"):
+        GroupedKeys.load(tmp_path / "keys.npz", kind="numba")  # type: ignore[arg-type]
 
 
 def test_pickles_are_not_read(tmp_path: Any) -> None:
