@@ -7,7 +7,7 @@ from typing import Any
 from . import backends, checks
 from .block_size import choose_block_size
 from .grouped_keys import GroupedKeys
-from .problem import AttentionInfo, Problem, Subspace, SubspaceMaps
+from .problem import AttentionInfo, Problem, RaggedProblem, Subspace, SubspaceMaps
 
 NOTHING_GROUPED = AttentionInfo("exact", None, "the rank is the width, so nothing is grouped", None, None)
 
@@ -32,6 +32,8 @@ def distr_attention(
     softcap: float = 0.0,
     mask: Any = None,
     bias: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
     layout: str = "bhnd",
     out: Any = None,
     return_lse: bool = False,
@@ -91,6 +93,11 @@ def distr_attention(
         True where a query may attend a key. Any strides; never expanded in memory.
     bias : array, broadcasts to (B, H, N, M) in either layout, dtype of ``q`` or float32, kind of ``q``
         Added to the scaled and capped scores. Any strides; never expanded in memory.
+    cu_seqlens_q, cu_seqlens_k : array, shape (B + 1,), int32 or int64, kind of ``q``; given together
+        Packed sequences instead of a batch: q is (N, H, D), k (M, H_kv, D), v (M, H_kv, E) and the result (N, H, E),
+        N and M counting the rows of all. Sequence b has the queries ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1] - 1``
+        and the keys that ``cu_seqlens_k`` says; lengths may be zero. ``mask`` and ``bias`` must be left out, and
+        ``layout`` as it is. Values are checked only where they lie on the host: a device would have to be waited for.
     layout : {"bhnd", "bnhd"}
         Order of the axes of q, k, v and the result; "bnhd" is (B, N, H, D).
     out : array, optional
@@ -108,7 +115,7 @@ def distr_attention(
     out : array, shape (B, H, N, E) in ``layout``, dtype, kind and device of ``q``
         Every row lies between the least and the greatest visible value of each column of ``v``. A query that sees no
         key gives zero.
-    lse : array, shape (B, H, N), float32
+    lse : array, shape (B, H, N), (H, N) for packed sequences, float32
         Only with ``return_lse``. Natural logarithm; minus infinity for a query that sees no key.
     info : AttentionInfo
         Only with ``return_info``. Fields ``method``, ``block_size``, ``reason``, ``ranks`` and ``score_errors``.
@@ -133,7 +140,8 @@ def distr_attention(
 
     A score passes through ``scale``, ``softcap``, ``bias`` and ``mask`` in this order, and does not count beyond
     ``window`` or the causal limit. The channels are reduced as if there were only the causal limit: rows that nobody
-    attends to, such as padding, must hold finite numbers.
+    attends to, such as padding, must hold finite numbers. Packed sequences have nothing to do with one another:
+    ``causal``, ``window`` and blocks count from the first row of each (eq. 29).
 
     Equation (4) of docs/math.md; after Jin et al., "DistrAttention" (arXiv:2507.17245), whose grouping this is with
     ``method="lsh", fusion="sum", group_by="queries"``. 16-bit inputs are multiplied on tensor cores with float32
@@ -156,7 +164,9 @@ def distr_attention(
             [16]]], dtype=int32)
     """
     given_out = out
-    q, k, v, mask, bias, out = checks.arrays_in_place(q=q, k=k, v=v, mask=mask, bias=bias, out=out)
+    q, k, v, mask, bias, cu_seqlens_q, cu_seqlens_k, out = checks.arrays_in_place(
+        q=q, k=k, v=v, mask=mask, bias=bias, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, out=out
+    )
     keys = k if isinstance(k, GroupedKeys) else None
     if keys is None:
         grouping = checks.check_grouping(
@@ -170,6 +180,7 @@ def distr_attention(
             group_by=group_by,
             block_size=block_size,
             seed=seed,
+            axes=4 if cu_seqlens_q is None and cu_seqlens_k is None else 3,
         )
     else:
         checks.check_options_of_grouped_keys(
@@ -183,13 +194,17 @@ def distr_attention(
             fusion=fusion,
             group_by=group_by,
             block_size=block_size,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
         )
         grouping, scale = None, keys.scale
     checks.check_backend_name(backend)
-    problem = checks.check_attention(
+    problem = checks.check_call(
         q,
         k,
         v,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
         causal=causal,
         window=window,
         scale=scale,
@@ -204,14 +219,19 @@ def distr_attention(
     chosen = backends.load(backend, like=q)
     if keys is not None and not chosen.attends_grouped_keys:  # before a device is looked for
         raise NotImplementedError(f"k: GroupedKeys is not built for the {chosen.name} backend yet, got {keys}")
-    result, lse, maps = chosen.attention(problem, q, k, v, out, mask, bias)
+    if isinstance(problem, RaggedProblem):
+        result, lse, blocks = chosen.ragged_attention(problem, q, k, v, out, cu_seqlens_q, cu_seqlens_k)
+        used = problem.packed
+    else:
+        result, lse, maps = chosen.attention(problem, q, k, v, out, mask, bias)
+        blocks, used = _told(chosen, maps, q), problem
     if given_out is not None:
         result = given_out
     results = [result]
     if return_lse:
         results.append(lse)
     if return_info:
-        results.append(_info(problem, chosen, maps, q, block_size) if keys is None else _info_of_grouped_keys(keys))
+        results.append(_info(used, blocks, block_size) if keys is None else _info_of_grouped_keys(keys))
     return tuple(results) if len(results) > 1 else result
 
 
@@ -226,6 +246,8 @@ def exact_attention(
     softcap: float = 0.0,
     mask: Any = None,
     bias: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
     layout: str = "bhnd",
     out: Any = None,
     return_lse: bool = False,
@@ -233,8 +255,8 @@ def exact_attention(
 ) -> Any:
     """Exact attention ``softmax(scale q k^T + bias) v``: what `distr_attention` gives for ``group_size=1``.
 
-    Parameters, results and errors are those of `distr_attention` without the grouping options; equations (1) to (3)
-    and (21) to (24) of docs/math.md.
+    Parameters, results and errors are those of `distr_attention` without the grouping options; equations (1) to (3),
+    (21) to (24) and (29) of docs/math.md.
 
     Examples
     --------
@@ -244,12 +266,16 @@ def exact_attention(
     array([1., 1., 1., 1.], dtype=float32)
     """
     given_out = out
-    q, k, v, mask, bias, out = checks.arrays_in_place(q=q, k=k, v=v, mask=mask, bias=bias, out=out)
+    q, k, v, mask, bias, cu_seqlens_q, cu_seqlens_k, out = checks.arrays_in_place(
+        q=q, k=k, v=v, mask=mask, bias=bias, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, out=out
+    )
     checks.check_backend_name(backend)
-    problem = checks.check_attention(
+    problem = checks.check_call(
         q,
         k,
         v,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
         causal=causal,
         window=window,
         scale=scale,
@@ -260,16 +286,26 @@ def exact_attention(
         out=out,
         grouping=None,
     )
-    result, lse, _ = backends.load(backend, like=q).attention(problem, q, k, v, out, mask, bias)
+    chosen = backends.load(backend, like=q)
+    if isinstance(problem, RaggedProblem):
+        result, lse, _ = chosen.ragged_attention(problem, q, k, v, out, cu_seqlens_q, cu_seqlens_k)
+    else:
+        result, lse, _ = chosen.attention(problem, q, k, v, out, mask, bias)
     if given_out is not None:
         result = given_out
     return (result, lse) if return_lse else result
 
 
-def _info(
-    problem: Problem, backend: backends.Backend, maps: backends.Maps, like: Any, block_size: int | None
-) -> AttentionInfo:
-    """Return what a call did; ``block_size`` is what the caller asked for."""
+def _told(backend: backends.Backend, maps: backends.Maps, like: Any) -> tuple[Any, Any] | None:
+    """Return the ranks and score errors of the blocks, of the kind of ``like``; None unless the maps have them."""
+    if not isinstance(maps, SubspaceMaps):
+        return None
+    ranks, score_errors = (backend.hand_back(x, None, like=like, out=None) for x in (maps.ranks, maps.score_errors))
+    return ranks, score_errors
+
+
+def _info(problem: Problem, blocks: tuple[Any, Any] | None, block_size: int | None) -> AttentionInfo:
+    """Return what a call did; ``blocks`` are ranks and score errors, ``block_size`` is what the caller asked for."""
     grouping = problem.grouping
     if grouping is None:
         return NOTHING_GROUPED
@@ -279,9 +315,7 @@ def _info(
         _, reason = choose_block_size(problem.width, grouping.rank)
     else:
         reason = "the default of lsh"
-    ranks = score_errors = None
-    if isinstance(maps, SubspaceMaps):
-        ranks, score_errors = (backend.hand_back(x, None, like=like, out=None) for x in (maps.ranks, maps.score_errors))
+    ranks, score_errors = blocks or (None, None)
     method = "subspace" if isinstance(grouping, Subspace) else "lsh"
     return AttentionInfo(method, grouping.block_size, reason, ranks, score_errors)
 

@@ -15,12 +15,14 @@ import numpy as np
 
 from .arrays import address, describe, in_place, is_declared_read_only, kind_of, overlaps_itself, share_memory
 from .block_size import choose_block_size
-from .problem import Grouping, Problem, Subspace, ceil_div
+from .problem import Grouping, Problem, RaggedProblem, Subspace, ceil_div
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 MAX_WIDTH = 256
 DEFAULT_BLOCK_SIZE = 1024
 """Rows per block of ``method="lsh"`` where the caller names none; docs/block_size.md says what the choice trades."""
+PACKED = "nhd"
+"""The layout of sequences that are told apart by their lengths: no batch axis. A caller cannot name it."""
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 FLOAT32_TINY = float(np.finfo(np.float32).tiny)
 
@@ -44,6 +46,55 @@ def arrays_in_place(**named: Any) -> list[Any]:
     return arrays
 
 
+def check_call(
+    q: Any, k: Any, v: Any, *, cu_seqlens_q: Any, cu_seqlens_k: Any, **options: Any
+) -> Problem | RaggedProblem:
+    """Return the problem that the arguments describe; ``**options`` are those of `check_attention`."""
+    if cu_seqlens_q is None and cu_seqlens_k is None:
+        return check_attention(q, k, v, **options)
+    return check_ragged(q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, **options)
+
+
+def check_ragged(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    causal: bool | str,
+    layout: str,
+    out: Any,
+    mask: Any,
+    bias: Any,
+    **options: Any,
+) -> RaggedProblem:
+    """Return the problem of packed sequences, or raise the first error found.
+
+    The values of the lengths are checked where they lie on the host.
+    """
+    for name, lengths in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if lengths is None:
+            raise ValueError(_message(name, "must be given with the other cu_seqlens", "None"))
+    if not (isinstance(layout, str) and layout == "bhnd"):
+        raise ValueError(_message("layout", "must be 'bhnd', the default, with cu_seqlens_q", _show(layout)))
+    _check_absent("cu_seqlens_q", mask=mask, bias=bias)
+    packed = check_attention(q, k, v, causal=causal, layout=layout, out=out, is_packed=True, **options)
+    _check_lengths("cu_seqlens_q", cu_seqlens_q, q, f"q's {packed.queries} rows", packed.queries)
+    _check_lengths("cu_seqlens_k", cu_seqlens_k, q, f"k's {packed.keys} rows", packed.keys)
+    elements = cu_seqlens_q.shape[0]
+    if cu_seqlens_k.shape[0] != elements:
+        raise ValueError(
+            _message("cu_seqlens_k", f"must have cu_seqlens_q's {elements} elements", describe(cu_seqlens_k))
+        )
+    if cu_seqlens_k.dtype != cu_seqlens_q.dtype:
+        rule = f"must have cu_seqlens_q's dtype {cu_seqlens_q.dtype}"
+        raise TypeError(_message("cu_seqlens_k", rule, describe(cu_seqlens_k)))
+    if out is not None:
+        _check_apart(out, {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k})
+    return RaggedProblem(packed, elements - 1, is_top_left=causal == "top-left")
+
+
 def check_attention(
     q: Any,
     k: Any,
@@ -59,17 +110,22 @@ def check_attention(
     mask: Any = None,
     bias: Any = None,
     keys_are_grouped: bool = False,
+    is_packed: bool = False,
 ) -> Problem:
     """Return the problem that the arguments describe, or raise the first error found.
 
-    ``keys_are_grouped``: ``k`` is a `GroupedKeys`.
+    ``keys_are_grouped``: ``k`` is a `GroupedKeys`. ``is_packed``: q, k, v and out are (rows, heads, width), and the
+    problem is that of a batch of one.
     """
-    _check_choice("layout", layout, "bhnd", "bnhd")
+    if is_packed:
+        layout = PACKED
+    else:
+        _check_choice("layout", layout, "bhnd", "bnhd")
     named = {"q": q, "v": v} if keys_are_grouped else {"q": q, "k": k, "v": v}
     if out is not None:
         named["out"] = out
     for name, array in named.items():
-        _check_array(name, array, q)
+        _check_array(name, array, q, axes=3 if is_packed else 4)
     if keys_are_grouped:
         if k.dtype != q.dtype:
             raise TypeError(_message("k", f"must have q's dtype {q.dtype}", _show(k)))
@@ -113,7 +169,7 @@ def check_attention(
         dtype=q.dtype,
         scale=_check_scale(scale, width),
         causal_offset=_check_causal(causal, queries, keys),
-        layout="bnhd" if layout == "bnhd" else "bhnd",
+        layout="bhnd" if layout == "bhnd" else "bnhd",
         grouping=_shorten_block(grouping, queries, keys),
         window=_check_window(window, queries + keys),
         softcap=_check_softcap(softcap),
@@ -135,10 +191,11 @@ def check_grouping(
     block_size: int | None = None,
     seed: int = 0,
     name: str = "q",
+    axes: int = 4,
 ) -> Grouping | Subspace | None:
     """Return the grouping that the options describe, None where they ask for exact attention, or raise.
 
-    ``name`` is the argument that ``q`` came in as.
+    ``name`` is the argument that ``q`` came in as, ``axes`` how many it must have.
     """
     _check_choice("method", method, "subspace", "lsh")
     if group_by is not None:
@@ -147,8 +204,8 @@ def check_grouping(
         block_size = _check_integer("block_size", block_size, at_least=1)
     refine = _check_integer("refine", refine, at_least=0)
     seed = _check_integer("seed", seed, at_least=0)
-    _check_array(name, q, q, name)
-    width = q.shape[3]
+    _check_array(name, q, q, name, axes)
+    width = q.shape[axes - 1]
     if method == "lsh":
         _check_absent("method='lsh'", rank=rank, score_tol=score_tol)
         if fusion is not None:
@@ -336,18 +393,44 @@ def _check_grouped_kind(k: Any) -> None:
         )
 
 
-def _check_array(name: str, array: Any, q: Any, first: str = "q") -> None:
+def _check_array(name: str, array: Any, q: Any, first: str = "q", axes: int = 4) -> None:
     _check_kind(name, array, q, first)
-    if len(array.shape) != 4:
-        raise ValueError(_message(name, "must have 4 axes", describe(array)))
+    if len(array.shape) != axes:
+        raise ValueError(_message(name, f"must have {axes} axes", describe(array)))
     if array.dtype.name not in DTYPES or not np.dtype(array.dtype).isnative:
         raise TypeError(_message(name, f"the dtype must be one of {', '.join(DTYPES)}", describe(array)))
     if array.dtype != q.dtype:
         raise TypeError(_message(name, f"must have {first}'s dtype {q.dtype}", describe(array)))
-    if array.shape[3] > 1 and 0 not in array.shape and array.strides[3] != array.dtype.itemsize:
+    _check_last_axis(name, array)
+    _check_elements(name, array)
+
+
+def _check_last_axis(name: str, array: Any) -> None:
+    last = len(array.shape) - 1  # the shapes of Numba's simulator take no -1
+    if array.shape[last] > 1 and 0 not in array.shape and array.strides[last] != array.dtype.itemsize:
         got = f"{describe(array)} with strides {tuple(array.strides)} bytes"
         raise ValueError(_message(name, "the last axis must be contiguous", got))
-    _check_elements(name, array)
+
+
+def _check_lengths(name: str, lengths: Any, q: Any, rows: str, total: int) -> None:
+    """Raise unless ``lengths`` are cumulative lengths of sequences that hold ``total`` rows, ``rows`` in words."""
+    _check_kind(name, lengths, q)
+    if len(lengths.shape) != 1 or lengths.shape[0] == 0:
+        raise ValueError(_message(name, "must have 1 axis of B + 1 elements", describe(lengths)))
+    if lengths.dtype.name not in ("int32", "int64") or not np.dtype(lengths.dtype).isnative:
+        raise TypeError(_message(name, "the dtype must be int32 or int64", describe(lengths)))
+    _check_last_axis(name, lengths)
+    _check_elements(name, lengths)
+    if kind_of(lengths) != "numpy":  # reading them would make the host wait for the device
+        return
+    if lengths[0] != 0:
+        raise ValueError(_message(name, "must begin with 0", str(lengths[0])))
+    falls = np.flatnonzero(lengths[1:] < lengths[:-1])
+    if len(falls):
+        before, after = lengths[falls[0] : falls[0] + 2]
+        raise ValueError(_message(name, "must not fall", f"{after} after {before}"))
+    if lengths[-1] != total:
+        raise ValueError(_message(name, f"must end with {rows}", str(lengths[-1])))
 
 
 def _check_broadcast(name: str, array: Any, q: Any, shape: tuple[int, ...], *dtypes: str) -> None:
@@ -379,8 +462,12 @@ def _check_out(out: Any, named: dict[str, Any], shape: tuple[int, ...]) -> None:
     if overlaps_itself(out):
         got = f"{describe(out)} with strides {tuple(out.strides)} bytes"
         raise ValueError(_message("out", "elements must not share memory", got))
-    for name, array in named.items():
-        if name != "out" and share_memory(out, array):
+    _check_apart(out, {name: array for name, array in named.items() if name != "out"})
+
+
+def _check_apart(out: Any, inputs: dict[str, Any]) -> None:
+    for name, array in inputs.items():
+        if share_memory(out, array):
             raise ValueError(_message("out", f"must not share memory with {name}", describe(out)))
 
 
@@ -466,12 +553,17 @@ def _shorten_block(grouping: Grouping | Subspace | None, queries: int, keys: int
 
 
 def _bhnd_shape(array: Any, layout: str) -> tuple[int, int, int, int]:
+    if layout == PACKED:
+        n, h, d = array.shape
+        return 1, h, n, d
     b, h, n, d = array.shape
     return (b, n, h, d) if layout == "bnhd" else (b, h, n, d)
 
 
-def _in_layout(shape: tuple[int, int, int, int], layout: str) -> tuple[int, int, int, int]:
+def _in_layout(shape: tuple[int, int, int, int], layout: str) -> tuple[int, ...]:
     b, h, n, d = shape
+    if layout == PACKED:
+        return n, h, d
     return (b, n, h, d) if layout == "bnhd" else shape
 
 
