@@ -295,33 +295,53 @@ def check_saved_keys(file: Any, arrays: dict[str, np.ndarray], fmt: int) -> None
 
     names = {"format", "dtype", "layout", "scale", "tail"}
     require(names <= set(arrays), f"must be one that GroupedKeys.save wrote, with {', '.join(sorted(names))}")
-    require(int(arrays["format"]) == fmt, f"must be of format {fmt}")
-    require(str(arrays["dtype"]) in DTYPES, f"the dtype must be one of {', '.join(DTYPES)}")
-    stored = "uint16" if arrays["dtype"] == "bfloat16" else str(arrays["dtype"])
-    batch, heads, rows, width = arrays["tail"].shape if arrays["tail"].ndim == 4 else (0, 0, 0, 0)
-    shapes: dict[str, tuple[int, ...]] = {"tail": (batch, heads, rows, width)}
     optional = {"query_gram": {"query_rows"}, "rank": {"score_tol", "refine", "block_size"}}
     optional["widths"] = optional["rank"] | {"rank", "sampled", "fusion", "mean", "ranks", "score_errors"}
     for name, others in optional.items():
         require(name not in arrays or others <= set(arrays), f"must hold {', '.join(sorted(others))} with {name}")
+    for scalars, kinds, what in (
+        (("dtype", "layout"), "U", "name"),
+        (("scale", "score_tol"), "f", "number"),
+        (("format", "rank", "refine", "block_size", "query_rows"), "iu", "integer"),
+    ):
+        for name in sorted(set(scalars) & set(arrays)):
+            require(arrays[name].shape == () and arrays[name].dtype.kind in kinds, f"{name} must be one {what}")
+    require(int(arrays["format"]) == fmt, f"must be of format {fmt}")
+    require(str(arrays["dtype"]) in DTYPES, f"the dtype must be one of {', '.join(DTYPES)}")
+    require(str(arrays["layout"]) in ("bhnd", "bnhd"), "the layout must be 'bhnd' or 'bnhd'")
+    require(bool(abs(arrays["scale"]) <= FLOAT32_MAX), "the scale must be a finite number in the range of float32")
+    stored = "uint16" if arrays["dtype"] == "bfloat16" else str(arrays["dtype"])
+    found = arrays["tail"].shape
+    require(len(found) == 4, f"tail must have shape (B, H_kv, rows, D) and not {found}")
+    batch, heads, rows, width = found
+    require(1 <= width <= MAX_WIDTH, f"tail must have 1 to {MAX_WIDTH} columns and not {width}")
+    wanted: dict[str, tuple[tuple[int, ...], str]] = {"tail": ((batch, heads, rows, width), stored)}
     if "query_gram" in arrays:
-        shapes["query_gram"] = (batch, heads, width, width)
+        wanted["query_gram"] = ((batch, heads, width, width), "float64")
+        require(int(arrays["query_rows"]) >= 1, "query_rows must be at least 1")
     if "rank" in arrays:
-        require(rows <= int(arrays["block_size"]), "the tail must be no longer than a block")
+        rank, score_tol, block_size = int(arrays["rank"]), float(arrays["score_tol"]), int(arrays["block_size"])
+        require(block_size >= 1, "block_size must be at least 1")
+        require(rows <= block_size, "the tail must be no longer than a block")
+        require(int(arrays["refine"]) >= 0, "refine must be at least 0")
+        of_rank, of_tolerance = 0 < rank < width and score_tol == 0, rank == 0 and 0 < score_tol <= FLOAT32_MAX
+        require(of_rank or of_tolerance, "must hold a rank less than the width or a score_tol, and 0 for the other")
     if "widths" in arrays:
-        columns, blocks = int(arrays["widths"].sum()), len(arrays["widths"])
-        shapes |= {
-            "sampled": (batch, heads, int(arrays["block_size"]), columns),
-            "fusion": (batch, heads, width, columns),
-            "mean": (batch, heads, width, blocks),
-            "ranks": (batch, heads, blocks),
-            "score_errors": (batch, heads, blocks),
+        widths = arrays["widths"]
+        require(widths.ndim == 1 and widths.dtype.kind in "iu" and len(widths) > 0, "widths must be some integers")
+        require(bool(((widths >= 0) & (widths <= width)).all()), f"widths must be 0 to {width}")
+        columns, blocks = int(widths.sum()), len(widths)
+        wanted |= {
+            "sampled": ((batch, heads, block_size, columns), stored),
+            "fusion": ((batch, heads, width, columns), stored),
+            "mean": ((batch, heads, width, blocks), stored),
+            "ranks": ((batch, heads, blocks), "int32"),
+            "score_errors": ((batch, heads, blocks), "float64"),
         }
-    for name, shape in shapes.items():
-        found = arrays[name]
-        require(found.shape == shape, f"{name} must have shape {shape} and not {found.shape}")
-        if name in ("tail", "sampled", "fusion", "mean"):
-            require(found.dtype == stored, f"{name} must have dtype {stored} and not {found.dtype}")
+    for name, (shape, dtype) in wanted.items():
+        array = arrays[name]
+        require(array.shape == shape, f"{name} must have shape {shape} and not {array.shape}")
+        require(array.dtype == dtype, f"{name} must have dtype {dtype} and not {array.dtype}")
 
 
 def check_options_of_grouped_keys(keys: Any, *, method: str, refine: int, scale: float | None, **options: Any) -> None:

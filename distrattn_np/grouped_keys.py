@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from sys import maxsize
@@ -274,8 +275,7 @@ class GroupedKeys:
         ValueError
             If the file holds something else.
         """
-        with np.load(file, allow_pickle=False) as npz:
-            arrays = dict(npz)
+        arrays = _read_arrays(file)
         checks.check_saved_keys(file, arrays, FORMAT)
         dtype = _dtype_of_name(str(arrays["dtype"]))
         grouping = None
@@ -350,6 +350,17 @@ class GroupedKeys:
 
 def _bhnd(array: np.ndarray, layout: Layout) -> np.ndarray:
     return array.swapaxes(1, 2) if layout == "bnhd" else array
+
+
+def _read_arrays(file: str | Path | IO[bytes]) -> dict[str, np.ndarray]:
+    """Return the arrays of an npz file."""
+    with Path(file).open("rb") if isinstance(file, str | Path) else nullcontext(file) as opened:
+        try:
+            with np.load(opened, allow_pickle=False) as npz:
+                return dict(npz)
+        except Exception as error:  # whatever NumPy raises for a file that is damaged or something else
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"file: must be one that GroupedKeys.save wrote, got {file}: {reason}") from error
 
 
 def _as_plain(array: np.ndarray) -> np.ndarray:
