@@ -280,11 +280,11 @@ def files(content: bytes) -> None:
             raise AssertionError(f"the file is not named: {error}") from error
         return
     B, H_kv, _, D = keys.tail.shape
-    more = np.ones((B, H_kv, 5, D), keys.dtype)
-    keys.append(more.swapaxes(1, 2) if keys.layout == "bnhd" else more)
-    values = np.ones((*keys.shape[:3], 1), keys.dtype)
-    queries = np.ones((B, H_kv, 2, D), keys.dtype)
-    out = distr_attention(queries.swapaxes(1, 2) if keys.layout == "bnhd" else queries, keys, values)
+    more, queries = np.ones((B, H_kv, 5, D), keys.dtype), np.ones((B, H_kv, 2, D), keys.dtype)
+    if keys.layout == "bnhd":
+        more, queries = more.swapaxes(1, 2), queries.swapaxes(1, 2)
+    keys.append(more)
+    out = distr_attention(queries, keys, np.ones((*keys.shape[:3], 1), keys.dtype), layout=keys.layout)
     assert out.size == B * H_kv * 2
 
 
