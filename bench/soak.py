@@ -21,11 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from .. import backends, checks, reference
+from .. import backends
 from ..attention import distr_attention, exact_attention
-from ..backends import Backend
-from ..problem import GroupMaps, Problem, SubspaceMaps
+from ..backends import Backend, Maps
+from ..problem import Problem
+from . import definition
 from .axes import dtype_named
+from .definition import Results
 from .device import BACKENDS, to_host
 from .environment import describe_environment
 from .oracle import TOLERANCE
@@ -37,8 +39,6 @@ GROWTH = {"host": 256 << 20, "pool": 16 << 20, "device": 256 << 20}
 """Bytes that may be taken in the second half of a run: kernels that are compiled late, and fragments."""
 WIDTHS = ((64, 64), (128, 128), (128, 64), (80, 80), (33, 7), (256, 256))
 """(D, E). Every pair is a set of kernels to compile, which takes seconds once on a GPU."""
-
-Results = tuple[np.ndarray, np.ndarray]
 
 
 class WrongCall(Exception):  # noqa: N818
@@ -130,6 +130,10 @@ class Kind:
         given = self._give(np.ascontiguousarray(array.swapaxes(1, 2) if swap else array))
         return given[..., : given.shape[-1] - padding] if padding else given
 
+    def make_maps(self, problem: Problem, q: np.ndarray, k: np.ndarray) -> Maps:
+        """Return the maps that the backend makes: where rounding turns a hash bit, the definition has to follow."""
+        return self.backend.group_maps(problem, *(self.backend.bring_in(self.give(x), "bhnd") for x in (q, k)))
+
     def memory(self) -> dict[str, int]:
         """Return the bytes that this process holds, by where; of a device, what anyone does."""
         gc.collect()
@@ -156,61 +160,9 @@ def run_call(call: Call, kind: Kind) -> dict[str, float]:
     function = exact_attention if call.is_exact else distr_attention
     out, lse = function(**given, **options, return_lse=True, backend=kind.backend.name)
     actual = to_host(out), to_host(lse)
-    return judge(call, (actual[0].swapaxes(1, 2), actual[1]) if swap else actual, expected_of(call, kind))
-
-
-def expected_of(call: Call, kind: Kind) -> Results:
-    """Return the definition's result and lse, through the maps that the backend makes: rounding may turn a hash."""
-    q, k, v = (call.arrays[name] for name in "qkv")
-    options = {name: x for name, x in call.options.items() if name not in ("layout", "cu_seqlens_q", "cu_seqlens_k")}
-    score_options = reference.ScoreOptions(
-        options.get("window") or (None, None),
-        options.get("softcap", 0.0),
-        call.arrays.get("mask"),
-        call.arrays.get("bias"),
-    )
-
-    def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> Results:
-        of_grouping = set(options) - {"causal", "scale", "window", "softcap"}
-        grouping = None
-        if not call.is_exact:
-            grouping = checks.check_grouping(q, **{name: options[name] for name in of_grouping})
-        causal, scale = options["causal"], options["scale"]
-        problem = checks.check_attention(
-            q, k, v, causal=causal, scale=scale, layout="bhnd", out=None, grouping=grouping
-        )
-        return reference_result(problem, q, k, v, score_options, kind)
-
-    if "cu_seqlens_q" in call.options:
-        edges = call.options["cu_seqlens_q"], call.options["cu_seqlens_k"]
-        return reference.ragged_attention(q, k, v, *edges, attend)
-    return attend(q, k, v)
-
-
-def reference_result(
-    problem: Problem, q: np.ndarray, k: np.ndarray, v: np.ndarray, options: reference.ScoreOptions, kind: Kind
-) -> Results:
-    """Return the reference's result of one problem in the "bhnd" layout."""
-    maps = None
-    if q.size and v.shape[-1]:
-        native = (kind.backend.bring_in(kind.give(x), "bhnd") for x in (q, k))
-        maps = kind.backend.group_maps(problem, *native)
-    common: dict[str, Any] = {"scale": problem.scale, "causal_offset": problem.causal_offset, "options": options}
-    grouping = problem.grouping
-    if grouping is not None:
-        common |= {"block_size": grouping.block_size, "group_by": grouping.by}
-    match maps:
-        case GroupMaps():
-            given = to_host(maps.channels).astype(np.intp), None if maps.gains is None else to_host(maps.gains)
-            group_size = problem.width // problem.rank
-            # fusion and seed are in the maps
-            return reference.distr_attention(q, k, v, **common, group_size=group_size, fusion="sum", seed=0, maps=given)
-        case SubspaceMaps():
-            arrays = (maps.sampling, maps.fusion, maps.key_mean, maps.ranks, maps.score_errors)
-            return reference.subspace_attention(q, k, v, reference.Maps(*map(to_host, arrays)), **common)
-    for name in ("block_size", "group_by"):
-        common.pop(name, None)
-    return reference.exact_attention(q, k, v, **common)
+    told: dict[str, Any] = {name: x for name, x in call.options.items() if name != "layout"} | call.arrays
+    expected = definition.attention(**told, is_exact=call.is_exact, make_maps=kind.make_maps)
+    return judge(call, (actual[0].swapaxes(1, 2), actual[1]) if swap else actual, expected)
 
 
 def judge(call: Call, actual: Results, expected: Results) -> dict[str, float]:
