@@ -37,6 +37,10 @@ BEGIN, END = "<!-- features:begin -->", "<!-- features:end -->"
 TOLERANCE = {"float16": 1e-2, "bfloat16": 8e-2, "float32": 1e-3, "float64": 1e-6}
 """Largest error of a result relative to its length: enough to see that the option was followed."""
 B, H, H_KV, N, M, D, E = 1, 4, 2, 20, 33, 16, 16
+RANK, BLOCK = 5, 10
+"""Fewer dimensions than a block's rows span, or the maps would lose nothing."""
+TOLERANCES = {"keys": 0.29, "queries": 0.127}
+"""Nats, of blocks of all rows 40 wide: between the errors of two heads at rank 16, so that ranks of 16 and 32 come."""
 
 Outcome = Literal["yes", "no", "does not apply"] | str
 """Anything else begins with "fails: "."""
@@ -62,7 +66,7 @@ class Column:
             case "cupy":
                 return import_module("cupy").asarray(array)
             case "numba":
-                return import_module("numba.cuda").to_device(array)
+                return import_module("numba.cuda").to_device(np.ascontiguousarray(array))
             case _:
                 return array
 
@@ -146,8 +150,8 @@ def each_method(arrays: dict[str, Any] | None = None, /, **options: Any) -> dict
     """Return a check for exact attention and for each method."""
     return {
         "exact": agrees(arrays, is_exact=True, **options),
-        "subspace": agrees(arrays, rank=D // 2, block_size=8, **options),
-        "lsh": agrees(arrays, method="lsh", block_size=8, **options),
+        "subspace": agrees(arrays, rank=RANK, block_size=BLOCK, **options),
+        "lsh": agrees(arrays, method="lsh", block_size=BLOCK, **options),
     }
 
 
@@ -199,8 +203,8 @@ def _out(column: Column) -> None:
 
 
 def _info(column: Column) -> None:
-    _, _, told = column.attend(*inputs(), rank=D // 2, block_size=8, return_info=True)
-    assert_near(told.ranks, np.full((B, H_KV, 5), D // 2))
+    _, _, told = column.attend(*inputs(width=40), score_tol=TOLERANCES["keys"], block_size=M, return_info=True)
+    assert_near(np.sort(to_host(told.ranks).ravel()), np.array([16, 32]))
 
 
 def _repeats(column: Column) -> None:
@@ -307,12 +311,12 @@ FEATURES = (
         "Fewer channels by subspace",
         '`method="subspace"`',
         {
-            f"{name}, blocks over {by}": agrees(group_by=by, block_size=8, **how)
-            for by in ("keys", "queries")
-            for name, how in (
-                ("`group_size`", {"group_size": 2}),
-                ("`rank`", {"rank": 5}),
-                ("`score_tol`", {"score_tol": 1e-4}),
+            f"{name}, blocks over {by}": agrees(sizes, group_by=by, **how)
+            for by, score_tol in TOLERANCES.items()
+            for name, sizes, how in (
+                ("`group_size`", {}, {"group_size": 2, "block_size": BLOCK}),
+                ("`rank`", {}, {"rank": RANK, "block_size": BLOCK}),
+                ("`score_tol`", {"width": 40}, {"score_tol": score_tol, "block_size": M}),
             )
         },
     ),
@@ -320,7 +324,7 @@ FEATURES = (
         "Fewer channels by hash (the paper)",
         '`method="lsh"`',
         {
-            f"`{fusion}`, blocks over {by}": agrees(method="lsh", group_by=by, block_size=8, fusion=fusion)
+            f"`{fusion}`, blocks over {by}": agrees(method="lsh", group_by=by, block_size=BLOCK, fusion=fusion)
             for fusion in ("sum", "lstsq")
             for by in ("queries", "keys")
         },
@@ -353,8 +357,8 @@ FEATURES = (
         "`cu_seqlens_q=`, `cu_seqlens_k=`",
         {
             "exact": _packed(is_exact=True, causal=True),
-            "subspace": _packed(rank=D // 2, block_size=8, causal=True),
-            "lsh": _packed(method="lsh", block_size=8, causal=True),
+            "subspace": _packed(rank=RANK, block_size=BLOCK, causal=True),
+            "lsh": _packed(method="lsh", block_size=BLOCK, causal=True),
         },
     ),
     Feature(
@@ -373,10 +377,7 @@ FEATURES = (
     Feature(
         "Any width of 1 to 256",
         "D",
-        {
-            str(width): agrees({"width": width, "dtype": "float16"}, rank=min(16, max(width // 2, 1)))
-            for width in WIDTHS
-        },
+        {str(width): agrees({"width": width, "dtype": "float16"}, is_exact=True) for width in WIDTHS},
     ),
     Feature("Values of another width", "E", each_method({"value_width": 40})),
     Feature("Order of axes", '`layout="bhnd"`, `"bnhd"`', {layout: _layout(layout) for layout in ("bhnd", "bnhd")}),

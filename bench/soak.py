@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -121,7 +122,7 @@ class Kind:
         self._give: Callable[[np.ndarray], Any] = np.asarray
         if self._module is not None:
             module = import_module(self._module)
-            self._give = module.asarray if name == "cupy" else module.to_device
+            self._give = module.asarray if name == "cupy" else partial(_give_numba, module)
 
     def give(self, array: np.ndarray, padding: int = 0, *, swap: bool = False) -> Any:
         """Return a copy as the backend's kind: rows ``padding`` elements apart, the middle axes swapped if asked."""
@@ -194,6 +195,11 @@ def judge(call: Call, actual: Results, expected: Results) -> dict[str, float]:
         if not error <= 1:
             raise WrongCall(f"the error of the {name} is {error:.2g} times what rounding may do")
     return errors
+
+
+def _give_numba(cuda: Any, array: np.ndarray) -> Any:
+    """Return a device array; Numba copies no empty ones."""
+    return cuda.to_device(array) if array.size else cuda.device_array(array.shape, array.dtype)
 
 
 def _length(rows: np.ndarray) -> float:
