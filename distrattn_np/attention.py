@@ -216,22 +216,21 @@ def distr_attention(
         grouping=grouping,
         keys_are_grouped=keys is not None,
     )
+    if isinstance(problem, RaggedProblem):
+        packed = (q, k, v, out, cu_seqlens_q, cu_seqlens_k)
+        result, lse, info = _attend_packed(problem, backend, *packed, block_size=block_size)
+        return _results(result if given_out is None else given_out, (lse, return_lse), (info, return_info))
     chosen = backends.load(backend, like=q)
     if keys is not None and not chosen.attends_grouped_keys:  # before a device is looked for
         raise NotImplementedError(f"k: GroupedKeys is not built for the {chosen.name} backend yet, got {keys}")
-    if isinstance(problem, RaggedProblem):
-        result, lse, blocks = chosen.ragged_attention(problem, q, k, v, out, cu_seqlens_q, cu_seqlens_k)
-        used = problem.packed
-    else:
-        result, lse, maps = chosen.attention(problem, q, k, v, out, mask, bias)
-        blocks, used = _told(chosen, maps, q), problem
+    result, lse, maps = chosen.attention(problem, q, k, v, out, mask, bias)
     if given_out is not None:
         result = given_out
     results = [result]
     if return_lse:
         results.append(lse)
     if return_info:
-        results.append(_info(used, blocks, block_size) if keys is None else _info_of_grouped_keys(keys))
+        results.append(_info(problem, chosen, maps, q, block_size) if keys is None else _info_of_grouped_keys(keys))
     return tuple(results) if len(results) > 1 else result
 
 
@@ -286,26 +285,51 @@ def exact_attention(
         out=out,
         grouping=None,
     )
-    chosen = backends.load(backend, like=q)
     if isinstance(problem, RaggedProblem):
-        result, lse, _ = chosen.ragged_attention(problem, q, k, v, out, cu_seqlens_q, cu_seqlens_k)
-    else:
-        result, lse, _ = chosen.attention(problem, q, k, v, out, mask, bias)
+        result, lse, _ = _attend_packed(problem, backend, q, k, v, out, cu_seqlens_q, cu_seqlens_k)
+        return _results(result if given_out is None else given_out, (lse, return_lse))
+    result, lse, _ = backends.load(backend, like=q).attention(problem, q, k, v, out, mask, bias)
     if given_out is not None:
         result = given_out
     return (result, lse) if return_lse else result
 
 
-def _told(backend: backends.Backend, maps: backends.Maps, like: Any) -> tuple[Any, Any] | None:
-    """Return the ranks and score errors of the blocks, of the kind of ``like``; None unless the maps have them."""
-    if not isinstance(maps, SubspaceMaps):
-        return None
-    ranks, score_errors = (backend.hand_back(x, None, like=like, out=None) for x in (maps.ranks, maps.score_errors))
-    return ranks, score_errors
+def _attend_packed(
+    problem: RaggedProblem,
+    backend: str | None,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    *,
+    block_size: int | None = None,
+) -> tuple[Any, Any, AttentionInfo]:
+    """Return result, lse and info of a call with packed sequences."""
+    chosen = backends.load(backend, like=q)
+    result, lse, blocks = chosen.ragged_attention(problem, q, k, v, out, cu_seqlens_q, cu_seqlens_k)
+    return result, lse, _info_of_blocks(problem.packed, blocks or (None, None), block_size)
 
 
-def _info(problem: Problem, blocks: tuple[Any, Any] | None, block_size: int | None) -> AttentionInfo:
-    """Return what a call did; ``blocks`` are ranks and score errors, ``block_size`` is what the caller asked for."""
+def _results(result: Any, *others: tuple[Any, bool]) -> Any:
+    """Return the result, with those of the others that are wanted."""
+    wanted = [other for other, is_wanted in others if is_wanted]
+    return (result, *wanted) if wanted else result
+
+
+def _info(
+    problem: Problem, backend: backends.Backend, maps: backends.Maps, like: Any, block_size: int | None
+) -> AttentionInfo:
+    """Return what a call did; ``block_size`` is what the caller asked for."""
+    ranks = score_errors = None
+    if isinstance(maps, SubspaceMaps):
+        ranks, score_errors = (backend.hand_back(x, None, like=like, out=None) for x in (maps.ranks, maps.score_errors))
+    return _info_of_blocks(problem, (ranks, score_errors), block_size)
+
+
+def _info_of_blocks(problem: Problem, blocks: tuple[Any, Any], block_size: int | None) -> AttentionInfo:
+    """Return what a call did with blocks of these ranks and score errors."""
     grouping = problem.grouping
     if grouping is None:
         return NOTHING_GROUPED
@@ -315,9 +339,8 @@ def _info(problem: Problem, blocks: tuple[Any, Any] | None, block_size: int | No
         _, reason = choose_block_size(problem.width, grouping.rank)
     else:
         reason = "the default of lsh"
-    ranks, score_errors = blocks or (None, None)
     method = "subspace" if isinstance(grouping, Subspace) else "lsh"
-    return AttentionInfo(method, grouping.block_size, reason, ranks, score_errors)
+    return AttentionInfo(method, grouping.block_size, reason, *blocks)
 
 
 def _info_of_grouped_keys(keys: GroupedKeys) -> AttentionInfo:

@@ -91,7 +91,7 @@ def check_ragged(
         rule = f"must have cu_seqlens_q's dtype {cu_seqlens_q.dtype}"
         raise TypeError(_message("cu_seqlens_k", rule, describe(cu_seqlens_k)))
     if out is not None:
-        _check_apart(out, {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k})
+        _check_apart("out", out, {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k})
     return RaggedProblem(packed, elements - 1, is_top_left=causal == "top-left")
 
 
@@ -482,13 +482,13 @@ def _check_out(out: Any, named: dict[str, Any], shape: tuple[int, ...]) -> None:
     if overlaps_itself(out):
         got = f"{describe(out)} with strides {tuple(out.strides)} bytes"
         raise ValueError(_message("out", "elements must not share memory", got))
-    _check_apart(out, {name: array for name, array in named.items() if name != "out"})
+    _check_apart("out", out, {name: array for name, array in named.items() if name != "out"})
 
 
-def _check_apart(out: Any, inputs: dict[str, Any]) -> None:
-    for name, array in inputs.items():
-        if share_memory(out, array):
-            raise ValueError(_message("out", f"must not share memory with {name}", describe(out)))
+def _check_apart(name: str, array: Any, others: dict[str, Any]) -> None:
+    for other, given in others.items():
+        if share_memory(array, given):
+            raise ValueError(_message(name, f"must not share memory with {other}", describe(array)))
 
 
 def _check_scale(scale: float | None, width: int) -> float:
