@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import mmap
 import sys
 import time
 from collections import Counter
@@ -144,7 +145,8 @@ class Kind:
 
             free, total = cupy.cuda.runtime.memGetInfo()
             pool = cupy.get_default_memory_pool()
-            held |= {"pool": pool.used_bytes(), "device": total - free - (pool.total_bytes() - pool.used_bytes())}
+            in_reserve = pool.total_bytes() - pool.used_bytes()
+            held |= {"pool": pool.used_bytes(), "device": total - free - in_reserve}
         return held
 
 
@@ -217,7 +219,7 @@ def _resident_bytes() -> int:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except OSError:
         return 0
-    return pages * 4096
+    return pages * mmap.PAGESIZE
 
 
 @dataclass(slots=True)
