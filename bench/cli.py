@@ -127,7 +127,7 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
     measured: report.Report = {
         "schema": report.SCHEMA,
         "kind": kind,
-        "environment": describe_environment(device, argv),
+        "environment": describe_environment(kind, argv),
         "missing_peers": missing,
         "peaks": {},
         "rows": [],

@@ -7,7 +7,7 @@ from typing import Any
 from . import backends, checks
 from .block_size import choose_block_size
 from .grouped_keys import GroupedKeys
-from .problem import AttentionInfo, Problem, Subspace, SubspaceMaps
+from .problem import AttentionInfo, Problem, RaggedProblem, Subspace, SubspaceMaps
 
 NOTHING_GROUPED = AttentionInfo("exact", None, "the rank is the width, so nothing is grouped", None, None)
 
@@ -32,6 +32,8 @@ def distr_attention(
     softcap: float = 0.0,
     mask: Any = None,
     bias: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
     layout: str = "bhnd",
     out: Any = None,
     return_lse: bool = False,
@@ -91,6 +93,11 @@ def distr_attention(
         True where a query may attend a key. Any strides; never expanded in memory.
     bias : array, broadcasts to (B, H, N, M) in either layout, dtype of ``q`` or float32, kind of ``q``
         Added to the scaled and capped scores. Any strides; never expanded in memory.
+    cu_seqlens_q, cu_seqlens_k : array, shape (B + 1,), int32 or int64, kind of ``q``; given together
+        Packed sequences instead of a batch: q is (N, H, D), k (M, H_kv, D), v (M, H_kv, E) and the result (N, H, E),
+        N and M counting the rows of all. Sequence b has the queries ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1] - 1``
+        and the keys that ``cu_seqlens_k`` says; lengths may be zero. ``mask`` and ``bias`` must be left out, and
+        ``layout`` as it is. Values are checked only where they lie on the host: a device would have to be waited for.
     layout : {"bhnd", "bnhd"}
         Order of the axes of q, k, v and the result; "bnhd" is (B, N, H, D).
     out : array, optional
@@ -108,7 +115,7 @@ def distr_attention(
     out : array, shape (B, H, N, E) in ``layout``, dtype, kind and device of ``q``
         Every row lies between the least and the greatest visible value of each column of ``v``. A query that sees no
         key gives zero.
-    lse : array, shape (B, H, N), float32
+    lse : array, shape (B, H, N), (H, N) for packed sequences, float32
         Only with ``return_lse``. Natural logarithm; minus infinity for a query that sees no key.
     info : AttentionInfo
         Only with ``return_info``. Fields ``method``, ``block_size``, ``reason``, ``ranks`` and ``score_errors``.
@@ -133,7 +140,8 @@ def distr_attention(
 
     A score passes through ``scale``, ``softcap``, ``bias`` and ``mask`` in this order, and does not count beyond
     ``window`` or the causal limit. The channels are reduced as if there were only the causal limit: rows that nobody
-    attends to, such as padding, must hold finite numbers.
+    attends to, such as padding, must hold finite numbers. Packed sequences have nothing to do with one another:
+    ``causal``, ``window`` and blocks count from the first row of each (eq. 29).
 
     Equation (4) of docs/math.md; after Jin et al., "DistrAttention" (arXiv:2507.17245), whose grouping this is with
     ``method="lsh", fusion="sum", group_by="queries"``. 16-bit inputs are multiplied on tensor cores with float32
@@ -156,7 +164,9 @@ def distr_attention(
             [16]]], dtype=int32)
     """
     given_out = out
-    q, k, v, mask, bias, out = checks.arrays_in_place(q=q, k=k, v=v, mask=mask, bias=bias, out=out)
+    q, k, v, mask, bias, cu_seqlens_q, cu_seqlens_k, out = checks.arrays_in_place(
+        q=q, k=k, v=v, mask=mask, bias=bias, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, out=out
+    )
     keys = k if isinstance(k, GroupedKeys) else None
     if keys is None:
         grouping = checks.check_grouping(
@@ -170,6 +180,7 @@ def distr_attention(
             group_by=group_by,
             block_size=block_size,
             seed=seed,
+            axes=4 if cu_seqlens_q is None and cu_seqlens_k is None else 3,
         )
     else:
         checks.check_options_of_grouped_keys(
@@ -183,13 +194,17 @@ def distr_attention(
             fusion=fusion,
             group_by=group_by,
             block_size=block_size,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
         )
         grouping, scale = None, keys.scale
     checks.check_backend_name(backend)
-    problem = checks.check_attention(
+    problem = checks.check_call(
         q,
         k,
         v,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
         causal=causal,
         window=window,
         scale=scale,
@@ -201,6 +216,10 @@ def distr_attention(
         grouping=grouping,
         keys_are_grouped=keys is not None,
     )
+    if isinstance(problem, RaggedProblem):
+        packed = (q, k, v, out, cu_seqlens_q, cu_seqlens_k)
+        result, lse, info = _attend_packed(problem, backend, *packed, block_size=block_size)
+        return _results(result if given_out is None else given_out, (lse, return_lse), (info, return_info))
     chosen = backends.load(backend, like=q)
     if keys is not None:  # before a device is looked for
         checks.check_kind_of_grouped_keys(q, keys, chosen.name, chosen.kinds_of_grouped_keys)
@@ -226,6 +245,8 @@ def exact_attention(
     softcap: float = 0.0,
     mask: Any = None,
     bias: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
     layout: str = "bhnd",
     out: Any = None,
     return_lse: bool = False,
@@ -233,8 +254,8 @@ def exact_attention(
 ) -> Any:
     """Exact attention ``softmax(scale q k^T + bias) v``: what `distr_attention` gives for ``group_size=1``.
 
-    Parameters, results and errors are those of `distr_attention` without the grouping options; equations (1) to (3)
-    and (21) to (24) of docs/math.md.
+    Parameters, results and errors are those of `distr_attention` without the grouping options; equations (1) to (3),
+    (21) to (24) and (29) of docs/math.md.
 
     Examples
     --------
@@ -244,12 +265,16 @@ def exact_attention(
     array([1., 1., 1., 1.], dtype=float32)
     """
     given_out = out
-    q, k, v, mask, bias, out = checks.arrays_in_place(q=q, k=k, v=v, mask=mask, bias=bias, out=out)
+    q, k, v, mask, bias, cu_seqlens_q, cu_seqlens_k, out = checks.arrays_in_place(
+        q=q, k=k, v=v, mask=mask, bias=bias, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, out=out
+    )
     checks.check_backend_name(backend)
-    problem = checks.check_attention(
+    problem = checks.check_call(
         q,
         k,
         v,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
         causal=causal,
         window=window,
         scale=scale,
@@ -260,16 +285,51 @@ def exact_attention(
         out=out,
         grouping=None,
     )
+    if isinstance(problem, RaggedProblem):
+        result, lse, _ = _attend_packed(problem, backend, q, k, v, out, cu_seqlens_q, cu_seqlens_k)
+        return _results(result if given_out is None else given_out, (lse, return_lse))
     result, lse, _ = backends.load(backend, like=q).attention(problem, q, k, v, out, mask, bias)
     if given_out is not None:
         result = given_out
     return (result, lse) if return_lse else result
 
 
+def _attend_packed(
+    problem: RaggedProblem,
+    backend: str | None,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    *,
+    block_size: int | None = None,
+) -> tuple[Any, Any, AttentionInfo]:
+    """Return result, lse and info of a call with packed sequences."""
+    chosen = backends.load(backend, like=q)
+    result, lse, blocks = chosen.ragged_attention(problem, q, k, v, out, cu_seqlens_q, cu_seqlens_k)
+    return result, lse, _info_of_blocks(problem.packed, blocks or (None, None), block_size)
+
+
+def _results(result: Any, *others: tuple[Any, bool]) -> Any:
+    """Return the result, with those of the others that are wanted."""
+    wanted = [other for other, is_wanted in others if is_wanted]
+    return (result, *wanted) if wanted else result
+
+
 def _info(
     problem: Problem, backend: backends.Backend, maps: backends.Maps, like: Any, block_size: int | None
 ) -> AttentionInfo:
     """Return what a call did; ``block_size`` is what the caller asked for."""
+    ranks = score_errors = None
+    if isinstance(maps, SubspaceMaps):
+        ranks, score_errors = (backend.hand_back(x, None, like=like, out=None) for x in (maps.ranks, maps.score_errors))
+    return _info_of_blocks(problem, (ranks, score_errors), block_size)
+
+
+def _info_of_blocks(problem: Problem, blocks: tuple[Any, Any], block_size: int | None) -> AttentionInfo:
+    """Return what a call did with blocks of these ranks and score errors."""
     grouping = problem.grouping
     if grouping is None:
         return NOTHING_GROUPED
@@ -279,11 +339,8 @@ def _info(
         _, reason = choose_block_size(problem.width, grouping.rank)
     else:
         reason = "the default of lsh"
-    ranks = score_errors = None
-    if isinstance(maps, SubspaceMaps):
-        ranks, score_errors = (backend.hand_back(x, None, like=like, out=None) for x in (maps.ranks, maps.score_errors))
     method = "subspace" if isinstance(grouping, Subspace) else "lsh"
-    return AttentionInfo(method, grouping.block_size, reason, ranks, score_errors)
+    return AttentionInfo(method, grouping.block_size, reason, *blocks)
 
 
 def _info_of_grouped_keys(keys: GroupedKeys) -> AttentionInfo:

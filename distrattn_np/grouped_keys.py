@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from sys import maxsize
@@ -306,8 +307,7 @@ class GroupedKeys:
             If the file holds something else, or ``kind`` is another.
         """
         checks.check_kind_to_load(kind)
-        with np.load(file, allow_pickle=False) as npz:
-            arrays = dict(npz)
+        arrays = _read_arrays(file)
         checks.check_saved_keys(file, arrays, FORMAT)
         dtype = _dtype_of_name(str(arrays["dtype"]))
         grouping = None
@@ -403,6 +403,17 @@ def _class_for(kind: Kind) -> type[GroupedKeys]:
         return GroupedKeys
     found: type[GroupedKeys] = importlib.import_module(".backends.cupy_grouped_keys", __package__).CupyGroupedKeys
     return found
+
+
+def _read_arrays(file: str | Path | IO[bytes]) -> dict[str, np.ndarray]:
+    """Return the arrays of an npz file."""
+    with Path(file).open("rb") if isinstance(file, str | Path) else nullcontext(file) as opened:
+        try:
+            with np.load(opened, allow_pickle=False) as npz:
+                return dict(npz)
+        except Exception as error:  # whatever NumPy raises for a file that is damaged or something else
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"file: must be one that GroupedKeys.save wrote, got {file}: {reason}") from error
 
 
 def _as_plain(array: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from .reference.score_options import Window, key_limits
@@ -139,6 +139,27 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
+class RaggedProblem:
+    """Sequences of lengths of their own, packed one after another; each is a problem of its own (docs/math.md, eq. 29).
+
+    The lengths themselves are not here: on a GPU the host does not know them.
+    """
+
+    packed: Problem
+    """All rows as if they were one sequence."""
+    sequences: int
+    is_top_left: bool
+    """Which corner of each sequence a causal limit and a window are aligned to."""
+
+    def sequence(self, queries: int, keys: int) -> Problem:
+        """Return the problem of one sequence of these lengths."""
+        offset = None
+        if self.packed.causal_offset is not None:
+            offset = 0 if self.is_top_left else keys - queries
+        return replace(self.packed, queries=queries, keys=keys, causal_offset=offset)
+
+
+@dataclass(frozen=True, slots=True)
 class GroupMaps:
     """The sampling and fusion maps of every (batch, head, block), in the array kind of the backend that made them.
 
@@ -182,7 +203,10 @@ class AttentionInfo:
     reason: str
     """Why this block size."""
     ranks: Any
-    """(B, H_x, C) int32, of the kind of q: the rank of every block; None unless the method is "subspace"."""
+    """(B, H_x, C) int32, of the kind of q: the rank of every block; None unless the method is "subspace".
+
+    With packed sequences (H_x, C), the blocks of all sequences one after another; 0 in a sequence without queries.
+    """
     score_errors: Any
     """(B, H_x, C), of the kind of q: the predicted root-mean-square error of its scores, in nats; None as above."""
 

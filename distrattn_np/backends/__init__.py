@@ -11,7 +11,7 @@ import numpy as np
 
 from ..arrays import Kind, describe, kind_of
 from ..grouped_keys import GroupedKeys
-from ..problem import GroupMaps, Layout, Problem, Subspace, SubspaceMaps
+from ..problem import GroupMaps, Layout, Problem, RaggedProblem, Subspace, SubspaceMaps
 
 NAMES = ("numpy", "cupy", "numba")
 
@@ -37,6 +37,8 @@ class Backend(ABC):
     """Which of "window", "softcap", "mask" and "bias" it covers."""
     kinds_of_grouped_keys: ClassVar[frozenset[Kind]] = frozenset()
     """Array kinds of the `GroupedKeys` that it takes in the place of keys."""
+    attends_ragged: ClassVar[bool] = False
+    """Whether it takes packed sequences; `ragged_attention` is its own then."""
 
     def attention(
         self, problem: Problem, q: Any, k: Any, v: Any, out: Any, mask: Any = None, bias: Any = None
@@ -49,9 +51,7 @@ class Backend(ABC):
         lse : array, shape (B, H, N), in the caller's kind
         maps : native arrays
         """
-        if kind_of(q) not in self.kinds:
-            rule = f"the {self.name} backend takes {' and '.join(sorted(self.kinds))} arrays"
-            raise TypeError(f"q: {rule}, got {describe(q)}")
+        self._check_takes(q)
         if isinstance(problem.grouping, Subspace) and not self.builds_subspace:
             rule = f"'subspace' is not built for the {self.name} backend yet"
             raise NotImplementedError(f"method: {rule}, got {describe(q)}")
@@ -73,6 +73,37 @@ class Backend(ABC):
             self.attend(problem, Q, K, V, O, lse, maps, mask, bias)
         result = self.hand_back(O, problem.layout, like=q, out=out)
         return result, self.hand_back(lse, None, like=q, out=None), maps
+
+    def ragged_attention(
+        self,
+        problem: RaggedProblem,  # noqa: ARG002
+        q: Any,
+        k: Any,  # noqa: ARG002
+        v: Any,  # noqa: ARG002
+        out: Any,  # noqa: ARG002
+        cu_seqlens_q: Any,  # noqa: ARG002
+        cu_seqlens_k: Any,  # noqa: ARG002
+    ) -> tuple[Any, Any, tuple[Any, Any] | None]:
+        """Compute one checked call with packed sequences.
+
+        On a GPU without reading the lengths on the host: B sequences with N queries in all have at most
+        ``N // BLOCK_Q + B`` tiles of queries, and grouping blocks likewise. So many work items are launched. Each finds
+        its sequence in a running sum of ``ceil(length / BLOCK_Q)`` over ``cu_seqlens_q``; one that finds none exits.
+
+        Returns
+        -------
+        result : array, shape (N, H, E), in the caller's kind
+        lse : array, shape (H, N), in the caller's kind
+        blocks : (ranks, score_errors), each of shape (H_x, C), in the caller's kind
+            As in `AttentionInfo`; None unless the method is "subspace".
+        """
+        self._check_takes(q)
+        raise NotImplementedError(f"cu_seqlens_q: is not built for the {self.name} backend yet, got {describe(q)}")
+
+    def _check_takes(self, q: Any) -> None:
+        if kind_of(q) not in self.kinds:
+            rule = f"the {self.name} backend takes {' and '.join(sorted(self.kinds))} arrays"
+            raise TypeError(f"q: {rule}, got {describe(q)}")
 
     @abstractmethod
     def group_maps(self, problem: Problem, Q: Any, K: Any) -> Maps:

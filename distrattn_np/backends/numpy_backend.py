@@ -25,7 +25,17 @@ import numpy as np
 from .. import reference
 from ..arrays import Kind
 from ..grouped_keys import GroupedKeys
-from ..problem import Grouping, GroupMaps, Layout, Problem, Subspace, SubspaceMaps, block_edges, ceil_div
+from ..problem import (
+    Grouping,
+    GroupMaps,
+    Layout,
+    Problem,
+    RaggedProblem,
+    Subspace,
+    SubspaceMaps,
+    block_edges,
+    ceil_div,
+)
 from ..reference.distr_attention import rows_that_meet
 from . import Backend, Maps
 
@@ -47,6 +57,7 @@ class NumpyBackend(Backend):
     builds_subspace: ClassVar[bool] = True
     score_options: ClassVar[frozenset[str]] = frozenset({"window", "softcap", "mask", "bias"})
     kinds_of_grouped_keys: ClassVar[frozenset[Kind]] = frozenset({"numpy"})
+    attends_ragged: ClassVar[bool] = True
 
     def group_maps(self, problem: Problem, Q: np.ndarray, K: np.ndarray) -> Maps:
         """Return the maps of every block; what multiplies has the precision of the scores."""
@@ -192,6 +203,38 @@ class NumpyBackend(Backend):
             work=rows * problem.keys * (problem.rank + problem.value_width),
         )
 
+    def ragged_attention(
+        self,
+        problem: RaggedProblem,
+        q: np.ndarray,
+        k: np.ndarray,
+        v: np.ndarray,
+        out: np.ndarray | None,
+        cu_seqlens_q: np.ndarray,
+        cu_seqlens_k: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray] | None]:
+        """Compute one checked call with packed sequences: each as a call of its own would, on views."""
+        self._check_takes(q)
+        packed = problem.packed
+        result = np.empty((packed.queries, packed.heads, packed.value_width), q.dtype) if out is None else out
+        lse = np.empty((packed.heads, packed.queries), np.float32)
+        ranks, score_errors = ([x] for x in _no_blocks(packed, 0))
+        for queries, keys in zip(*map(_row_slices, (cu_seqlens_q, cu_seqlens_k)), strict=True):
+            sequence = problem.sequence(queries.stop - queries.start, keys.stop - keys.start)
+            Q, O = (_as_batch(x, queries) for x in (q, result))
+            K, V = (_as_batch(x, keys) for x in (k, v))
+            maps = None
+            if 0 not in O.shape:
+                maps = self.group_maps(sequence, Q, K)
+                self.attend(sequence, Q, K, V, O, lse[np.newaxis, :, queries], maps)
+            of_blocks = _no_blocks(packed, sequence.blocks)
+            if isinstance(maps, SubspaceMaps):
+                of_blocks = maps.ranks[0], maps.score_errors[0]
+            for told, new in zip((ranks, score_errors), of_blocks, strict=True):
+                told.append(new)
+        blocks = (np.hstack(ranks), np.hstack(score_errors)) if isinstance(packed.grouping, Subspace) else None
+        return result, lse, blocks
+
     def bring_in(self, array: np.ndarray, layout: Layout) -> np.ndarray:
         """Return ``array`` as a (B, H, rows, width) view."""
         host = np.asarray(array)
@@ -215,6 +258,22 @@ class NumpyBackend(Backend):
         if out is not None:
             return out
         return array.transpose(0, 2, 1, 3) if layout == "bnhd" else array
+
+
+def _row_slices(cu_seqlens: np.ndarray) -> Iterator[slice]:
+    """Yield the rows of every sequence."""
+    yield from itertools.starmap(slice, itertools.pairwise(cu_seqlens.tolist()))
+
+
+def _as_batch(packed: np.ndarray, rows: slice) -> np.ndarray:
+    """Return some rows of (rows, H, width) as a batch of one sequence, (1, H, rows, width)."""
+    return np.asarray(packed)[np.newaxis, rows].swapaxes(1, 2)
+
+
+def _no_blocks(problem: Problem, blocks: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return ranks and score errors (H_x, C) of blocks that nobody made maps for."""
+    shape = (problem.grouped_heads, blocks)
+    return np.zeros(shape, np.int32), np.zeros(shape, _compute_dtype(problem))
 
 
 @dataclass(frozen=True, slots=True)

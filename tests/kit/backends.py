@@ -87,6 +87,8 @@ class Limits:
     """Those that the backend builds."""
     score_options: bool = False
     """Whether it builds window, softcap, mask and bias."""
+    ragged: bool = False
+    """Whether it builds packed sequences."""
 
 
 # the sizes straddle the tile edges of every kernel: a tile has 16, 32, 64 or 128 rows
@@ -103,6 +105,7 @@ LIMITS = {
         (*ANY_FLOAT, "bfloat16"),
         ("lsh", "subspace"),
         score_options=True,
+        ragged=True,
     ),
     "cupy": Limits(12, (1, 2), HEADS, ROWS, (7, 64), ("float16", "float32"), ("lsh", "subspace")),
     "numba": Limits(5, (1, 2), HEADS, ROWS, (6, 32), ("float32",), ("lsh", "subspace")),
