@@ -204,7 +204,7 @@ def distr_attention(
     chosen = backends.load(backend, like=q)
     if keys is not None and not chosen.attends_grouped_keys:  # before a device is looked for
         raise NotImplementedError(f"k: GroupedKeys is not built for the {chosen.name} backend yet, got {keys}")
-    result, lse, maps = chosen.attention(problem, q, k, v, out, mask, bias)
+    result, lse, maps = chosen.attention(problem, q, k, v, out, backends.ScoreTables(mask, bias))
     if given_out is not None:
         result = given_out
     results = [result]
@@ -260,7 +260,8 @@ def exact_attention(
         out=out,
         grouping=None,
     )
-    result, lse, _ = backends.load(backend, like=q).attention(problem, q, k, v, out, mask, bias)
+    tables = backends.ScoreTables(mask, bias)
+    result, lse, _ = backends.load(backend, like=q).attention(problem, q, k, v, out, tables)
     if given_out is not None:
         result = given_out
     return (result, lse) if return_lse else result
