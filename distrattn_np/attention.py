@@ -223,7 +223,7 @@ def distr_attention(
     chosen = backends.load(backend, like=q)
     if keys is not None:  # before a device is looked for
         checks.check_kind_of_grouped_keys(q, keys, chosen.name, chosen.kinds_of_grouped_keys)
-    result, lse, maps = chosen.attention(problem, q, k, v, out, mask, bias)
+    result, lse, maps = chosen.attention(problem, q, k, v, out, backends.ScoreTables(mask, bias))
     if given_out is not None:
         result = given_out
     results = [result]
@@ -288,7 +288,8 @@ def exact_attention(
     if isinstance(problem, RaggedProblem):
         result, lse, _ = _attend_packed(problem, backend, q, k, v, out, cu_seqlens_q, cu_seqlens_k)
         return _results(result if given_out is None else given_out, (lse, return_lse))
-    result, lse, _ = backends.load(backend, like=q).attention(problem, q, k, v, out, mask, bias)
+    tables = backends.ScoreTables(mask, bias)
+    result, lse, _ = backends.load(backend, like=q).attention(problem, q, k, v, out, tables)
     if given_out is not None:
         result = given_out
     return (result, lse) if return_lse else result

@@ -173,8 +173,6 @@ def check_attention(
         grouping=_shorten_block(grouping, queries, keys),
         window=_check_window(window, queries + keys),
         softcap=_check_softcap(softcap),
-        has_mask=mask is not None,
-        has_bias=bias is not None,
     )
 
 

@@ -60,26 +60,11 @@ class Problem:
     """Keys that a query sees before and after its own (eq. 23); None: all on that side."""
     softcap: float = 0.0
     """The scores stay within plus and minus this (eq. 21); zero: no cap."""
-    has_mask: bool = False
-    """Whether a mask comes with q, k and v."""
-    has_bias: bool = False
-    """Whether a bias comes with q, k and v."""
 
     @property
     def key_limits(self) -> tuple[int | None, int | None]:
         """(low, high): query n sees keys n + low <= m <= n + high, causal limit and window together; None: no limit."""
         return key_limits(self.queries, self.keys, self.causal_offset, self.window)
-
-    @property
-    def score_options(self) -> frozenset[str]:
-        """Names of the options in use, beside the causal limit, that change or hide scores."""
-        in_use = {
-            "window": self.window != (None, None),
-            "softcap": self.softcap != 0,
-            "mask": self.has_mask,
-            "bias": self.has_bias,
-        }
-        return frozenset(name for name, used in in_use.items() if used)
 
     @property
     def heads_per_kv_head(self) -> int:

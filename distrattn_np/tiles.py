@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
+from typing import Literal
 
 from .problem import ceil_div
 
@@ -19,6 +20,36 @@ NO_MAP, SAMPLE, FUSE, DENSE = 0, 1, 2, 3
 
 OWN, ALL, UP_TO, FROM = 0, 1, 2, 3
 """Values of -DDIRECTION of sum_segments.cu."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreSwitches:
+    """Which score options a forward is built with (docs/math.md, eq. 21 to 24)."""
+
+    window: bool = False
+    """Whether there are keys that come too early for a query."""
+    softcap: bool = False
+    bias: Literal[0, 1, 2] = 0
+    """1: a bias of the dtype of the elements, 2: one in float32."""
+    mask: bool = False
+
+    @property
+    def changes_scores(self) -> bool:
+        """Whether scores pass through more than the limits of rows."""
+        return self.softcap or self.bias != 0 or self.mask
+
+    @property
+    def defines(self) -> Defines:
+        """The -D options of score_options.cuh."""
+        return {
+            "WINDOW": int(self.window),
+            "SOFTCAP": int(self.softcap),
+            "BIAS": self.bias,
+            "MASK": int(self.mask),
+        }
+
+
+NO_SWITCHES = ScoreSwitches()
 
 
 def pad(width: int) -> int:
@@ -67,16 +98,29 @@ _MMA_TILES = (
 _MAX_ACCUMULATORS = 176
 _FEWER_ACCUMULATORS = 160, 144
 """Where a block has less than 100 KB of shared memory, and there with own blocks: what sm_120 has registers for."""
+_OPTION_TILES = {MmaTiles(128, 64, 8): 192, MmaTiles(64, 32, 4): 288, MmaTiles(64, 16, 4): 512}
+"""Where scores pass through a cap, a bias or a mask; and how wide a key and a value may be together, for registers."""
 
 
 def mma_tiles(
-    width: int, rank: int, value_width: int, query_map: int, shared_limit: int, *, own_block: bool = False
+    width: int,
+    rank: int,
+    value_width: int,
+    query_map: int,
+    shared_limit: int,
+    *,
+    own_block: bool = False,
+    changes_scores: bool = False,
 ) -> MmaTiles:
     """Return the first tiles that fit the registers and the ``shared_limit`` bytes of a block."""
-    most = _FEWER_ACCUMULATORS[own_block] if shared_limit < 100 << 10 else _MAX_ACCUMULATORS
-    for tiles in _MMA_TILES:
-        fits_shared = tiles.shared_bytes(width, rank, value_width, query_map, own_block=own_block) <= shared_limit
-        if fits_shared and tiles.accumulators(value_width) <= most:
+    if changes_scores:
+        key_width = max(pad(rank), pad(width)) if own_block else pad(rank)
+        candidates = [tiles for tiles, widest in _OPTION_TILES.items() if key_width + pad(value_width) <= widest]
+    else:
+        most = _FEWER_ACCUMULATORS[own_block] if shared_limit < 100 << 10 else _MAX_ACCUMULATORS
+        candidates = [tiles for tiles in _MMA_TILES if tiles.accumulators(value_width) <= most]
+    for tiles in candidates:
+        if tiles.shared_bytes(width, rank, value_width, query_map, own_block=own_block) <= shared_limit:
             return tiles
     msg = f"no tiles for D={width}, R={rank}, E={value_width} in {shared_limit} bytes of shared memory"
     raise NotImplementedError(msg)
@@ -96,8 +140,10 @@ def mma_defines(
     causal: bool,
     own_block: bool,
     aligned: bool,
+    switches: ScoreSwitches = NO_SWITCHES,
+    centred: bool = False,
 ) -> Defines:
-    """Return the -D options of forward_mma.cu."""
+    """Return the -D options of forward_mma.cu; ``centred`` matters with switches: whether the keys are."""
     mapped = query_map != NO_MAP
     return {
         "ELEMENT": element,
@@ -111,12 +157,13 @@ def mma_defines(
         "KEYS_PER_ITEM": int(keys_per_item),
         "CAUSAL": int(causal),
         "OWN_BLOCK": int(own_block),
+        "CENTRED": int(centred and switches.changes_scores),
         "ALIGNED": int(aligned),
         "BLOCK_Q": tiles.block_q,
         "BLOCK_KV": tiles.block_kv,
         "NUM_WARPS": tiles.num_warps,
         "LAUNCH_SHARED_BYTES": tiles.shared_bytes(width, rank, value_width, query_map, own_block=own_block),
-    }
+    } | switches.defines
 
 
 SIMT_THREADS = 256
@@ -144,6 +191,7 @@ def simt_defines(
     dense: bool,
     own_block: bool,
     causal: bool,
+    switches: ScoreSwitches = NO_SWITCHES,
 ) -> Defines:
     """Return the -D options of forward_simt.cu; ``dense`` maps have no groups."""
     return {
@@ -158,7 +206,7 @@ def simt_defines(
         "OWN_BLOCK": int(own_block),
         "CAUSAL": int(causal),
         "BLOCK_Q": simt_block_q(element),
-    }
+    } | switches.defines
 
 
 SM90_WIDTHS = (16, 32, 48, 64, 96, 128)
@@ -525,6 +573,15 @@ def compile_cases(stem: str, shared_limit: int) -> list[Defines]:
     return list(_CASES[stem](shared_limit))
 
 
+_SWITCHES = (
+    ScoreSwitches(window=True),
+    ScoreSwitches(mask=True),
+    ScoreSwitches(softcap=True, bias=1),
+    ScoreSwitches(window=True, softcap=True, bias=2, mask=True),
+)
+"""Each score option, and all of them."""
+
+
 def _forward_mma_cases(shared_limit: int) -> Iterator[Defines]:
     # (D, G, E, query map): the widths of real models, then odd, tiny and largest ones
     shapes = [
@@ -549,9 +606,13 @@ def _forward_mma_cases(shared_limit: int) -> Iterator[Defines]:
         (256, 2, 256, DENSE),
     ]
     for number, (width, group_size, value_width, query_map) in enumerate(shapes):
-        for causal in (False, True):
+        options = (NO_SWITCHES, NO_SWITCHES, _SWITCHES[number % 3], _SWITCHES[3])
+        for switches, causal in zip(options, (False, True, number % 2 == 0, number % 4 < 2), strict=True):
             rank, own_block = width // group_size, causal and query_map == DENSE
-            tiles = mma_tiles(width, rank, value_width, query_map, shared_limit, own_block=own_block)
+            changes = switches.changes_scores
+            tiles = mma_tiles(
+                width, rank, value_width, query_map, shared_limit, own_block=own_block, changes_scores=changes
+            )
             yield mma_defines(
                 tiles,
                 element=ELEMENTS["bfloat16" if number % 3 == 1 else "float16"],
@@ -565,6 +626,8 @@ def _forward_mma_cases(shared_limit: int) -> Iterator[Defines]:
                 causal=causal,
                 own_block=own_block,
                 aligned=width % 8 == 0 and value_width % 8 == 0,
+                switches=switches,
+                centred=query_map == DENSE or (query_map == NO_MAP and number % 2 == 1),
             )
 
 
@@ -585,7 +648,9 @@ def _forward_simt_cases() -> Iterator[Defines]:
     ]
     for number, (element, shape) in enumerate(product(ELEMENTS.values(), shapes)):
         width, rank, value_width, group_by, dense = shape
-        for causal in (False, True) if dense and group_by == "keys" else (number % 3 == 0,):
+        usual = (False, True) if dense and group_by == "keys" else (number % 3 == 0,)
+        plain = ((causal, NO_SWITCHES) for causal in usual)
+        for causal, switches in (*plain, (number % 8 < 4, _SWITCHES[number % 4])):
             yield simt_defines(
                 element=element,
                 width=width,
@@ -597,6 +662,7 @@ def _forward_simt_cases() -> Iterator[Defines]:
                 dense=dense,
                 own_block=dense and group_by == "keys" and causal,
                 causal=causal,
+                switches=switches,
             )
 
 

@@ -72,8 +72,8 @@ def test_an_option_that_is_not_followed_fails(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_an_option_that_is_refused_is_not_covered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(NUMPY, "score_options", frozenset({"window"}))
-    assert outcome("Bool mask", "(M,)") == "no"
+    monkeypatch.setattr(NUMPY, "builds_subspace", False)
+    assert outcome("Sliding window", "subspace") == "no"
     assert outcome("Sliding window", "lsh") == "yes"
 
 

@@ -73,12 +73,10 @@ def test_what_is_wrong_is_found_and_named(spoil: Any, tmp_path: Path, capsys: An
 
 
 def test_what_a_backend_does_not_build_is_counted(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(NUMPY, "score_options", frozenset({"mask", "bias"}))
+    monkeypatch.setattr(NUMPY, "builds_subspace", False)
     code, summary = run(tmp_path)
     assert code == 0
-    assert set(summary["refused"]) == {
-        f"{name}: is not built for the numpy backend yet" for name in ("window", "softcap")
-    }
+    assert set(summary["refused"]) == {"method: 'subspace' is not built for the numpy backend yet"}
 
 
 def test_an_error_of_any_kind_is_a_failure(tmp_path: Path, monkeypatch: Any) -> None:

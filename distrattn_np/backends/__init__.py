@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
 
@@ -25,6 +27,23 @@ Maps = GroupMaps | SubspaceMaps | None
 """What a backend makes of a problem's queries and keys before it attends; None for exact attention."""
 
 
+@dataclass(frozen=True, slots=True)
+class ScoreTables:
+    """What a call adds to its scores and hides of them; both broadcast to (B, H, N, M)."""
+
+    mask: Any = None
+    """Bool: True where a query may attend (eq. 24)."""
+    bias: Any = None
+    """Of the dtype of the queries or float32 (eq. 22)."""
+
+    def map(self, change: Callable[[Any], Any]) -> ScoreTables:
+        """Return both changed, but for what is not there."""
+        return ScoreTables(*(None if x is None else change(x) for x in (self.mask, self.bias)))
+
+
+NO_TABLES = ScoreTables()
+
+
 class Backend(ABC):
     """One implementation of the method. Its arrays ("native") are (B, H, rows, width) views, whatever the layout."""
 
@@ -33,15 +52,13 @@ class Backend(ABC):
     """Array kinds that it takes."""
     builds_subspace: ClassVar[bool] = False
     """Whether it covers ``method="subspace"``."""
-    score_options: ClassVar[frozenset[str]] = frozenset()
-    """Which of "window", "softcap", "mask" and "bias" it covers."""
     kinds_of_grouped_keys: ClassVar[frozenset[Kind]] = frozenset()
     """Array kinds of the `GroupedKeys` that it takes in the place of keys."""
     attends_ragged: ClassVar[bool] = False
     """Whether it takes packed sequences; `ragged_attention` is its own then."""
 
     def attention(
-        self, problem: Problem, q: Any, k: Any, v: Any, out: Any, mask: Any = None, bias: Any = None
+        self, problem: Problem, q: Any, k: Any, v: Any, out: Any, tables: ScoreTables = NO_TABLES
     ) -> tuple[Any, Any, Maps]:
         """Compute one checked call.
 
@@ -56,12 +73,9 @@ class Backend(ABC):
             rule = f"'subspace' is not built for the {self.name} backend yet"
             raise NotImplementedError(f"method: {rule}, got {describe(q)}")
         keys_are_grouped = isinstance(k, GroupedKeys)
-        for name in sorted(problem.score_options - self.score_options):
-            rule = f"is not built for the {self.name} backend yet"
-            raise NotImplementedError(f"{name}: {rule}, got {describe(q)}")
         Q, V = (self.bring_in(x, problem.layout) for x in (q, v))
         K = k if keys_are_grouped else self.bring_in(k, problem.layout)
-        mask, bias = (None if x is None else self.bring_in(x, "bhnd") for x in (mask, bias))
+        tables = tables.map(lambda table: self.bring_in(_written_once(table), "bhnd"))
         if out is not None and self.shares_memory(out):
             O = self.bring_in(out, problem.layout)
         else:
@@ -70,7 +84,7 @@ class Backend(ABC):
         maps = None
         if 0 not in O.shape:
             maps = None if keys_are_grouped else self.group_maps(problem, Q, K)
-            self.attend(problem, Q, K, V, O, lse, maps, mask, bias)
+            self.attend(problem, Q, K, V, O, lse, maps, tables)
         result = self.hand_back(O, problem.layout, like=q, out=out)
         return result, self.hand_back(lse, None, like=q, out=None), maps
 
@@ -119,13 +133,11 @@ class Backend(ABC):
         O: Any,
         lse: Any,
         maps: Any,
-        mask: Any = None,
-        bias: Any = None,
+        tables: ScoreTables = NO_TABLES,
     ) -> None:
         """Write attention into O (B, H, N, E) and its log-sum-exp into lse (B, H, N); no axis of O is empty.
 
-        K is a `GroupedKeys` where the call got one. ``mask`` and ``bias`` broadcast to (B, H, N, M); they are None
-        where `score_options` does not name them.
+        K is a `GroupedKeys` where the call got one.
         """
 
     @abstractmethod
@@ -164,6 +176,13 @@ def load_by_name(name: str) -> Backend:
         raise ImportError(f"backend: {name!r} needs a package that is not installed: {hint}") from error
     backend: Backend = module.BACKEND
     return backend
+
+
+def _written_once(table: Any) -> Any:
+    """Return ``table`` with one entry on the axes that repeat it, so that no copy to a device writes it out."""
+    axes = zip(table.shape, table.strides, strict=True)
+    parts = tuple(slice(0, 1) if stride == 0 and size > 1 else slice(None) for size, stride in axes)
+    return table[parts] if slice(0, 1) in parts else table
 
 
 def host_copy_back(host: np.ndarray, layout: Layout | None, out: Any) -> np.ndarray:

@@ -31,6 +31,7 @@ from ..tiles import (
     GRAM_SM90_ROW_TILE,
     GRAM_SM90_WIDTHS,
     NO_MAP,
+    NO_SWITCHES,
     OWN,
     REDUCE_ROW_TILE,
     REDUCE_SIMT_ROW_TILE,
@@ -40,6 +41,7 @@ from ..tiles import (
     SM90_WIDTHS,
     UP_TO,
     Defines,
+    ScoreSwitches,
     fuse_defines,
     gains_defines,
     gram_blocks,
@@ -66,7 +68,7 @@ from ..tiles import (
     sm90_tiles,
     sum_defines,
 )
-from . import Backend, Maps, host_copy_back
+from . import NO_TABLES, Backend, Maps, ScoreTables, host_copy_back
 from .tensor_map import Box, can_be_mapped, encode_tensor_map, forward_sm90_launch, panel_columns
 
 WORKSPACE_BYTES = 256 << 20
@@ -86,11 +88,11 @@ class CupyBackend(Backend):
     kinds_of_grouped_keys: ClassVar[frozenset[Kind]] = frozenset({"cupy"})
 
     def attention(
-        self, problem: Problem, q: Any, k: Any, v: Any, out: Any, mask: Any = None, bias: Any = None
+        self, problem: Problem, q: Any, k: Any, v: Any, out: Any, tables: ScoreTables = NO_TABLES
     ) -> tuple[Any, Any, Maps]:
         """Compute one call on the device that holds ``q`` (the current one for NumPy arrays)."""
         with _device_of(q):
-            return super().attention(problem, q, k, v, out, mask, bias)
+            return super().attention(problem, q, k, v, out, tables)
 
     # ---- arrays ----
 
@@ -307,15 +309,14 @@ class CupyBackend(Backend):
         O: Any,
         lse: Any,
         maps: Maps,
-        mask: Any = None,
-        bias: Any = None,
+        tables: ScoreTables = NO_TABLES,
     ) -> None:
         from . import cupy_decode, cupy_grouped_keys  # which launch through this module
 
         if isinstance(K, cupy_grouped_keys.CupyGroupedKeys):
-            K.attend(problem, Q, V, O, lse, mask, bias)
+            K.attend(problem, Q, V, O, lse, tables)
             return
-        if cupy_decode.suits_plain_keys(problem):
+        if cupy_decode.suits_plain_keys(problem, tables):
             cupy_decode.decode(problem, Q, K, V, O, lse)
             return
         on_tensor_cores = uses_tensor_cores(problem, capability())
@@ -324,7 +325,7 @@ class CupyBackend(Backend):
             ready = GroupMaps(_contiguous(maps.channels), None if maps.gains is None else _contiguous(maps.gains))
         elif isinstance(maps, SubspaceMaps):
             ready = _DenseMaps.narrowed(maps, K) if on_tensor_cores else _DenseMaps.widened(maps, K)
-        forward = _Forward(problem, Q, K, V, O, lse, ready)
+        forward = _Forward(problem, Q, K, V, O, lse, ready, tables)
         if on_tensor_cores:
             forward.on_tensor_cores()
         else:
@@ -558,6 +559,28 @@ class _Forward:
     O: Any
     lse: Any
     maps: GroupMaps | _DenseMaps | None
+    tables: ScoreTables
+
+    @property
+    def key_limits(self) -> tuple[int | None, int | None]:
+        """Those of the problem that hide a key from a query, and any causal one, which says what own blocks are."""
+        low, high = self.problem.key_limits
+        if low is not None and low <= 1 - self.problem.queries:
+            low = None
+        if self.problem.causal_offset is None and high is not None and high >= self.problem.keys - 1:
+            high = None
+        return low, high
+
+    @property
+    def switches(self) -> ScoreSwitches:
+        """What the portable forwards are built with."""
+        bias = self.tables.bias
+        return ScoreSwitches(
+            window=self.key_limits[0] is not None,
+            softcap=self.problem.softcap > 0,
+            bias=0 if bias is None else 1 if bias.dtype == self.problem.dtype else 2,
+            mask=self.tables.mask is not None,
+        )
 
     @property
     def by(self) -> str | None:
@@ -608,8 +631,15 @@ class _Forward:
             self.block_size if by_queries else problem.queries,
             self.block_size if by_keys else max(problem.keys, 1),
             first_item,
-            problem.causal_offset or 0,
+            self.key_limits[1] or 0,
         )
+
+    def option_arguments(self) -> tuple[Any, ...]:
+        """Return window_offset to bias of the portable forwards' arguments."""
+        # tanh(x) is x where it is this small, and quotients do not leave the range of float32
+        softcap = min(self.problem.softcap, 2.0**60)
+        tables = (_table(table, self.problem) for table in (self.tables.mask, self.tables.bias))
+        return (self.key_limits[0] or 0, _sum_type(self.problem.dtype)(softcap), *tables)
 
     @property
     def folds_reference(self) -> bool:
@@ -635,12 +665,17 @@ class _Forward:
         else:
             room = cupy.empty((*self.Q.shape[:3], pad(self.rank)), maps.fusion.dtype)
             self._launch_simt(room, self._sample(self.K), 0, heads)
-        self._add_mean_scores(maps.mean)
+        if not self.switches.changes_scores:  # otherwise the forward did
+            self._add_mean_scores(maps.mean, self.lse)
 
     def on_tensor_cores(self) -> None:
         """Launch forward_sm90.cu or forward_mma.cu; for blocks over queries in turns with the fusion of their keys."""
         heads = self.problem.batch * self.problem.heads
         on_hopper, is_dense = self._runs_on_hopper(), self.dense_maps is not None
+        changes_scores, mean_scores = self.switches.changes_scores, _NULL
+        if self.dense_maps is not None and changes_scores:
+            mean_scores = cupy.zeros(self.lse.shape, np.float32)
+            self._add_mean_scores(self.dense_maps.mean, mean_scores)
         if self.by == "queries":
             is_sampled = on_hopper or is_dense
             Q = self._sample(self.Q) if is_sampled else self.Q
@@ -648,21 +683,21 @@ class _Forward:
                 if on_hopper:
                     self._launch_sm90(Q, K[None], first, count)
                 else:
-                    self._launch_mma(Q, K, NO_MAP if is_sampled else SAMPLE, first, count)
+                    self._launch_mma(Q, K, NO_MAP if is_sampled else SAMPLE, first, count, mean_scores)
         elif self.by == "keys":
             K = self._sample(self.K, with_ones=on_hopper and self.folds_reference)
             if on_hopper:
                 self._launch_sm90(self.Q, K, 0, heads)
             else:
-                self._launch_mma(self.Q, K, DENSE if is_dense else FUSE, 0, heads)
+                self._launch_mma(self.Q, K, DENSE if is_dense else FUSE, 0, heads, mean_scores)
         elif on_hopper:
             self._launch_sm90(self.Q, self.K, 0, heads)
         else:
-            self._launch_mma(self.Q, self.K, NO_MAP, 0, heads)
+            self._launch_mma(self.Q, self.K, NO_MAP, 0, heads, mean_scores)
         # where queries are mapped on Hopper or meet keys as they are, the forward knows the mean of the keys
-        adds_mean_scores = self.scores_own_blocks or (on_hopper and self.by == "keys")
+        adds_mean_scores = changes_scores or self.scores_own_blocks or (on_hopper and self.by == "keys")
         if self.dense_maps is not None and not adds_mean_scores:
-            self._add_mean_scores(self.dense_maps.mean)
+            self._add_mean_scores(self.dense_maps.mean, self.lse)
 
     def _fused_keys(self, *, on_hopper: bool) -> Iterator[tuple[int, int, Any]]:
         """Yield (first item, items, fused keys (items, M, R padded)) in turns with the launches that read them."""
@@ -699,6 +734,8 @@ class _Forward:
         read_by_copies = (self.V,) if self.by == "queries" else (self.Q, self.K, self.V)
         return (
             hopper_is_usable()
+            and self.switches == NO_SWITCHES
+            and (self.key_limits[1] is None or self.problem.causal_offset is not None)
             and (self.by != "keys" or self._maps_queries_on_hopper())
             and self.problem.keys > 0
             and pad(self.rank) in SM90_WIDTHS
@@ -820,8 +857,8 @@ class _Forward:
             shared=defines.get("LAUNCH_SHARED_BYTES", 0),
         )
 
-    def _add_mean_scores(self, mean: Any) -> None:
-        """Give lse back what centring the keys took (eq. 12)."""
+    def _add_mean_scores(self, mean: Any, sums: Any) -> None:
+        """Add what centring the keys took from the scores of a query to sums (B, H, N) float32 (eq. 12)."""
         problem = self.problem
         defines = mean_scores_defines(_element(self.Q), problem.width, _vector(self.Q))
         rows = defines["THREADS"] // defines["LANES"]
@@ -830,7 +867,7 @@ class _Forward:
             defines,
             problem.batch * problem.heads * ceil_div(problem.queries, rows),
             None,
-            *(self.Q, mean, self.lse, problem.heads, problem.kv_heads, problem.queries, problem.width),
+            *(self.Q, mean, sums, problem.heads, problem.kv_heads, problem.queries, problem.width),
             _sum_type(problem.dtype)(problem.scale),
             *_strides(self.Q),
         )
@@ -873,7 +910,8 @@ class _Forward:
             with_gains=self.gains is not None,
             dense=maps is not None,
             own_block=self.scores_own_blocks,
-            causal=problem.causal_offset is not None,
+            causal=self.key_limits[1] is not None,
+            switches=self.switches,
         )
         sizes = self.sizes(first_item)
         _launch(
@@ -887,16 +925,25 @@ class _Forward:
             *sizes,
             _sum_type(problem.dtype)(problem.scale),
             *(stride for x in (self.Q, self.K, self.V, self.O) for stride in _strides(x)),
+            *self.option_arguments(),
         )
 
-    def _launch_mma(self, Q: Any, K: Any, query_map: int, first_item: int, items: int) -> None:
+    def _launch_mma(self, Q: Any, K: Any, query_map: int, first_item: int, items: int, mean_scores: Any) -> None:
         """Launch forward_mma.cu; without a query map, Q is as wide as what stands for the keys."""
         problem = self.problem
         limit = _shared_memory_limit(cupy.cuda.Device().id)
         width = Q.shape[3]
         rank = width if query_map == NO_MAP else self.rank
         own_block = self.scores_own_blocks
-        tiles = mma_tiles(width, rank, problem.value_width, query_map, limit, own_block=own_block)
+        tiles = mma_tiles(
+            width,
+            rank,
+            problem.value_width,
+            query_map,
+            limit,
+            own_block=own_block,
+            changes_scores=self.switches.changes_scores,
+        )
         user_arrays = (Q, self.V, self.O) if self.by and not own_block else (Q, self.K, self.V, self.O)
         defines = mma_defines(
             tiles,
@@ -908,8 +955,10 @@ class _Forward:
             group_size=self.group_size,
             with_gains=self.gains is not None,
             keys_per_item=self.by == "queries",
-            causal=problem.causal_offset is not None,
+            causal=self.key_limits[1] is not None,
             own_block=own_block,
+            switches=self.switches,
+            centred=self.dense_maps is not None,
             aligned=all(_vector(x) == 8 for x in user_arrays),
         )
         sizes = self.sizes(first_item)
@@ -924,6 +973,8 @@ class _Forward:
             np.float32(problem.scale * math.log2(math.e)),
             # K's strides mean nothing where it is a workspace
             *(stride for x in (Q, K if K.ndim == 4 else self.K, self.K, self.V, self.O) for stride in _strides(x)),
+            *self.option_arguments(),
+            mean_scores,
             shared=defines["LAUNCH_SHARED_BYTES"],
         )
 
@@ -977,6 +1028,16 @@ def _contiguous(array: Any) -> Any:
 def _strides(array: Any) -> tuple[np.int64, ...]:
     """Return the strides of the first three axes in elements, as the 64-bit integers that the kernels take."""
     return tuple(np.int64(stride // array.itemsize) for stride in array.strides[:3])
+
+
+def _table(array: Any | None, problem: Problem) -> np.ndarray:
+    """Return what broadcasts to (B, H, N, M) as a Table of score_options.cuh: one element of five 64-bit numbers."""
+    shape = (problem.batch, problem.heads, problem.queries, problem.keys)
+    numbers = [0] * 5
+    if array is not None:
+        steps = [stride if size > 1 else 0 for stride, size in zip(array.strides, array.shape, strict=True)]
+        numbers = [array.data.ptr, *[0] * (len(shape) - len(steps)), *(step // array.itemsize for step in steps)]
+    return np.array(numbers, np.int64).view("V40")
 
 
 def _vector(array: Any) -> int:

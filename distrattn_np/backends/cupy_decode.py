@@ -19,6 +19,7 @@ from ..tiles import (
     merge_splits_defines,
     pad,
 )
+from . import ScoreTables
 from .cupy_backend import (
     _NULL,
     _element,
@@ -49,19 +50,22 @@ class FinishedKeys:
     """(B * H_kv, room in blocks, R padded + 1, D padded): Z transposed, then the mean of the block."""
 
 
-def suits(problem: Problem) -> bool:
-    """Whether decode.cu takes a call over grouped keys: few queries, 16-bit elements, sm_80 and up."""
+def suits(problem: Problem, tables: ScoreTables) -> bool:
+    """Whether decode.cu takes a call over grouped keys: few queries, no score options, 16 bits, sm_80 and up."""
     return (
         problem.queries <= MOST_QUERIES
         and problem.dtype.itemsize == 2
-        and not problem.score_options
+        and problem.window == (None, None)
+        and problem.softcap == 0
+        and tables.mask is None
+        and tables.bias is None
         and capability() >= 80
     )
 
 
-def suits_plain_keys(problem: Problem) -> bool:
+def suits_plain_keys(problem: Problem, tables: ScoreTables) -> bool:
     """Whether decode.cu takes a call over plain keys: an exact one over many, besides."""
-    return problem.grouping is None and problem.keys >= LEAST_KEYS and suits(problem)
+    return problem.grouping is None and problem.keys >= LEAST_KEYS and suits(problem, tables)
 
 
 def decode(problem: Problem, Q: Any, K: Any, V: Any, O: Any, lse: Any, finished: FinishedKeys | None = None) -> None:

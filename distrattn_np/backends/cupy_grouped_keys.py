@@ -12,7 +12,7 @@ from ..arrays import Kind, kind_of
 from ..grouped_keys import GroupedKeys, KeyBlock, QueryStatistics
 from ..problem import Layout, Problem, Subspace, ceil_div
 from ..tiles import ALL, ELEMENTS, REBUILD_TILE, SIMT_THREADS, expected_gram_defines, pad, rebuild_defines
-from . import cupy_decode
+from . import NO_TABLES, ScoreTables, cupy_decode
 from .cupy_backend import (
     BACKEND,
     WORKSPACE_BYTES,
@@ -132,14 +132,14 @@ class CupyGroupedKeys(GroupedKeys):
             arrays.append(self.queries.gram)
         return sum(array.nbytes for array in arrays)
 
-    def attend(self, problem: Problem, Q: Any, V: Any, O: Any, lse: Any, mask: Any = None, bias: Any = None) -> None:
+    def attend(self, problem: Problem, Q: Any, V: Any, O: Any, lse: Any, tables: ScoreTables) -> None:
         """Write attention to these keys into O and lse, as `Backend.attend` does."""
         if not self._finished:
-            BACKEND.attend(problem, Q, self.tail, V, O, lse, None, mask, bias)
-        elif cupy_decode.suits(problem):
+            BACKEND.attend(problem, Q, self.tail, V, O, lse, None, tables)
+        elif cupy_decode.suits(problem, tables):
             cupy_decode.decode(problem, Q, self.tail, V, O, lse, self._finished_keys())
         else:
-            BACKEND.attend(problem, Q, self._rebuilt(), V, O, lse, None, mask, bias)
+            BACKEND.attend(problem, Q, self._rebuilt(), V, O, lse, None, tables)
 
     def _append(self, new: Any) -> None:
         """Append checked keys (B, H_kv, rows, D); all blocks that they finish are made together."""
@@ -211,7 +211,7 @@ class CupyGroupedKeys(GroupedKeys):
             layout="bhnd",
             grouping=replace(grouping, block_size=L),
         )
-        sampled = _Forward(problem, X, X, X, None, None, dense).sample_keys()
+        sampled = _Forward(problem, X, X, X, None, None, dense, NO_TABLES).sample_keys()
 
         new = slice(self._finished, self._finished + blocks)
         fusion = dense.fusion[:, :, 0]

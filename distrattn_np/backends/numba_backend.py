@@ -33,7 +33,8 @@ from ..numba_kernels.sum_segments import make_sum_segments
 from ..problem import Grouping, GroupMaps, Layout, Problem, Subspace, SubspaceMaps, block_edges, ceil_div
 from ..reference import hyperplanes, keys_of_mean
 from ..reference.distr_attention import rows_that_meet
-from . import Backend, Maps, host_copy_back
+from ..tiles import ScoreSwitches
+from . import NO_TABLES, Backend, Maps, ScoreTables, host_copy_back
 
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 """Whether kernels run in Numba's simulator, where a CUDA thread is an operating-system thread: few threads then."""
@@ -89,14 +90,14 @@ class NumbaBackend(Backend):
     builds_subspace: ClassVar[bool] = True
 
     def attention(
-        self, problem: Problem, q: Any, k: Any, v: Any, out: Any, mask: Any = None, bias: Any = None
+        self, problem: Problem, q: Any, k: Any, v: Any, out: Any, tables: ScoreTables = NO_TABLES
     ) -> tuple[Any, Any, Maps]:
         """Compute one checked call on the device of its arrays."""
         if problem.dtype not in (np.float16, np.float32, np.float64):
             rule = "the numba backend takes float16, float32 and float64"
             raise NotImplementedError(f"q: {rule}, got {describe(q)}")
         with _on_device_of(q):
-            return super().attention(problem, q, k, v, out, mask, bias)
+            return super().attention(problem, q, k, v, out, tables)
 
     def group_maps(self, problem: Problem, Q: Any, K: Any) -> Maps:
         """Return the maps of every block as native arrays; all floats have the type of the sums."""
@@ -255,14 +256,22 @@ class NumbaBackend(Backend):
         O: Any,
         lse: Any,
         maps: Maps,
-        mask: Any = None,  # noqa: ARG002
-        bias: Any = None,  # noqa: ARG002
+        tables: ScoreTables = NO_TABLES,
     ) -> None:
         """Write attention into O and its log-sum-exp into lse."""
         grouping = problem.grouping
         accumulator = _accumulator(problem.dtype)
         # the keys of an own block are met in their full width
         inner_width = problem.width if problem.own_block_is_exact else problem.rank
+        low, high = problem.key_limits
+        switches = ScoreSwitches(
+            window=low is not None,
+            softcap=problem.softcap > 0,
+            bias=0 if tables.bias is None else 1,
+            mask=tables.mask is not None,
+        )
+        shape = (problem.batch, problem.heads, problem.queries, problem.keys)
+        tables = tables.map(lambda table: _broadcast(table, shape))
         tiles = choose_tiles(problem.width, inner_width, problem.value_width, accumulator, SIMULATED)
         kernel = make_forward(
             accumulator,
@@ -272,7 +281,9 @@ class NumbaBackend(Backend):
             None if grouping is None else grouping.by,
             isinstance(maps, GroupMaps) and maps.gains is not None,
             isinstance(maps, SubspaceMaps),
-            problem.causal_offset is not None,
+            problem.own_block_is_exact and maps is not None,
+            high is not None,
+            switches,
             tiles,
         )
         query_block, key_block = problem.queries, max(problem.keys, 1)
@@ -294,8 +305,11 @@ class NumbaBackend(Backend):
             lse,
             query_block,
             key_block,
-            problem.causal_offset or 0,
+            low or 0,
+            high or 0,
             accumulator(problem.scale),
+            accumulator(problem.softcap),
+            *(lse if table is None else table for table in (tables.bias, tables.mask)),
         )
 
     def _map_arrays(self, problem: Problem, Q: Any, K: Any, maps: Maps, absent: Any) -> tuple[Any, ...]:
@@ -470,6 +484,21 @@ def _swap_rows_and_heads(array: Any) -> Any:
     return devicearray.DeviceNDArray(
         shape=tuple(array.shape[axis] for axis in order),
         strides=tuple(array.strides[axis] for axis in order),
+        dtype=array.dtype,
+        stream=array.stream,
+        gpu_data=array.gpu_data,
+    )
+
+
+def _broadcast(array: Any, shape: tuple[int, ...]) -> Any:
+    """Return a view of a native array in a shape that it broadcasts to."""
+    if SIMULATED:
+        return type(array)(np.broadcast_to(array._ary, shape), array.stream)
+    missing = len(shape) - len(array.shape)
+    steps = [step if size > 1 else 0 for size, step in zip(array.shape, array.strides, strict=True)]
+    return devicearray.DeviceNDArray(
+        shape=shape,
+        strides=(*[0] * missing, *steps),
         dtype=array.dtype,
         stream=array.stream,
         gpu_data=array.gpu_data,

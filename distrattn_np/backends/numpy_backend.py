@@ -37,7 +37,7 @@ from ..problem import (
     ceil_div,
 )
 from ..reference.distr_attention import rows_that_meet
-from . import Backend, Maps
+from . import NO_TABLES, Backend, Maps, ScoreTables
 
 QUERY_TILE = 512
 KEY_TILE = 512
@@ -55,7 +55,6 @@ class NumpyBackend(Backend):
     name = "numpy"
     kinds = frozenset({"numpy"})
     builds_subspace: ClassVar[bool] = True
-    score_options: ClassVar[frozenset[str]] = frozenset({"window", "softcap", "mask", "bias"})
     kinds_of_grouped_keys: ClassVar[frozenset[Kind]] = frozenset({"numpy"})
     attends_ragged: ClassVar[bool] = True
 
@@ -171,8 +170,7 @@ class NumpyBackend(Backend):
         O: np.ndarray,
         lse: np.ndarray,
         maps: Maps,
-        mask: np.ndarray | None = None,
-        bias: np.ndarray | None = None,
+        tables: ScoreTables = NO_TABLES,
     ) -> None:
         """Write attention into O (B, H, N, E) and its log-sum-exp into lse (B, H, N), a tile of queries at a time."""
         N, grouping = problem.queries, problem.grouping
@@ -191,8 +189,7 @@ class NumpyBackend(Backend):
                 O[b, h],
                 lse[b, h],
                 _maps_of_head(problem, maps, b, h, h_kv),
-                None if mask is None else reference.of_head(mask, b, h),
-                None if bias is None else reference.of_head(bias, b, h),
+                tables.map(lambda table: reference.of_head(table, b, h)),
             ).attend(*tiles[t])
 
         rows = max(stop - start for start, stop in tiles)
@@ -364,12 +361,11 @@ class _Head:
     O: np.ndarray  # (N, E)
     lse: np.ndarray  # (N,)
     maps: _HeadMaps | None  # None: exact
-    mask: np.ndarray | None  # broadcasts to (N, M)
-    bias: np.ndarray | None  # broadcasts to (N, M)
+    tables: ScoreTables  # broadcast to (N, M)
 
     def attend(self, start: int, stop: int) -> None:
         """Write O and lse of the queries ``start`` to ``stop - 1``, all of one block."""
-        problem = self.problem
+        problem, mask, bias = self.problem, self.tables.mask, self.tables.bias
         low, high = problem.key_limits
         dtype = _compute_dtype(problem)
         # from the first key that the first of these queries sees to the last that the last sees (eq. 3 and 23)
@@ -390,7 +386,7 @@ class _Head:
             # the queries that see a key of this tile
             n = start if high is None else max(start, m - high)
             n_stop = stop if low is None else min(stop, m_stop - low)
-            shown = None if self.mask is None else _part(self.mask, n, n_stop, m, m_stop)
+            shown = None if mask is None else _part(mask, n, n_stop, m, m_stop)
             if shown is not None and not shown.any():
                 continue
             rows = slice(n - start, n_stop - start)
@@ -404,8 +400,8 @@ class _Head:
                 if row_shift is not None:
                     S += row_shift[rows, np.newaxis]
                 _cap_scores(S, problem.softcap)
-            if self.bias is not None:
-                S += _part(self.bias, n, n_stop, m, m_stop)
+            if bias is not None:
+                S += _part(bias, n, n_stop, m, m_stop)
             if shown is not None and not shown.all():
                 np.copyto(S, -np.inf, where=~shown)
             _hide_beyond_limits(S, n, m, low, high)

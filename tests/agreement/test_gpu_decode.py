@@ -170,6 +170,10 @@ def test_other_calls_go_elsewhere(launched: list[str], monkeypatch: pytest.Monke
     call(Case(N=9, M=64, G=1))
     call(Case(N=8, M=64, G=2))
     call(Case(N=8, M=64, G=1, dtype="float32"))
+    for options in ({"window": (5, None)}, {"softcap": 2.0}):
+        call(Case(N=8, M=64, G=1), **options)
+    for name, table in (("mask", np.ones((8, 64), bool)), ("bias", np.ones(64, np.float32))):
+        call(Case(N=8, M=64, G=1), **{name: to_kind(table, "cupy")})
     monkeypatch.setattr("distrattn_np.backends.cupy_decode.LEAST_KEYS", 65)
     call(Case(N=8, M=64, G=1))
     assert not launched

@@ -260,6 +260,34 @@ def test_any_number_of_splits_gives_the_same(case: Cache, count: int, monkeypatc
     assert_attends(case, inputs, grouped(case, inputs))
 
 
+@pytest.mark.parametrize("N", [1, 20])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_score_options_apply_to_what_is_kept(N: int, dtype: str) -> None:
+    """Also to few queries, which decode.cu leaves to other kernels then."""
+    case = Cache(N=N, M=150, dtype=dtype)
+    inputs = make_inputs(case)
+    keys = grouped(case, inputs)
+    rng = np.random.default_rng(1)
+    mask = rng.random((case.N, case.M)) < 0.7
+    bias = rng.standard_normal((case.H, 1, case.M), dtype=np.float32)
+    tables = {"mask": to_kind(mask, "cupy"), "bias": to_kind(bias, "cupy")}
+    options = {"causal": True, "window": (130, None), "softcap": 2.0}
+    out, lse = distr_attention(case.give(inputs.q), keys, case.give(inputs.v), **options, **tables, return_lse=True)
+    S = 2 * np.tanh(scores(case, inputs, *kept(keys), plain=False) / 2) + bias
+    n, m = np.indices((case.N, case.M))
+    low = n + case.M - case.N - 130
+    seen = mask & (m >= low) & reference.visible_keys(case.N, case.M, case.causal_offset)
+    expected = np.empty(out.shape)
+    expected_lse = np.empty(lse.shape)
+    for b, h in np.ndindex(case.B, case.H):
+        v = inputs.v[b, h // (case.H // case.H_kv)].astype(np.float64)
+        expected[b, h], expected_lse[b, h] = reference.softmax_attention(np.where(seen, S[b, h], -np.inf), v)
+    # keys rebuilt, weights and results are rounded to the dtype, each time less than all of it
+    rtol = 4 * SPACING[dtype] + 1e-5
+    assert relative_error(to_host(out), expected) <= rtol
+    assert_agrees(to_host(lse), expected_lse, rtol=rtol, atol=rtol, check_dtype=False)
+
+
 def test_a_long_cache() -> None:
     case = Cache(B=2, H=8, H_kv=2, N=4, M=10000, D=128, E=128, rank=64, L=512)
     inputs = make_inputs(case)

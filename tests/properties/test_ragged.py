@@ -56,10 +56,8 @@ class Ragged(NamedTuple):
 @st.composite
 def ragged_calls(draw: Draw, limits: Limits, *, hostile: bool = True, **fixed: Any) -> Ragged:
     """Draw a call; ``fixed`` pins fields of `Case`."""
-    options = {}
-    if limits.score_options:
-        sides = st.sampled_from([None, (3, None), (None, 0), (0, 0), (30, 2)])
-        options = {"window": sides, "softcap": st.sampled_from([0.0, 5.0])}
+    sides = st.sampled_from([None, (3, None), (None, 0), (0, 0), (30, 2)])
+    options = {"window": sides, "softcap": st.sampled_from([0.0, 5.0])}
     case, _ = draw(calls(limits, **options | {"N": 1, "M": 1} | fixed))
     length = st.sampled_from([0, *limits.rows])
     lengths = draw(st.lists(st.tuples(length, length), max_size=4))
