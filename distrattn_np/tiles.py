@@ -237,8 +237,10 @@ def sm90_tiles(rank: int, value_width: int, query_block_size: int) -> Sm90Tiles:
     return Sm90Tiles(128, 128, 2)
 
 
-def sm90_key_map_tiles(rank: int) -> Sm90Tiles:
+def sm90_key_map_tiles(rank: int, width: int, value_width: int) -> Sm90Tiles:
     """Return the tiles where forward_sm90.cu maps the queries itself, for blocks over keys; ``rank`` is padded."""
+    if max(width, value_width) <= 64:  # the exponentials set the pace: more rows, of which some are always in a product
+        return Sm90Tiles(256, 64, 4, map_ahead=False) if rank <= 16 else Sm90Tiles(192, 64, 4)
     if rank > 96:  # more than the registers hold beside 128 keys
         return Sm90Tiles(128, 64, 3)
     return Sm90Tiles(128, 128, 2, map_ahead=rank < 96)
@@ -704,7 +706,7 @@ def _forward_sm90_cases() -> Iterator[Defines]:
             causal = value_width == width  # so that both are built for every pair of width and rank
             for folds_reference in (False, True):
                 yield sm90_defines(
-                    sm90_key_map_tiles(rank),
+                    sm90_key_map_tiles(rank, width, value_width),
                     element=1 + (rank // 16 + folds_reference) % 2,
                     rank=rank,
                     value_width=value_width,

@@ -237,7 +237,7 @@ struct RunningSoftmax {
     constexpr float LARGEST_REFERENCE = 1 << 15;  // powers of two
     if (!is_last_pass && target != -INFINITE) {
       is_lost |= fabsf(target) * scale_log2 > LARGEST_REFERENCE;
-      if (FOLD_REFERENCE) {  // to the sum of two elements
+      if (FOLD_REFERENCE && scale_log2 == 1.0f) {  // powers of two, in range: to the sum of two elements
         const float high = round_to_element(target);
         target = high + round_to_element(target - high);
       }
@@ -247,10 +247,16 @@ struct RunningSoftmax {
     reference[i] = target;
   }
 
-  // Goes on with scores that are lower by these shifts than those so far, and then times `factor`.
-  __device__ __forceinline__ void lower_scores(float shift_0, float shift_1, float factor) {
-    reference[0] = (reference[0] - shift_0) * factor;
-    reference[1] = (reference[1] - shift_1) * factor;
+  // Goes on with scores that are lower by these shifts than those so far. With FOLD_REFERENCE they are powers of two from
+  // here on, and O has to be multiplied by `rescale`.
+  __device__ __forceinline__ void lower_scores(float shift_0, float shift_1, float scale_log2, bool is_last_pass) {
+    reference[0] -= shift_0;
+    reference[1] -= shift_1;
+#pragma unroll
+    for (int i = 0; FOLD_REFERENCE && i < 2; ++i) {
+      reference[i] *= scale_log2;
+      move_reference(i, reference[i], 1.0f, is_last_pass);
+    }
   }
 
   // A row that has seen no key yet: any finite reference makes its P zero.
@@ -673,7 +679,8 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
       barrier_wait(shared.mean_scores_full, 0);
       {
         const float* const mean_scores = shared.mean_scores + consumer * CONSUMER_ROWS + row_of_lane();
-        softmax.lower_scores(mean_scores[0], mean_scores[8], FOLD_REFERENCE ? scale_log2 : 1.0f);
+        softmax.lower_scores(mean_scores[0], mean_scores[8], scale_log2, follows_maximum);
+        if (FOLD_REFERENCE) rescale_values();
       }
 #endif
       if (!OWN_BLOCK || tile >= 0) {

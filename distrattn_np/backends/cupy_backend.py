@@ -42,6 +42,7 @@ from ..tiles import (
     UP_TO,
     Defines,
     ScoreSwitches,
+    Sm90Tiles,
     fuse_defines,
     gains_defines,
     gram_blocks,
@@ -747,7 +748,10 @@ class _Forward:
 
     def _maps_queries_on_hopper(self) -> bool:
         """Whether forward_sm90.cu takes these blocks over keys: dense maps, and whole tiles of keys in a block."""
-        return self.dense_maps is not None and self.block_size % sm90_key_map_tiles(pad(self.rank)).block_kv == 0
+        return self.dense_maps is not None and self.block_size % self._key_map_tiles().block_kv == 0
+
+    def _key_map_tiles(self) -> Sm90Tiles:
+        return sm90_key_map_tiles(pad(self.rank), self.problem.width, self.problem.value_width)
 
     def _launch_sm90(self, Q: Any, K: Any, first_item: int, items: int) -> None:
         """Launch forward_sm90.cu; K is (B, H_kv, M, R), or (1, items of this launch, M, R) where fused for items."""
@@ -756,7 +760,7 @@ class _Forward:
         sizes = self.sizes(first_item)
         # the queries of blocks over keys come as they are, and the kernel maps them for each block
         by_keys = self.dense_maps if self.by == "keys" else None
-        tiles = sm90_key_map_tiles(rank) if by_keys else sm90_tiles(rank, problem.value_width, sizes[5])
+        tiles = self._key_map_tiles() if by_keys else sm90_tiles(rank, problem.value_width, sizes[5])
         mapped_width = problem.width if by_keys else None
         defines = sm90_defines(
             tiles,
