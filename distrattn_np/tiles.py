@@ -557,7 +557,7 @@ _CASES: dict[str, Callable[[int], Iterable[Defines]]] = {
         for direction in (OWN, ALL, UP_TO, FROM)
     ],
     "subspace_maps": _subspace_maps_cases,
-    "narrow_maps": lambda _: [narrow_defines(e) for e in _SIXTEEN_BITS],
+    "narrow_maps": lambda _: [narrow_defines(e) for e in ELEMENTS.values()],
     "reduce_rows": lambda _: _reduce_rows_cases(),
     "reduce_rows_simt": lambda _: _reduce_rows_simt_cases(),
     "add_mean_scores": lambda _: [

@@ -1,25 +1,28 @@
-"""CuPy: compiles raw_kernels/ on first use and launches on the current stream of the device that holds the arrays.
+"""CuPy: what the CUDA C++ kernels compute, on the device that holds the arrays.
 
-The only file that knows RawModule. RawKernel checks neither the number nor the types of its arguments and ignores
-strides, so every launch goes through `_launch`, with explicit 4- and 8-byte scalars and strides in elements.
+Memory and launches go through `device_work`: for real, or into a plan, which needs no CuPy. Every launch goes through
+`_launch`, with explicit 4- and 8-byte scalars and strides in elements.
 """
 
 from __future__ import annotations
 
 import math
-import re
-import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from importlib import resources
 from typing import Any, ClassVar
 
-import cupy
 import numpy as np
 
-from ..arrays import Kind, kind_of
+try:
+    import cupy
+except ImportError:  # `load_by_name` says so before a call; plans do without
+    cupy = None
+
+from .. import checks
+from ..arrays import Kind, address, kind_of, on_stream
+from ..grouped_keys import GroupedKeys
 from ..problem import Grouping, GroupMaps, Layout, Problem, Subspace, SubspaceMaps, ceil_div
 from ..reference import hyperplanes
 from ..tiles import (
@@ -62,8 +65,9 @@ from ..tiles import (
     sm90_tiles,
     sum_defines,
 )
-from . import Backend, Maps, host_copy_back
-from .tensor_map import can_be_mapped, encode_tensor_map, forward_sm90_launch
+from . import NOTHING_LENT, Backend, Lent, Maps, host_copy_back
+from .device_work import REGION, DeviceFacts, Plan, PlannedArray, Work, doing, planned_array, work
+from .tensor_map import can_be_mapped, forward_sm90_launch
 
 WORKSPACE_BYTES = 256 << 20
 """Most that the fused keys of one launch take; longer calls go through (head, block) pairs in several launches."""
@@ -81,11 +85,79 @@ class CupyBackend(Backend):
     builds_subspace: ClassVar[bool] = True
 
     def attention(
-        self, problem: Problem, q: Any, k: Any, v: Any, out: Any, mask: Any = None, bias: Any = None
+        self,
+        problem: Problem,
+        q: Any,
+        k: Any,
+        v: Any,
+        out: Any,
+        mask: Any = None,
+        bias: Any = None,
+        lent: Lent = NOTHING_LENT,
     ) -> tuple[Any, Any, Maps]:
         """Compute one call on the device that holds ``q`` (the current one for NumPy arrays)."""
-        with _device_of(q):
-            return super().attention(problem, q, k, v, out, mask, bias)
+        with ExitStack() as stack:
+            if kind_of(q) == "cupy":
+                stack.enter_context(q.device)
+            stack.enter_context(on_stream(lent.stream))
+            if lent.workspace is not None:
+                needed = self.workspace_bytes(problem, q, k, v, out, mask, bias, lent)
+                checks.check_workspace_size(lent.workspace, needed)
+                stack.enter_context(doing(_in_workspace(lent.workspace)))
+            return super().attention(problem, q, k, v, out, mask, bias, lent)
+
+    def workspace_bytes(
+        self,
+        problem: Problem,
+        q: Any,
+        k: Any,
+        v: Any,
+        out: Any,
+        mask: Any = None,
+        bias: Any = None,
+        lent: Lent = NOTHING_LENT,
+    ) -> int:
+        self.refuse(problem, q)
+        if isinstance(k, GroupedKeys):
+            raise NotImplementedError(f"workspace: is not built for GroupedKeys yet, got {k}")
+        with q.device if kind_of(q) == "cupy" else nullcontext():
+            device = replace(work().device, capability=capability(), runs_sm90a=hopper_is_usable())
+        batch, heads, queries = problem.batch, problem.heads, problem.queries
+        O = _Placed.contiguous((batch, heads, queries, problem.value_width), problem.dtype, problem.layout)
+        lse = _Placed.contiguous((batch, heads, queries), np.dtype(np.float32))
+        keeps_lse = lent.lse is not None or lent.wants_lse
+        optional = [None if x is None else _Placed.of(x, "bhnd") for x in (mask, bias)]
+        return _planned_bytes(
+            problem,
+            device,
+            *(_Placed.of(x, problem.layout) for x in (q, k, v)),
+            O if out is None else _Placed.of(out, problem.layout),
+            lse if keeps_lse else None,
+            *optional,
+        )
+
+    def plan(
+        self,
+        problem: Problem,
+        device: DeviceFacts,
+        Q: Any,
+        K: Any,
+        V: Any,
+        O: Any,
+        lse: Any = None,
+        mask: Any = None,
+        bias: Any = None,
+    ) -> Plan:
+        """Return what a call with these planned arrays, in native order, would do on ``device``.
+
+        Without ``lse`` it takes a place in the workspace.
+        """
+        plan = Plan(device)
+        with doing(plan):
+            if lse is None:
+                lse = self.empty_lse((problem.batch, problem.heads, problem.queries), Q, is_kept=False)
+            self.compute(problem, Q, K, V, O, lse, mask, bias)
+        return plan
 
     # ---- arrays ----
 
@@ -99,11 +171,11 @@ class CupyBackend(Backend):
     def empty(self, shape: tuple[int, int, int, int], like: Any, layout: Layout) -> Any:
         b, h, n, d = shape
         if layout == "bnhd":
-            return cupy.empty((b, n, h, d), like.dtype).transpose(0, 2, 1, 3)
-        return cupy.empty(shape, like.dtype)
+            return work().new((b, n, h, d), like.dtype).transpose(0, 2, 1, 3)
+        return work().new(shape, like.dtype)
 
-    def empty_lse(self, shape: tuple[int, int, int], like: Any) -> Any:  # noqa: ARG002  the current device is like's
-        return cupy.empty(shape, np.float32)
+    def empty_lse(self, shape: tuple[int, int, int], like: Any, *, is_kept: bool = True) -> Any:  # noqa: ARG002
+        return work().new(shape, np.float32) if is_kept else _empty(shape, np.float32)
 
     def hand_back(self, array: Any, layout: Layout | None, *, like: Any, out: Any) -> Any:
         if kind_of(like) == "numpy":
@@ -122,7 +194,7 @@ class CupyBackend(Backend):
     def hash_channels(self, x: Any, planes: Any, block_size: int) -> Any:
         """Return the words (B, H, C, D) uint16 of eq. 5 for x (B, H, rows, D) and planes (L, 16) float32."""
         batch, heads, rows, width = x.shape
-        words = cupy.empty((batch, heads, ceil_div(rows, block_size), width), np.uint16)
+        words = _empty((batch, heads, ceil_div(rows, block_size), width), np.uint16)
         defines = hash_defines(_element(x), _vector(x))
         _launch(
             "hash_channels",
@@ -136,7 +208,7 @@ class CupyBackend(Backend):
 
     def group_channels(self, words: Any) -> Any:
         """Return the channels (B, H, C, D) int32 in the order of eq. 7."""
-        channels = cupy.empty(words.shape, np.int32)
+        channels = _empty(words.shape, np.int32)
         _launch("group_channels", {}, words.size // words.shape[3], 256, words, channels, words.shape[3])
         return channels
 
@@ -154,13 +226,13 @@ class CupyBackend(Backend):
     def _lsh_maps(self, problem: Problem, grouping: Grouping, Q: Any, K: Any) -> GroupMaps:
         X, Y = (Q, K) if grouping.by == "queries" else (K, Q)
         block_size = min(grouping.block_size, problem.grouped_rows)
-        planes = _planes(grouping.seed, block_size, X.device.id)
+        planes = _planes(grouping.seed, block_size)
         channels = self.group_channels(self.hash_channels(X, planes, block_size))
         if grouping.fusion == "sum":
             return GroupMaps(channels, None)
         segments = _segments_that_meet(problem, Y.shape[2])
         norms = _channel_sums(Y, segments, power=2)
-        gains = cupy.empty(channels.shape, np.float32)
+        gains = _empty(channels.shape, np.float32)
         rows, width = X.shape[2:]
         _launch(
             "fusion_gains",
@@ -192,7 +264,7 @@ class CupyBackend(Backend):
         count = batch * heads // heads_per_gram
         parts = segments.split(count)
         shape = (batch, heads // heads_per_gram, parts.count, pad(width), pad(width))
-        sums = cupy.empty(shape, _sum_type(X.dtype))
+        sums = _empty(shape, _sum_type(X.dtype))
         common = {"element": _element(X), "width": width, "centred": mean is not None}
         if _has_tensor_cores(X.dtype):
             stem, blocks, threads = "gram", gram_blocks(width), gram_threads(width)
@@ -227,14 +299,12 @@ class CupyBackend(Backend):
         real = _sum_type(Q.dtype)
         narrow_type = Q.dtype if uses_tensor_cores(problem, capability()) else None
         element = _element(Q) if narrow_type else ELEMENTS[real.__name__]
-        defines = maps_defines(element, width, columns, _shared_memory_limit(Q.device.id))
+        defines = maps_defines(element, width, columns, work().device.shared_limit)
         shape = (batch, heads, blocks, pad(columns), pad(width))
-        sampling, fusion = (cupy.empty(shape, real) for _ in range(2))
-        narrow = (
-            _DenseMaps(cupy.empty(shape, narrow_type), cupy.empty(shape, narrow_type), mean) if narrow_type else None
-        )
-        ranks = cupy.empty((batch, heads, blocks), np.int32)
-        score_errors = cupy.empty(ranks.shape, real)
+        sampling, fusion = (_empty(shape, real) for _ in range(2))
+        narrow = _DenseMaps(_empty(shape, narrow_type), _empty(shape, narrow_type), mean) if narrow_type else None
+        ranks = _empty((batch, heads, blocks), np.int32)
+        score_errors = _empty(ranks.shape, real)
         workspace_size = 0 if defines["IN_SHARED"] else ranks.size * pad(columns) * maps_pitch(width, columns)
         _launch(
             "subspace_maps",
@@ -243,7 +313,7 @@ class CupyBackend(Backend):
             None,
             *(x_grams, y_grams, sampling, fusion),
             *((narrow.sampling, narrow.fusion) if narrow else (_NULL, _NULL)),
-            *(ranks, score_errors, cupy.empty(workspace_size, real)),
+            *(ranks, score_errors, _empty((workspace_size,), real)),
             *(grouping.refine, real(-1 if grouping.score_tol is None else grouping.score_tol)),
             *(real(problem.scale), heads, y_grams.shape[1], blocks, X.shape[2], block_size),
             *(Y.shape[2], heads_per_gram, _SIGNS[meeting.direction], problem.meeting_offset or 0),
@@ -291,12 +361,12 @@ def _has_tensor_cores(dtype: Any) -> bool:
 
 def hopper_is_usable() -> bool:
     """Whether the current device runs sm_90a code and NVRTC, from 12.9 on, accepts that target beside CuPy's own."""
-    return capability() == 90 and cupy.cuda.nvrtc.getVersion() >= (12, 9)
+    return work().device.runs_sm90a
 
 
 def capability() -> int:
     """Return the compute capability of the current device: 90 for an H100."""
-    return int(cupy.cuda.Device().compute_capability)
+    return work().device.capability
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,7 +400,7 @@ def _equal_segments(rows: int, sums: int, per_processor: int = 2) -> _Segments:
 
     ``sums`` says how many such sums a launch makes, ``per_processor`` how many thread blocks a multiprocessor runs.
     """
-    wanted = ceil_div(per_processor * _multiprocessors(cupy.cuda.Device().id), max(sums, 1))
+    wanted = ceil_div(per_processor * work().device.multiprocessors, max(sums, 1))
     size = max(ceil_div(rows, wanted), _LEAST_SEGMENT_ROWS)
     return _Segments(ceil_div(rows, size), size, 0, 0, rows, ALL)
 
@@ -361,7 +431,7 @@ _SIGNS = {ALL: 0, UP_TO: 1, FROM: -1}
 def _channel_sums(Y: Any, segments: _Segments, power: int) -> Any:
     """Return sums of powers of Y's channels by segments, (B, H_y, S, D)."""
     batch, heads, rows, width = Y.shape
-    sums = cupy.empty((batch, heads, segments.count, width), _sum_type(Y.dtype))
+    sums = _empty((batch, heads, segments.count, width), _sum_type(Y.dtype))
     _launch(
         "channel_norms",
         norms_defines(_element(Y), _vector(Y), power),
@@ -382,7 +452,7 @@ def _sum_segments(sums: Any, segments: _Segments, factor: float = 1, element: in
         return sums
     batch, heads = sums.shape[:2]
     width = math.prod(sums.shape[3:])
-    out = cupy.empty((batch, heads, blocks, *sums.shape[3:]), sums.dtype)
+    out = _empty((batch, heads, blocks, *sums.shape[3:]), sums.dtype)
     defines = sum_defines(element or _element(sums), segments.direction, to_element=element is not None)
     _launch(
         "sum_segments",
@@ -417,24 +487,36 @@ class _DenseMaps:
     @classmethod
     def widened(cls, maps: SubspaceMaps, K: Any) -> _DenseMaps:
         """Return ``maps`` for CUDA cores."""
+        real = _sum_type(K.dtype)
+        if isinstance(maps, _OwnSubspaceMaps):
+            sampling, fusion = (cls._packed(x, real, *x.shape[:-3:-1]) for x in (maps.sampling, maps.fusion))
+            return cls(sampling, fusion, maps.key_mean)
         transposed = (cupy.asarray(x).swapaxes(-1, -2) for x in (maps.sampling, maps.fusion))
-        return cls(*(_contiguous(x).astype(_sum_type(K.dtype), copy=False) for x in (*transposed, maps.key_mean)))
+        return cls(*(_contiguous(x).astype(real, copy=False) for x in (*transposed, maps.key_mean)))
+
+    @classmethod
+    def _narrow(cls, maps: Any, like: Any) -> Any:
+        width, rank = maps.shape[3:]
+        return cls._packed(cupy.asarray(maps).astype(np.float32, copy=False), like.dtype, pad(rank), pad(width))
 
     @staticmethod
-    def _narrow(maps: Any, like: Any) -> Any:
+    def _packed(maps: Any, dtype: Any, rows: int, columns: int) -> Any:
+        """Return maps (B, H, C, D, R) as contiguous (B, H, C, rows, columns) of ``dtype``, zero beyond R and D."""
         *blocks, width, rank = maps.shape
-        flat = cupy.asarray(maps).astype(np.float32, copy=False).reshape(-1, width, rank)
-        narrow = cupy.empty((*blocks, pad(rank), pad(width)), like.dtype)
-        defines = narrow_defines(_element(like))
+        if maps.dtype == dtype and maps.swapaxes(-1, -2).flags.c_contiguous and (rows, columns) == (rank, width):
+            return maps.swapaxes(-1, -2)
+        flat = maps.reshape(-1, width, rank)
+        packed = _empty((*blocks, rows, columns), dtype)
+        defines = narrow_defines(_element(packed))
         _launch(
             "narrow_maps",
             defines,
-            len(flat) * ceil_div(pad(rank) * pad(width), defines["THREADS"]),
+            len(flat) * ceil_div(rows * columns, defines["THREADS"]),
             None,
-            *(flat, narrow, width, rank, pad(rank), pad(width)),
+            *(flat, packed, width, rank, rows, columns),
             *_strides(flat),
         )
-        return narrow
+        return packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -525,7 +607,7 @@ class _Forward:
             for first, count, K in self._fused_keys(on_hopper=False):
                 self._launch_simt(Q, K, first, count)
         else:
-            room = cupy.empty((*self.Q.shape[:3], pad(self.rank)), maps.fusion.dtype)
+            room = _empty((*self.Q.shape[:3], pad(self.rank)), maps.fusion.dtype)
             self._launch_simt(room, self._sample(self.K), 0, heads)
         self._add_mean_scores(maps.mean)
 
@@ -560,7 +642,7 @@ class _Forward:
         """Yield (first item, items, fused keys (items, M, R padded)) in turns with the launches that read them."""
         items = self.problem.batch * self.problem.heads * self.problem.blocks
         launch_items = self._items_per_launch(items, on_hopper)
-        workspace = cupy.empty((launch_items, self.problem.keys, pad(self.rank)), self._reduced_type)
+        workspace = _empty((launch_items, self.problem.keys, pad(self.rank)), self._reduced_type)
         for first in range(0, items, launch_items):
             count = min(launch_items, items - first)
             self._fuse(self.K, workspace, first, count)
@@ -577,7 +659,7 @@ class _Forward:
         fitting = max(1, WORKSPACE_BYTES // max(item_bytes, 1))
         if fitting >= items:
             return items
-        blocks_at_once = _multiprocessors(cupy.cuda.Device().id) * (1 if on_hopper else 2)
+        blocks_at_once = work().device.multiprocessors * (1 if on_hopper else 2)
         blocks_per_item = ceil_div(self.block_size, 128)
         waves = fitting * blocks_per_item // blocks_at_once
         return max(1, waves * blocks_at_once // blocks_per_item) if waves else fitting
@@ -603,7 +685,7 @@ class _Forward:
     def _launch_sm90(self, Q: Any, K: Any, first_item: int, items: int) -> None:
         """Launch forward_sm90.cu; K is (B, H_kv, M, R), or (1, items of this launch, M, R) where fused for items."""
         problem = self.problem
-        rank, dtype = K.shape[3], problem.dtype.name
+        rank = K.shape[3]
         sizes = self.sizes(first_item)
         # the queries of blocks over keys come as they are, and the kernel maps them for each block
         by_keys = self.dense_maps if self.by == "keys" else None
@@ -635,7 +717,7 @@ class _Forward:
             shown.append((by_keys.fusion.reshape(batch, kv_heads, blocks * rank, problem.width), launch.z_box))
         if launch.own_box:
             shown.append((self.K, launch.own_box))
-        maps = [encode_tensor_map(x.data.ptr, x.shape, x.strides, dtype, box) for x, box in shown]
+        maps = [work().tensor_map(x, box) for x, box in shown]
         _launch(
             "forward_sm90",
             defines,
@@ -650,7 +732,7 @@ class _Forward:
 
     def _sample(self, X: Any) -> Any:
         """Return X W (B, H_x, rows, R padded), X the side that is cut into blocks."""
-        sampled = cupy.empty((*X.shape[:3], pad(self.rank)), self._reduced_type)
+        sampled = _empty((*X.shape[:3], pad(self.rank)), self._reduced_type)
         self._fuse(X, sampled, 0, X.shape[0] * X.shape[1] * self.problem.blocks, sample=True)
         return sampled
 
@@ -763,7 +845,7 @@ class _Forward:
     def _launch_mma(self, Q: Any, K: Any, query_map: int, first_item: int, items: int) -> None:
         """Launch forward_mma.cu; without a query map, Q is as wide as what stands for the keys."""
         problem = self.problem
-        limit = _shared_memory_limit(cupy.cuda.Device().id)
+        limit = work().device.shared_limit
         width = Q.shape[3]
         rank = width if query_map == NO_MAP else self.rank
         own_block = self.scores_own_blocks
@@ -812,28 +894,9 @@ class _Forward:
 _NULL = np.uint64(0)
 
 
-@cache
-def _multiprocessors(device: int) -> int:
-    """Return how many thread blocks the device can at least run side by side."""
-    count: int = cupy.cuda.Device(device).attributes["MultiProcessorCount"]
-    return count
-
-
 def _thread_blocks() -> int:
     """Return how many thread blocks keep the current device busy with reading memory: two a multiprocessor."""
-    return 2 * _multiprocessors(cupy.cuda.Device().id)
-
-
-@cache
-def _shared_memory_limit(device: int) -> int:
-    """Return the most bytes of shared memory that a block of the device can ask for."""
-    limit: int = cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"]
-    return limit
-
-
-def _device_of(array: Any) -> AbstractContextManager[Any]:
-    device: AbstractContextManager[Any] = array.device if kind_of(array) == "cupy" else cupy.cuda.Device()
-    return device
+    return 2 * work().device.multiprocessors
 
 
 def _sum_type(dtype: Any) -> Any:
@@ -842,7 +905,8 @@ def _sum_type(dtype: Any) -> Any:
 
 
 def _contiguous(array: Any) -> Any:
-    return cupy.ascontiguousarray(cupy.asarray(array))
+    """Return maps, which a caller of `attend` may have made, as the kernels read them."""
+    return array if isinstance(array, PlannedArray) else cupy.ascontiguousarray(cupy.asarray(array))
 
 
 def _strides(array: Any) -> tuple[np.int64, ...]:
@@ -866,57 +930,71 @@ def _element_of_type(dtype: Any) -> int:
     return ELEMENTS[dtype.name]
 
 
-@lru_cache(maxsize=64)
-def _planes(seed: int, block_size: int, device: int) -> Any:
-    """Return the hyperplanes on one device; kept, because drawing them takes longer than hashing with them."""
-    with cupy.cuda.Device(device):
-        return cupy.asarray(hyperplanes(seed, block_size))
+def _planes(seed: int, block_size: int) -> Any:
+    """Return the hyperplanes of one block, drawn once: that takes longer than hashing with them.
 
-
-# ---- kernels ----
-
-
-def kernel_source(stem: str) -> str:
-    """Return the text of a kernel with our headers spliced in.
-
-    CuPy's cache on disk is keyed by the source text and does not read headers found through -I: with the headers inside
-    the text, an edit of one can never meet a stale binary.
+    A draw of fewer rows is the start of a draw of more, so blocks of similar sizes share one.
     """
-    spliced: set[str] = set()
-
-    def splice(name: str) -> str:
-        if name in spliced:  # what #pragma once does for files
-            return ""
-        spliced.add(name)
-        text = resources.files("distrattn_np.raw_kernels").joinpath(name).read_text(encoding="utf-8")
-        text = text.replace("#pragma once\n", "")
-        return re.sub(r'^#include "([\w.]+)".*$', lambda match: splice(match[1]), text, flags=re.MULTILINE)
-
-    return splice(f"{stem}.cu")
+    rows = max(1024, 1 << (block_size - 1).bit_length())
+    planes = work().constant(("hyperplanes", seed, rows), lambda: hyperplanes(seed, rows))
+    return planes[:block_size]
 
 
-_build_lock = threading.Lock()
-_kernels: dict[Any, Any] = {}
+def _empty(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Return memory for the length of a call. All of it is taken here, so that a workspace can hold it."""
+    return work().empty(shape, dtype)
 
 
-def _kernel(stem: str, defines: Defines, shared: int) -> Any:
-    """Return one kernel that may use ``shared`` bytes, built for the current device on first use."""
-    key = (stem, *defines.items(), shared, cupy.cuda.Device().id)
-    kernel = _kernels.get(key)
-    if kernel is None:
-        with _build_lock:  # two threads that build one RawKernel race
-            kernel = _kernels.get(key) or _kernels.setdefault(key, _build(stem, defines, shared))
-    return kernel
+def _in_workspace(workspace: Any) -> Work:
+    from .cupy_device import WorkspaceWork
+
+    return WorkspaceWork(cupy.asarray(workspace))
 
 
-def _build(stem: str, defines: Defines, shared: int) -> Any:
-    options = ["--std=c++17", *(f"-D{name}={value}" for name, value in defines.items())]
-    if stem.endswith("_sm90"):
-        options.append("-arch=sm_90a")  # CuPy adds -arch=sm_90; NVRTC takes the more specific of the two
-    kernel = cupy.RawModule(code=kernel_source(stem), options=tuple(options)).get_function(stem)
-    if shared > 48 << 10:
-        kernel.max_dynamic_shared_size_bytes = shared
-    return kernel
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """All of an array that the plan of a call depends on, in native order."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: Any
+    misaligned_by: int
+    """Bytes from a multiple of 256."""
+
+    @classmethod
+    def of(cls, array: Any, layout: Layout) -> _Placed:
+        if kind_of(array) == "numpy":  # its copy on the device
+            return cls.contiguous(tuple(array.shape), array.dtype).swapped(layout)
+        return cls(tuple(array.shape), tuple(array.strides), array.dtype, address(array) % 256).swapped(layout)
+
+    @classmethod
+    def contiguous(cls, shape: tuple[int, ...], dtype: Any, layout: Layout = "bhnd") -> _Placed:
+        """Return a new array; ``shape`` is native, ``layout`` the order of its memory."""
+        order = (0, 2, 1, 3) if layout == "bnhd" else range(len(shape))
+        in_memory = [shape[axis] for axis in order]
+        strides = [math.prod(in_memory[axis + 1 :]) * dtype.itemsize for axis in range(len(shape))]
+        return cls(shape, tuple(strides[axis] for axis in order), dtype, 0)
+
+    def swapped(self, layout: Layout) -> _Placed:
+        """Return an array of the caller's as a native view."""
+        if layout == "bhnd":
+            return self
+        shape, strides = ((x[0], x[2], x[1], x[3]) for x in (self.shape, self.strides))
+        return _Placed(shape, strides, self.dtype, self.misaligned_by)
+
+    def planned(self, region: int) -> Any:
+        return planned_array(region * REGION + self.misaligned_by, self.shape, self.dtype, self.strides)
+
+
+_INPUTS = 1 << 8
+"""The region of the first array of a call, far behind those that a plan takes for itself."""
+
+
+@lru_cache(maxsize=256)
+def _planned_bytes(problem: Problem, device: DeviceFacts, *arrays: _Placed | None) -> int:
+    """Return what a call takes of a workspace; ``arrays`` as in `CupyBackend.plan`."""
+    planned = (None if x is None else x.planned(_INPUTS + place) for place, x in enumerate(arrays))
+    return BACKEND.plan(problem, device, *planned).memory.bytes
 
 
 def _launch(stem: str, defines: Defines, blocks: int, threads: int | None, *arguments: Any, shared: int = 0) -> None:
@@ -927,7 +1005,7 @@ def _launch(stem: str, defines: Defines, blocks: int, threads: int | None, *argu
     if blocks == 0:
         return
     typed = tuple(np.int32(x) if isinstance(x, int) else x for x in arguments)
-    _kernel(stem, defines, shared)((blocks,), (threads or defines["THREADS"],), typed, shared_mem=shared)
+    work().launch(stem, defines, blocks, threads or defines["THREADS"], typed, shared)
 
 
 BACKEND = CupyBackend()

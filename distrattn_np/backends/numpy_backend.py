@@ -198,12 +198,16 @@ class NumpyBackend(Backend):
         """Return True: `bring_in` never copies."""
         return True
 
+    def workspace_bytes(self, *_call: Any) -> int:
+        """Return 0: host memory is not planned."""
+        return 0
+
     def empty(self, shape: tuple[int, int, int, int], like: np.ndarray, layout: Layout) -> np.ndarray:
         """Return a new (B, H, rows, width) array of ``like``'s dtype whose memory is ordered as ``layout``."""
         B, H, rows, width = shape
         return self.bring_in(np.empty((B, rows, H, width) if layout == "bnhd" else shape, dtype=like.dtype), layout)
 
-    def empty_lse(self, shape: tuple[int, int, int], like: np.ndarray) -> np.ndarray:  # noqa: ARG002
+    def empty_lse(self, shape: tuple[int, int, int], like: np.ndarray, *, is_kept: bool = True) -> np.ndarray:  # noqa: ARG002
         """Return a new float32 (B, H, N) array."""
         return np.empty(shape, dtype=np.float32)
 

@@ -1,0 +1,218 @@
+"""What a call does to a CUDA device, behind one interface: take memory, launch kernels; or only plan to.
+
+`CupyBackend` decides what is computed, and never allocates or launches but through here. Done for real
+(cupy_device.py), a call computes; done as a `Plan`, the same code tells how much memory it takes and which kernels it
+launches, where there is no device and no CuPy.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..checks import WORKSPACE_ALIGNMENT
+from ..problem import ceil_div
+from ..tiles import Defines
+from .tensor_map import Box
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFacts:
+    """What the choice of kernels, tiles and grids depends on."""
+
+    index: int
+    capability: int
+    """90 for an H100."""
+    runs_sm90a: bool
+    """Whether it takes code for sm_90a, and the compiler makes such."""
+    multiprocessors: int
+    shared_limit: int
+    """Most bytes of shared memory that a block can ask for."""
+
+
+class Work(ABC):
+    """Memory and launches of one call."""
+
+    device: DeviceFacts
+
+    @abstractmethod
+    def new(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """Return memory that outlives the call: a result."""
+
+    @abstractmethod
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """Return memory for the length of the call."""
+
+    @abstractmethod
+    def constant(self, key: tuple[Any, ...], make: Callable[[], np.ndarray]) -> Any:
+        """Return the array that ``make`` draws on the host; kept for all calls that ask for ``key``."""
+
+    @abstractmethod
+    def tensor_map(self, array: Any, box: Box) -> Any:
+        """Return the tensor map of an array as a kernel argument."""
+
+    @abstractmethod
+    def launch(
+        self, stem: str, defines: Defines, blocks: int, threads: int, arguments: tuple[Any, ...], shared: int
+    ) -> None:
+        """Launch one kernel on ``blocks`` thread blocks with ``shared`` bytes of dynamic shared memory."""
+
+
+_current: ContextVar[Work | None] = ContextVar("work", default=None)
+
+
+def work() -> Work:
+    """Return where memory comes from and launches go in this thread."""
+    return _current.get() or _on_cupy()
+
+
+def _on_cupy() -> Work:
+    from .cupy_device import ON_CURRENT_DEVICE
+
+    return ON_CURRENT_DEVICE
+
+
+@contextmanager
+def doing(what: Work) -> Iterator[None]:
+    """Send memory and launches of this thread there."""
+    token = _current.set(what)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+class Bump:
+    """Places in a workspace, one behind the other; nothing is given back before the call ends."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        """Taken so far."""
+
+    def take(self, shape: tuple[int, ...], dtype: Any) -> int:
+        """Return the offset of a new array, in bytes."""
+        start = self.bytes
+        self.bytes += ceil_div(math.prod(shape) * np.dtype(dtype).itemsize, WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT
+        return start
+
+
+class BuiltOnce:
+    """Kernels by key, each built once however many threads ask for it first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._built: dict[Any, Any] = {}
+
+    def get(self, key: Any, build: Callable[[], Any]) -> Any:
+        """Return what ``build`` returned for this key; what raises is tried again by the next that asks."""
+        found = self._built.get(key)
+        if found is None:
+            with self._lock:  # two threads that build one RawKernel race
+                found = self._built.get(key)
+                if found is None:
+                    found = self._built[key] = build()
+        return found
+
+
+# ---- plans ----
+
+
+class PlannedArray(np.ndarray):
+    """Shape, strides and an address that is nobody's: made to be measured, never read."""
+
+    @property
+    def data(self) -> Any:
+        """The address, as CuPy arrays tell it."""
+        return _Address(self.ctypes.data)
+
+
+@dataclass(frozen=True, slots=True)
+class _Address:
+    ptr: int
+
+
+def planned_array(address: int, shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None = None) -> Any:
+    """Return an array at ``address``, contiguous unless ``strides``, in bytes, say otherwise."""
+
+    class Interface:
+        __array_interface__ = {  # noqa: RUF012
+            "version": 3,
+            "typestr": f"|V{np.dtype(dtype).itemsize}",
+            "data": (address, False),
+            "shape": tuple(shape),
+            "strides": strides,
+        }
+
+    return np.asarray(Interface()).view(dtype).view(PlannedArray)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedLaunch:
+    """One launch of a `Plan`; its arguments are planned arrays and tensor maps, and numbers."""
+
+    stem: str
+    defines: Defines
+    blocks: int
+    threads: int
+    arguments: tuple[Any, ...]
+    shared: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensorMap:
+    """What a tensor map will describe."""
+
+    array: PlannedArray
+    box: Box
+
+
+REGION = 1 << 44
+"""Bytes between the addresses of the arrays of a plan: what a region holds can be told from an address."""
+
+
+@dataclass
+class Plan(Work):
+    """What a call would do on ``device``."""
+
+    device: DeviceFacts
+    memory: Bump = field(default_factory=Bump)
+    launches: list[PlannedLaunch] = field(default_factory=list)
+    constants: dict[tuple[Any, ...], tuple[Any, np.ndarray]] = field(default_factory=dict)
+    """By key: where a kernel reads it, and what it holds."""
+
+    WORKSPACE = 1
+    """The region that `empty` takes from; `constant` takes from those behind."""
+
+    def new(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """Refuse: the results of a plan are among its arguments."""
+        raise AssertionError(f"a plan has no result of shape {shape} and dtype {dtype}")
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """Return the next place in the workspace."""
+        return planned_array(self.WORKSPACE * REGION + self.memory.take(shape, dtype), shape, dtype)
+
+    def constant(self, key: tuple[Any, ...], make: Callable[[], np.ndarray]) -> Any:
+        """Return a place of its own for what ``make`` draws."""
+        if key not in self.constants:
+            host = make()
+            region = self.WORKSPACE + 1 + len(self.constants)
+            self.constants[key] = planned_array(region * REGION, host.shape, host.dtype), host
+        return self.constants[key][0]
+
+    def tensor_map(self, array: Any, box: Box) -> Any:
+        """Return what would be encoded."""
+        return PlannedTensorMap(array, box)
+
+    def launch(
+        self, stem: str, defines: Defines, blocks: int, threads: int, arguments: tuple[Any, ...], shared: int
+    ) -> None:
+        """Note it down."""
+        self.launches.append(PlannedLaunch(stem, defines, blocks, threads, arguments, shared))
