@@ -242,7 +242,7 @@ def distr_attention(
         results.append(lse if given_lse is None else given_lse)
     if return_info:
         results.append(_info(problem, chosen, maps, q, block_size) if keys is None else _info_of_grouped_keys(keys))
-    return tuple(results) if len(results) > 1 else result
+    return tuple(results) if len(results) > 1 else results[0]
 
 
 def exact_attention(

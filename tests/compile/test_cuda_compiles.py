@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import shutil
@@ -14,7 +13,8 @@ from typing import Any
 import pytest
 from kit.nvrtc import RAW_KERNELS, CompileError, compile_kernel, disassemble
 
-from distrattn_np import tiles
+from distrattn_np import kernel_sources, tiles
+from distrattn_np.kernel_sources import kernel_source
 
 STEMS = sorted(path.stem for path in RAW_KERNELS.glob("*.cu"))
 HEADERS = sorted(path.name for path in RAW_KERNELS.glob("*.cuh"))
@@ -25,7 +25,7 @@ SHARED_LIMITS = {  # bytes that a block can have
     "sm_80": 163 << 10,
     **dict.fromkeys(("sm_90", "sm_90a", "sm_100"), 227 << 10),
 }
-ON_TENSOR_CORES = ("forward_mma", "gram", "reduce_rows", "narrow_maps")
+ON_TENSOR_CORES = ("forward_mma", "gram", "reduce_rows")
 """Those whose instructions begin with sm_80."""
 
 
@@ -126,16 +126,10 @@ def test_bad_tile_is_refused_with_a_sentence(stem: str, defines: dict[str, int],
         compile_kernel(stem, architectures(stem)[0], defines)
 
 
-def import_cupy_backend() -> Any:
-    pytest.importorskip("cupy")
-    return importlib.import_module("distrattn_np.backends.cupy_backend")
-
-
 @pytest.mark.parametrize("stem", STEMS)
 def test_text_that_the_launcher_compiles_holds_its_headers(stem: str) -> None:
     """CuPy's cache does not read headers: an edited one must change the text, or an old binary would run."""
-    cupy_backend = import_cupy_backend()
-    text = cupy_backend.kernel_source(stem)
+    text = kernel_source(stem)
     assert not re.findall(r'^\s*#\s*include\s*"', text, flags=re.MULTILINE)
     for header in HEADERS:
         first_line = (RAW_KERNELS / header).read_text(encoding="utf-8").splitlines()[0]
@@ -145,14 +139,13 @@ def test_text_that_the_launcher_compiles_holds_its_headers(stem: str) -> None:
 
 
 def test_an_edited_header_changes_the_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    cupy_backend = import_cupy_backend()
     shutil.copytree(RAW_KERNELS, tmp_path, dirs_exist_ok=True)
-    monkeypatch.setattr(cupy_backend.resources, "files", lambda _: tmp_path)
-    before = cupy_backend.kernel_source("hash_channels")
+    monkeypatch.setattr(kernel_sources.resources, "files", lambda _: tmp_path)
+    before = kernel_source("hash_channels")
     header = tmp_path / "element.cuh"
     header.write_text(header.read_text(encoding="utf-8") + "// edited\n", encoding="utf-8")
     assert "// edited" not in before
-    assert "// edited" in cupy_backend.kernel_source("hash_channels")
+    assert "// edited" in kernel_source("hash_channels")
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
