@@ -6,6 +6,7 @@ Nothing is imported to tell a kind. CuPy is, where device memory of another pack
 from __future__ import annotations
 
 import ctypes
+import math
 import numbers
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -202,6 +203,13 @@ class _Bfloat16Bits:
         # an older exporter cannot say that it may be written
         read_only = not versioned or bool(_DLVersion.from_address(start).flags & _READ_ONLY)
         return cls(capsule, tensor, read_only=read_only)
+
+
+def without_memory(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Return a contiguous array of any size that takes none and must not be read: it has a shape, and strides."""
+    dtype = np.dtype(dtype)
+    strides = [dtype.itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    return np.lib.stride_tricks.as_strided(np.empty(1, dtype), shape, strides)
 
 
 def describe(array: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from . import backends, checks
-from .arrays import kind_of
+from .arrays import kind_of, without_memory
 from .block_size import choose_block_size
 from .grouped_keys import GroupedKeys
 from .problem import AttentionInfo, Problem, Subspace, SubspaceMaps
@@ -363,8 +363,7 @@ def _described(array: Any) -> Any:
         shape, dtype = tuple(array.shape), np.dtype(array.dtype)
     except (AttributeError, TypeError):
         return array  # the call says what it is not
-    strides = [dtype.itemsize * int(np.prod(shape[axis + 1 :], dtype=np.int64)) for axis in range(len(shape))]
-    return np.lib.stride_tricks.as_strided(np.empty(1, dtype), shape, strides)
+    return without_memory(shape, dtype)
 
 
 def _info(

@@ -21,7 +21,7 @@ except ImportError:  # `load_by_name` says so before a call; plans do without
     cupy = None
 
 from .. import checks
-from ..arrays import Kind, address, kind_of, on_stream
+from ..arrays import Kind, kind_of, on_stream
 from ..grouped_keys import GroupedKeys
 from ..problem import Grouping, GroupMaps, Layout, Problem, Subspace, SubspaceMaps, ceil_div
 from ..reference import hyperplanes
@@ -66,7 +66,7 @@ from ..tiles import (
     sum_defines,
 )
 from . import NOTHING_LENT, Backend, Lent, Maps, host_copy_back
-from .device_work import REGION, DeviceFacts, Plan, PlannedArray, Work, doing, planned_array, work
+from .device_work import DeviceFacts, Placed, Plan, PlannedArray, Work, doing, work
 from .tensor_map import can_be_mapped, forward_sm90_launch
 
 WORKSPACE_BYTES = 256 << 20
@@ -123,15 +123,15 @@ class CupyBackend(Backend):
         with q.device if kind_of(q) == "cupy" else nullcontext():
             device = replace(work().device, capability=capability(), runs_sm90a=hopper_is_usable())
         batch, heads, queries = problem.batch, problem.heads, problem.queries
-        O = _Placed.contiguous((batch, heads, queries, problem.value_width), problem.dtype, problem.layout)
-        lse = _Placed.contiguous((batch, heads, queries), np.dtype(np.float32))
+        O = Placed.contiguous((batch, heads, queries, problem.value_width), problem.dtype, problem.layout)
+        lse = Placed.contiguous((batch, heads, queries), np.dtype(np.float32))
         keeps_lse = lent.lse is not None or lent.wants_lse
-        optional = [None if x is None else _Placed.of(x, "bhnd") for x in (mask, bias)]
+        optional = [None if x is None else Placed.of(x, "bhnd") for x in (mask, bias)]
         return _planned_bytes(
             problem,
             device,
-            *(_Placed.of(x, problem.layout) for x in (q, k, v)),
-            O if out is None else _Placed.of(out, problem.layout),
+            *(Placed.of(x, problem.layout) for x in (q, k, v)),
+            O if out is None else Placed.of(out, problem.layout),
             lse if keeps_lse else None,
             *optional,
         )
@@ -951,49 +951,10 @@ def _in_workspace(workspace: Any) -> Work:
     return WorkspaceWork(cupy.asarray(workspace))
 
 
-@dataclass(frozen=True, slots=True)
-class _Placed:
-    """All of an array that the plan of a call depends on, in native order."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: Any
-    misaligned_by: int
-    """Bytes from a multiple of 256."""
-
-    @classmethod
-    def of(cls, array: Any, layout: Layout) -> _Placed:
-        if kind_of(array) == "numpy":  # its copy on the device
-            return cls.contiguous(tuple(array.shape), array.dtype).swapped(layout)
-        return cls(tuple(array.shape), tuple(array.strides), array.dtype, address(array) % 256).swapped(layout)
-
-    @classmethod
-    def contiguous(cls, shape: tuple[int, ...], dtype: Any, layout: Layout = "bhnd") -> _Placed:
-        """Return a new array; ``shape`` is native, ``layout`` the order of its memory."""
-        order = (0, 2, 1, 3) if layout == "bnhd" else range(len(shape))
-        in_memory = [shape[axis] for axis in order]
-        strides = [math.prod(in_memory[axis + 1 :]) * dtype.itemsize for axis in range(len(shape))]
-        return cls(shape, tuple(strides[axis] for axis in order), dtype, 0)
-
-    def swapped(self, layout: Layout) -> _Placed:
-        """Return an array of the caller's as a native view."""
-        if layout == "bhnd":
-            return self
-        shape, strides = ((x[0], x[2], x[1], x[3]) for x in (self.shape, self.strides))
-        return _Placed(shape, strides, self.dtype, self.misaligned_by)
-
-    def planned(self, region: int) -> Any:
-        return planned_array(region * REGION + self.misaligned_by, self.shape, self.dtype, self.strides)
-
-
-_INPUTS = 1 << 8
-"""The region of the first array of a call, far behind those that a plan takes for itself."""
-
-
 @lru_cache(maxsize=256)
-def _planned_bytes(problem: Problem, device: DeviceFacts, *arrays: _Placed | None) -> int:
+def _planned_bytes(problem: Problem, device: DeviceFacts, *arrays: Placed | None) -> int:
     """Return what a call takes of a workspace; ``arrays`` as in `CupyBackend.plan`."""
-    planned = (None if x is None else x.planned(_INPUTS + place) for place, x in enumerate(arrays))
+    planned = (None if x is None else x.planned(place) for place, x in enumerate(arrays))
     return BACKEND.plan(problem, device, *planned).memory.bytes
 
 

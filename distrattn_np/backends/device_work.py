@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays import address, kind_of
 from ..checks import WORKSPACE_ALIGNMENT
-from ..problem import ceil_div
+from ..problem import Layout, ceil_div
 from ..tiles import Defines
 from .tensor_map import Box
 
@@ -139,14 +140,14 @@ class _Address:
     ptr: int
 
 
-def planned_array(address: int, shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None = None) -> Any:
-    """Return an array at ``address``, contiguous unless ``strides``, in bytes, say otherwise."""
+def planned_array(start: int, shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None = None) -> Any:
+    """Return an array at the address ``start``, contiguous unless ``strides``, in bytes, say otherwise."""
 
     class Interface:
         __array_interface__ = {  # noqa: RUF012
             "version": 3,
             "typestr": f"|V{np.dtype(dtype).itemsize}",
-            "data": (address, False),
+            "data": (start, False),
             "shape": tuple(shape),
             "strides": strides,
         }
@@ -176,6 +177,47 @@ class PlannedTensorMap:
 
 REGION = 1 << 44
 """Bytes between the addresses of the arrays of a plan: what a region holds can be told from an address."""
+WORKSPACE = 1
+"""The region of what a plan allocates; its constants have those behind."""
+ARGUMENTS = 1 << 8
+"""The region of the first argument of a plan."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """All of an array that the plan of a call depends on, in native order."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: Any
+    misaligned_by: int
+    """Bytes from a multiple of 256."""
+
+    @classmethod
+    def of(cls, array: Any, layout: Layout) -> Placed:
+        """Return what a plan needs of one of the caller's arrays."""
+        if kind_of(array) == "numpy":  # its copy on the device
+            return cls.contiguous(tuple(array.shape), array.dtype).swapped(layout)
+        return cls(tuple(array.shape), tuple(array.strides), array.dtype, address(array) % 256).swapped(layout)
+
+    @classmethod
+    def contiguous(cls, shape: tuple[int, ...], dtype: Any, layout: Layout = "bhnd") -> Placed:
+        """Return a new array; ``shape`` is native, ``layout`` the order of its memory."""
+        order = (0, 2, 1, 3) if layout == "bnhd" else range(len(shape))
+        in_memory = [shape[axis] for axis in order]
+        strides = [math.prod(in_memory[axis + 1 :]) * dtype.itemsize for axis in range(len(shape))]
+        return cls(shape, tuple(strides[axis] for axis in order), dtype, 0)
+
+    def swapped(self, layout: Layout) -> Placed:
+        """Return an array of the caller's as a native view."""
+        if layout == "bhnd":
+            return self
+        shape, strides = ((x[0], x[2], x[1], x[3]) for x in (self.shape, self.strides))
+        return Placed(shape, strides, self.dtype, self.misaligned_by)
+
+    def planned(self, place: int) -> Any:
+        """Return it as the argument of a `Plan` that comes at this place."""
+        return planned_array((ARGUMENTS + place) * REGION + self.misaligned_by, self.shape, self.dtype, self.strides)
 
 
 @dataclass
@@ -188,22 +230,19 @@ class Plan(Work):
     constants: dict[tuple[Any, ...], tuple[Any, np.ndarray]] = field(default_factory=dict)
     """By key: where a kernel reads it, and what it holds."""
 
-    WORKSPACE = 1
-    """The region that `empty` takes from; `constant` takes from those behind."""
-
     def new(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """Refuse: the results of a plan are among its arguments."""
         raise AssertionError(f"a plan has no result of shape {shape} and dtype {dtype}")
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """Return the next place in the workspace."""
-        return planned_array(self.WORKSPACE * REGION + self.memory.take(shape, dtype), shape, dtype)
+        return planned_array(WORKSPACE * REGION + self.memory.take(shape, dtype), shape, dtype)
 
     def constant(self, key: tuple[Any, ...], make: Callable[[], np.ndarray]) -> Any:
         """Return a place of its own for what ``make`` draws."""
         if key not in self.constants:
             host = make()
-            region = self.WORKSPACE + 1 + len(self.constants)
+            region = WORKSPACE + 1 + len(self.constants)
             self.constants[key] = planned_array(region * REGION, host.shape, host.dtype), host
         return self.constants[key][0]
 
