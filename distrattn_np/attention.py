@@ -221,9 +221,6 @@ def distr_attention(
         grouping=grouping,
         keys_are_grouped=keys is not None,
     )
-    chosen = backends.load(backend, like=q)
-    if keys is not None and not chosen.attends_grouped_keys:  # before a device is looked for
-        raise NotImplementedError(f"k: GroupedKeys is not built for the {chosen.name} backend yet, got {keys}")
     lent = backends.Lent(handle, None if workspace is _MEASURE else workspace, lse, return_lse)
     checks.check_lent(
         q,
@@ -234,6 +231,9 @@ def distr_attention(
         return_info=return_info,
         others={"q": q, "k": None if keys is not None else k, "v": v, "mask": mask, "bias": bias, "out": out},
     )
+    chosen = backends.load(backend, like=q)
+    if keys is not None and not chosen.attends_grouped_keys:  # before a device is looked for
+        raise NotImplementedError(f"k: GroupedKeys is not built for the {chosen.name} backend yet, got {keys}")
     if workspace is _MEASURE:
         return chosen.workspace_bytes(problem, q, k, v, out, mask, bias, lent)
     result, lse, maps = chosen.attention(problem, q, k, v, out, mask, bias, lent)

@@ -49,7 +49,8 @@ def arrays_in_place(stream: int | None = None, /, **named: Any) -> list[Any]:
     for name, given in named.items():
         try:
             arrays.append(in_place(given, stream))
-            read_only = name in WRITTEN and is_declared_read_only(given)
+            # NumPy's views say it themselves
+            read_only = name in WRITTEN and kind_of(arrays[-1]) != "numpy" and is_declared_read_only(given)
         except ImportError as error:
             raise ImportError(_message(name, str(error), type(given).__name__)) from error
         except Exception as error:  # another package's own, of any type
