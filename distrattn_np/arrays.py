@@ -6,7 +6,6 @@ Nothing is imported to tell a kind. CuPy is, where device memory of another pack
 from __future__ import annotations
 
 import ctypes
-import math
 import numbers
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -205,11 +204,23 @@ class _Bfloat16Bits:
         return cls(capsule, tensor, read_only=read_only)
 
 
-def without_memory(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Return a contiguous array of any size that takes none and must not be read: it has a shape, and strides."""
-    dtype = np.dtype(dtype)
-    strides = [dtype.itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    return np.lib.stride_tricks.as_strided(np.empty(1, dtype), shape, strides)
+REGION = 1 << 44
+"""Bytes between the addresses of arrays that are only measured: which of them one is in can be told from an address."""
+
+
+def array_at(start: int, shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None = None) -> np.ndarray:
+    """Return a NumPy array at any address, which must not be read; contiguous unless ``strides``, in bytes, differ."""
+
+    class Interface:
+        __array_interface__ = {  # noqa: RUF012
+            "version": 3,
+            "typestr": f"|V{np.dtype(dtype).itemsize}",
+            "data": (start, False),
+            "shape": tuple(shape),
+            "strides": strides,
+        }
+
+    return np.asarray(Interface()).view(dtype)
 
 
 def describe(array: Any) -> str:
@@ -248,15 +259,5 @@ def share_memory(a: Any, b: Any) -> bool:
 
 
 def _shape_in_memory(array: Any) -> np.ndarray:
-    """Return a NumPy array at the same addresses, on the device or not. It must not be read."""
-
-    class Interface:
-        __array_interface__ = {  # noqa: RUF012
-            "version": 3,
-            "typestr": f"|V{array.dtype.itemsize}",
-            "data": (address(array), True),
-            "shape": tuple(array.shape),
-            "strides": tuple(array.strides),
-        }
-
-    return np.asarray(Interface())
+    """Return a NumPy array at the same addresses, on the device or not."""
+    return array_at(address(array), array.shape, f"V{array.dtype.itemsize}", tuple(array.strides))

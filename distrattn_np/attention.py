@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from . import backends, checks
-from .arrays import kind_of, without_memory
+from .arrays import REGION, array_at
 from .block_size import choose_block_size
 from .grouped_keys import GroupedKeys
 from .problem import AttentionInfo, Problem, Subspace, SubspaceMaps
@@ -347,23 +347,23 @@ def workspace_size(q: Any, k: Any, v: Any, *, backend: str | None = None, **opti
     0
     """
     arrays = {name: options.get(name) for name in ("mask", "bias", "out", "lse")} | {"q": q, "k": k, "v": v}
-    arrays = {name: x if x is None or isinstance(x, GroupedKeys) else _described(x) for name, x in arrays.items()}
+    arrays = {name: _described(x, place) for place, (name, x) in enumerate(arrays.items())}
     if backend is None and arrays["q"] is not q:
         backend = "cupy"
     size: int = distr_attention(**options | arrays, backend=backend, workspace=_MEASURE)
     return size
 
 
-def _described(array: Any) -> Any:
-    """Return ``array``, or where it has no memory, an array of its shape and dtype that must not be read."""
+def _described(array: Any, place: int) -> Any:
+    """Return ``array``, or where it has no memory, an array like it at an address of its own."""
     has_memory = ("__dlpack__", "__cuda_array_interface__", "__array_interface__", "__array__")
-    if kind_of(array) is not None or any(hasattr(array, name) for name in has_memory):
+    if isinstance(array, GroupedKeys) or any(hasattr(array, name) for name in has_memory):
         return array
     try:
         shape, dtype = tuple(array.shape), np.dtype(array.dtype)
     except (AttributeError, TypeError):
         return array  # the call says what it is not
-    return without_memory(shape, dtype)
+    return array_at((1 + place) * REGION, shape, dtype)
 
 
 def _info(

@@ -49,8 +49,8 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     sizes = parser.add_argument_group("sizes")
     for name, default in (("batch", 1), ("heads", 8), ("queries", 4096), ("width", 128)):
         sizes.add_argument(f"--{name}", type=int, default=default, help="%(default)s")
-    for name, default in (("kv-heads", "heads"), ("keys", "queries"), ("value-width", "width")):
-        sizes.add_argument(f"--{name}", type=int, help=f"as --{default}")
+    for name, other in (("kv-heads", "heads"), ("keys", "queries"), ("value-width", "width")):
+        sizes.add_argument(f"--{name}", type=int, help=f"as --{other}")
     call = parser.add_argument_group("options of the call")
     call.add_argument("--exact", action="store_true", help="exact_attention; no option of grouping then")
     call.add_argument("--method", choices=("subspace", "lsh"))

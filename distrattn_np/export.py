@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 
 from . import __version__, checks
-from .arrays import without_memory
+from .arrays import REGION, array_at
 from .backends.device_work import (
     ARGUMENTS,
-    REGION,
     WORKSPACE,
     DeviceFacts,
     Placed,
@@ -78,7 +77,8 @@ class Call:
 
     def problem(self) -> Problem:
         """Return what is to be computed, or raise as the call would."""
-        q, k, v = (without_memory(self.shape(name), _dtype(self.dtype)) for name in "qkv")
+        dtype = _dtype(self.dtype)
+        q, k, v = (array_at(place * REGION, self.shape(name), dtype) for place, name in enumerate("qkv", start=1))
         # grouping looks at the last axis alone
         grouping = checks.check_grouping(q, **self.grouping) if self.grouping else None
         return checks.check_attention(
@@ -147,9 +147,8 @@ def export(
     kernels: list[dict[str, Any]] = []
     numbers: dict[tuple[Any, ...], int] = {}
     for launch in plan.launches:
-        key = (launch.stem, *launch.defines.items())
-        if key not in numbers:
-            numbers[key] = len(kernels)
+        if _key(launch) not in numbers:
+            numbers[_key(launch)] = len(kernels)
             kernels.append(_write_kernel(launch, arch, folder))
     buffers = {ARGUMENTS + place: name for place, name in enumerate(names)} | {WORKSPACE: "workspace"}
     constants = {}
@@ -158,19 +157,22 @@ def export(
         (folder / file).write_bytes(host.astype(host.dtype.newbyteorder("<")).tobytes())
         buffers[array.data.ptr // REGION] = name
         constants[name] = {"file": file, "dtype": host.dtype.name, "shape": list(host.shape)}
+    sizes = {name: {"dtype": call.dtype, "shape": list(call.shape(name))} for name in ("q", "k", "v", "out")}
+    if returns_lse:
+        sizes["lse"] = {"dtype": "float32", "shape": [call.batch, call.heads, call.queries]}
     report = {
         "format": FORMAT,
         "distrattn_np": __version__,
         "nvrtc": _nvrtc_version(),
         "architecture": {"name": arch, **{k: v for k, v in asdict(device).items() if k != "index"}},
         "call": asdict(call) | {"scale": problem.scale},
-        "buffers": {name: {"dtype": call.dtype, "shape": list(call.shape(name))} for name in ("q", "k", "v", "out")},
+        "buffers": sizes,
         "workspace_bytes": plan.memory.bytes,
         "constants": constants,
         "kernels": kernels,
         "launches": [
             {
-                "kernel": numbers[(launch.stem, *launch.defines.items())],
+                "kernel": numbers[_key(launch)],
                 "grid": [launch.blocks, 1, 1],
                 "block": [launch.threads, 1, 1],
                 "shared_bytes": launch.shared,
@@ -179,11 +181,12 @@ def export(
             for launch in plan.launches
         ],
     }
-    if returns_lse:
-        shape = [call.batch, call.heads, call.queries]
-        report["buffers"]["lse"] = {"dtype": "float32", "shape": shape}
     (folder / "launches.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
+
+
+def _key(launch: PlannedLaunch) -> tuple[Any, ...]:
+    return launch.stem, *launch.defines.items()
 
 
 def _write_kernel(launch: PlannedLaunch, arch: str, folder: Path) -> dict[str, Any]:
@@ -216,7 +219,7 @@ def _arguments(launch: PlannedLaunch, buffers: dict[int, str]) -> list[dict[str,
             case PlannedTensorMap(array, box):
                 encoding = Encoding.of(array.shape, array.strides, array.dtype.name, box)
                 return {"bytes": 128, "tensor_map": place(array) | asdict(encoding)}
-            case np.uint64():
+            case _ if argument.dtype == np.uint64:
                 return {"bytes": 8, "buffer": None}
             case _:
                 return {"bytes": argument.dtype.itemsize, "value": argument.item()}
@@ -235,7 +238,8 @@ def _dtype(name: str) -> np.dtype:
         import ml_dtypes
     except ImportError as error:
         raise ExportError("bfloat16 needs ml_dtypes: pip install 'distrattn_np[bf16]'") from error
-    return np.dtype(ml_dtypes.bfloat16)
+    bfloat16: np.dtype = np.dtype(ml_dtypes.bfloat16)
+    return bfloat16
 
 
 def _nvrtc_version() -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import address, kind_of
+from ..arrays import REGION, address, array_at, kind_of
 from ..checks import WORKSPACE_ALIGNMENT
 from ..problem import Layout, ceil_div
 from ..tiles import Defines
@@ -140,19 +140,8 @@ class _Address:
     ptr: int
 
 
-def planned_array(start: int, shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None = None) -> Any:
-    """Return an array at the address ``start``, contiguous unless ``strides``, in bytes, say otherwise."""
-
-    class Interface:
-        __array_interface__ = {  # noqa: RUF012
-            "version": 3,
-            "typestr": f"|V{np.dtype(dtype).itemsize}",
-            "data": (start, False),
-            "shape": tuple(shape),
-            "strides": strides,
-        }
-
-    return np.asarray(Interface()).view(dtype).view(PlannedArray)
+def _planned(start: int, shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None = None) -> PlannedArray:
+    return array_at(start, shape, dtype, strides).view(PlannedArray)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +164,6 @@ class PlannedTensorMap:
     box: Box
 
 
-REGION = 1 << 44
-"""Bytes between the addresses of the arrays of a plan: what a region holds can be told from an address."""
 WORKSPACE = 1
 """The region of what a plan allocates; its constants have those behind."""
 ARGUMENTS = 1 << 8
@@ -217,7 +204,7 @@ class Placed:
 
     def planned(self, place: int) -> Any:
         """Return it as the argument of a `Plan` that comes at this place."""
-        return planned_array((ARGUMENTS + place) * REGION + self.misaligned_by, self.shape, self.dtype, self.strides)
+        return _planned((ARGUMENTS + place) * REGION + self.misaligned_by, self.shape, self.dtype, self.strides)
 
 
 @dataclass
@@ -236,14 +223,14 @@ class Plan(Work):
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """Return the next place in the workspace."""
-        return planned_array(WORKSPACE * REGION + self.memory.take(shape, dtype), shape, dtype)
+        return _planned(WORKSPACE * REGION + self.memory.take(shape, dtype), shape, dtype)
 
     def constant(self, key: tuple[Any, ...], make: Callable[[], np.ndarray]) -> Any:
         """Return a place of its own for what ``make`` draws."""
         if key not in self.constants:
             host = make()
             region = WORKSPACE + 1 + len(self.constants)
-            self.constants[key] = planned_array(region * REGION, host.shape, host.dtype), host
+            self.constants[key] = _planned(region * REGION, host.shape, host.dtype), host
         return self.constants[key][0]
 
     def tensor_map(self, array: Any, box: Box) -> Any:
