@@ -83,7 +83,7 @@ def launch_rule(stem: str) -> dict[str, str]:
     head = _read(f"{stem}.cu").partition("\n#include")[0]
     lines = re.findall(r"^// (\w+) +: (.*(?:\n//             .*)*)", head, flags=re.MULTILINE)
     wanted = {"Grid": "grid", "Block": "block", "Shared": "shared"}
-    return {wanted[name]: re.sub(r"\n// +", " ", text) for name, text in lines if name in wanted}
+    return {wanted[name]: re.sub(r"(?:\n//)? +", " ", text) for name, text in lines if name in wanted}
 
 
 def _holds(condition: str, defines: Defines) -> bool:
