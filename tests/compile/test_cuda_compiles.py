@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -146,6 +147,37 @@ def test_an_edited_header_changes_the_text(monkeypatch: pytest.MonkeyPatch, tmp_
     header.write_text(header.read_text(encoding="utf-8") + "// edited\n", encoding="utf-8")
     assert "// edited" not in before
     assert "// edited" in kernel_source("hash_channels")
+
+
+def test_cupys_cache_is_keyed_by_our_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CuPy names a cached kernel by target, options, compiler and text: an edited header must give another name."""
+    compiler = pytest.importorskip("cupy").cuda.compiler
+    names: list[str] = []
+
+    class Cache:
+        def load(self, name: str) -> None:
+            names.append(name)
+
+        def save(self, *_: Any) -> None:
+            pass
+
+    monkeypatch.setattr(compiler, "_kernel_cache_backend", Cache())
+    monkeypatch.setattr(compiler, "_preprocess", lambda *_: "")
+    monkeypatch.setattr(compiler, "_get_nvrtc_version", lambda: (13, 0))
+    monkeypatch.setattr(compiler, "_get_arch_for_options_for_nvrtc", lambda arch: ("-arch", arch))
+    monkeypatch.setattr(compiler, "_compile_using_nvrtc_no_warning", lambda *_: (b"", {}))
+    monkeypatch.setattr(compiler.function, "Module", lambda: SimpleNamespace(load=bool, _set_mapping=bool))
+
+    def name_of(stem: str, defines: dict[str, int]) -> str:
+        compiler._compile_with_cache_cuda(kernel_source(stem), tuple(kernel_sources.options(defines)), "80")
+        return names[-1]
+
+    before = name_of("hash_channels", {"ELEMENT": 1})
+    assert name_of("hash_channels", {"ELEMENT": 1}) == before
+    assert name_of("hash_channels", {"ELEMENT": 2}) != before
+    read = kernel_sources._read
+    monkeypatch.setattr(kernel_sources, "_read", lambda name: read(name) + "// edited\n" * (name == "element.cuh"))
+    assert name_of("hash_channels", {"ELEMENT": 1}) != before
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
