@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,7 @@ def work() -> Work:
     return _current.get() or _on_cupy()
 
 
+@cache
 def _on_cupy() -> Work:
     from .cupy_device import ON_CURRENT_DEVICE
 

@@ -1,4 +1,4 @@
-"""Do calls run in other programs: on their stream, in their memory, in their graphs, from exported kernels? On a GPU."""
+"""Do calls run in other programs: on their streams, in their memory and graphs, from exported kernels? Needs a GPU."""
 
 from __future__ import annotations
 

@@ -164,6 +164,15 @@ def test_wrong_options_are_named(options: list[str], message: str, tmp_path: Pat
     assert not (tmp_path / "new").exists()
 
 
+def test_without_a_compiler_it_says_what_to_install(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    assert cli.main(["export", "--arch", "sm_80", "--out", str(tmp_path), "--exact"]) == 2
+    message = "needs cuda-bindings and NVRTC: pip install 'distrattn_np[cuda13]'"
+    assert capsys.readouterr().err == f"distrattn export: error: {message}\n"
+
+
 def test_unknown_architecture_is_refused(tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(["export", "--arch", "sm_70", "--out", str(tmp_path)])
