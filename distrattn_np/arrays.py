@@ -208,8 +208,17 @@ REGION = 1 << 44
 """Bytes between the addresses of arrays that are only measured: which of them one is in can be told from an address."""
 
 
-def array_at(start: int, shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None = None) -> np.ndarray:
-    """Return a NumPy array at any address, which must not be read; contiguous unless ``strides``, in bytes, differ."""
+class Unreadable(np.ndarray):
+    """Shape, strides and an address that may be nobody's. Debuggers and tracebacks may show it all the same."""
+
+    def __repr__(self) -> str:
+        return describe(self)
+
+    __str__ = __repr__
+
+
+def array_at(start: int, shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None = None) -> Unreadable:
+    """Return an array at any address; contiguous unless ``strides``, in bytes, say otherwise."""
 
     class Interface:
         __array_interface__ = {  # noqa: RUF012
@@ -220,7 +229,8 @@ def array_at(start: int, shape: tuple[int, ...], dtype: Any, strides: tuple[int,
             "strides": strides,
         }
 
-    return np.asarray(Interface()).view(dtype)
+    array: Unreadable = np.asarray(Interface()).view(Unreadable).view(dtype)
+    return array
 
 
 def describe(array: Any) -> str:

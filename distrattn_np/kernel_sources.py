@@ -58,11 +58,12 @@ def parameters(stem: str, defines: Defines) -> list[Parameter]:
     signature = re.search(rf'extern "C" __global__[^;{{]*?\b{stem}\s*\((.*?)\)\s*\{{', text, flags=re.DOTALL)
     if signature is None:
         raise ValueError(f"{stem}.cu: has no kernel of its name")
+    macros = dict(re.findall(r"^#define (\w+) +(.+?) *$", text, flags=re.MULTILINE))
     kept, keeps = [], [True]
     for line in signature[1].splitlines():
         match line.split(maxsplit=1):
             case ["#if", condition]:
-                keeps.append(_holds(condition, defines))
+                keeps.append(_holds(condition, defines, macros))
             case ["#else"]:
                 keeps.append(not keeps.pop())
             case ["#endif"]:
@@ -86,13 +87,20 @@ def launch_rule(stem: str) -> dict[str, str]:
     return {wanted[name]: re.sub(r"(?:\n//)? +", " ", text) for name, text in lines if name in wanted}
 
 
-def _holds(condition: str, defines: Defines) -> bool:
-    """Whether a condition of names, !, && and || holds; a name that is not defined is 0, as every default here."""
-    if not re.fullmatch(r"(!?[A-Z_0-9]+(\s*(&&|\|\|)\s*|$))+", condition):
+def _holds(condition: str, defines: Defines, macros: dict[str, str]) -> bool:
+    """Whether a condition of names, !, && and || holds, with the -D options and what the source defines itself."""
+    inner = condition.strip().removeprefix("(").removesuffix(")")
+    if not re.fullmatch(r"(!?\w+(\s*(&&|\|\|)\s*|$))+", inner):
         raise ValueError(f"#if {condition}: more than names, !, && and ||, which is not read here")
+
+    def is_set(name: str) -> bool:
+        if name in defines or name.isdigit():
+            return int(defines.get(name, name)) != 0
+        return name in macros and _holds(macros[name], defines, macros)
+
     return any(
-        all((defines.get(name.strip(" !"), 0) != 0) != name.strip().startswith("!") for name in clause.split("&&"))
-        for clause in condition.split("||")
+        all(is_set(term.strip(" !")) != term.strip().startswith("!") for term in clause.split("&&"))
+        for clause in inner.split("||")
     )
 
 

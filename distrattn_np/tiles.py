@@ -204,16 +204,14 @@ def sm90_defines(
     keys_per_item: bool,
     causal: bool,
     mapped_width: int | None = None,
-    own_block: bool = False,
 ) -> Defines:
     """Return the -D options of forward_sm90.cu for inner width ``rank`` (padded).
 
-    ``mapped_width`` is the width of queries that the kernel maps itself, for blocks over keys; with ``own_block`` they
-    score the keys of their own block exactly.
+    ``mapped_width`` is the width of queries that the kernel maps itself, for blocks over keys.
     """
     key_maps = {}
     if mapped_width is not None:
-        key_maps = {"KEY_MAPS": 1, "D": mapped_width, "OWN_BLOCK": int(own_block), "MAP_AHEAD": int(tiles.map_ahead)}
+        key_maps = {"KEY_MAPS": 1, "D": mapped_width, "MAP_AHEAD": int(tiles.map_ahead)}
     return key_maps | {
         "ELEMENT": element,
         "R": rank,
@@ -239,6 +237,23 @@ def gram_blocks(width: int) -> int:
 def gram_threads(width: int) -> int:
     """Return the threads of a block of gram.cu: a warp for sixteen channels."""
     return 2 * pad(width)
+
+
+GRAM_SM90_ROW_TILE = 64
+"""Rows of a tile of gram_sm90.cu."""
+GRAM_SM90_WIDTHS = (64, 128)
+"""Widths that gram_sm90.cu takes."""
+
+
+def gram_sm90_defines(element: int, width: int) -> Defines:
+    """Return the -D options of gram_sm90.cu."""
+    stage_bytes = 2 * GRAM_SM90_ROW_TILE * width + 2 * 8  # a tile and two barriers
+    return {"ELEMENT": element, "D": width, "LAUNCH_SHARED_BYTES": 6 * stage_bytes + 1024}
+
+
+def gram_sm90_threads(width: int) -> int:
+    """Return the threads of a block of gram_sm90.cu: a warpgroup for 64 channels, and one that copies."""
+    return 128 * (1 + width // 64)
 
 
 GRAM_SIMT_STRIP = 64
@@ -495,7 +510,6 @@ def _forward_sm90_cases() -> Iterator[Defines]:
                 keys_per_item=False,
                 causal=causal,
                 mapped_width=width,
-                own_block=causal,
             )
 
 
@@ -547,6 +561,7 @@ _CASES: dict[str, Callable[[int], Iterable[Defines]]] = {
             _SIXTEEN_BITS, (128, 64, 80, 33, 1, 176, 192, 256), (False, True), (False, True)
         )
     ],
+    "gram_sm90": lambda _: [gram_sm90_defines(e, width) for e, width in product(_SIXTEEN_BITS, GRAM_SM90_WIDTHS)],
     "gram_simt": lambda _: [
         gram_simt_defines(element=e, width=width, centred=centred)
         for e, width, centred in product(ELEMENTS.values(), (128, 64, 33, 1, 256), (False, True))

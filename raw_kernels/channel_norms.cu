@@ -3,9 +3,7 @@
 //   norms_sj = sum over the rows n of segment s of Y_nj^POWER       docs/math.md (|y_j|^2 of eq. 9, the mean of eq. 12)
 //
 // Segments, and not whole columns, because in a causal call every block meets other rows: fusion_gains adds up the
-// segments that its block meets. Segment s holds the rows from edge(s) to edge(s + 1) - 1, where
-//
-//   edge(s) = min(max(s * segment_rows + shift, lower), upper),   edge(0) = lower,   edge(S) = upper
+// segments that its block meets (segments.cuh).
 //
 // Reference : reference/channel_norms.py      Numba : distrattn_np/numba_kernels/channel_norms.py
 // Launcher  : distrattn_np/backends/cupy_backend.py
@@ -18,6 +16,7 @@
 // Alone     : nvcc -cubin -arch=sm_80 raw_kernels/channel_norms.cu
 
 #include "element.cuh"
+#include "segments.cuh"
 
 // ---- the launcher sets these with -D; the defaults let the file compile alone ----
 #ifndef THREADS
@@ -43,13 +42,8 @@ void channel_norms(const element_t* __restrict__ Y,   // [B, H, rows, D]
 
   // ---- which rows this block owns; which channels and rows of them this thread owns ----
   const int s = blockIdx.x % S, h = blockIdx.x / S % H, b = blockIdx.x / S / H;
-  auto edge = [&](int segment) -> int {
-    if (segment == 0) return lower;
-    if (segment == S) return upper;
-    const long long row = static_cast<long long>(segment) * segment_rows + shift;
-    return max(static_cast<long long>(lower), min(row, static_cast<long long>(upper)));
-  };
-  const int begin = edge(s), end = edge(s + 1);
+  const Segments segments{S, segment_rows, shift, lower, upper};
+  const int begin = segments.edge(s), end = segments.edge(s + 1);
   const int strips = D / VECTOR;  // a strip is VECTOR neighbouring channels; neighbouring threads read along a row
   const int slices = THREADS / strips;
   const int slice = threadIdx.x / strips;

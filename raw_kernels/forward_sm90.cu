@@ -9,9 +9,8 @@
 //   exact attention        : Q and K as the caller holds them, R = D
 //   blocks over queries    : Q sampled, K fused for each query block (KEYS_PER_ITEM)
 //   blocks over keys       : Q as the caller holds it, K sampled, and a map Z for each key block (KEY_MAPS). Q Z is
-//                            computed here, once for each key block, and stays in registers. With FOLD_REFERENCE the
-//                            last two of the R columns are the kernel's: K has ones there, Z zeros. With OWN_BLOCK a
-//                            query scores the keys of its own block exactly (eq. 20), from K as the caller holds it.
+//                            computed here, once for each key block, and stays in registers. With CAUSAL a query
+//                            scores the keys of its own block exactly (OWN_BLOCK, eq. 20), from K as the caller has it.
 //
 // Grid      : (query tiles of a block * items); an item is a (batch, head, query block), see work_item.cuh
 // Block     : (1 + NUM_CONSUMERS) * 128 threads. Warpgroup 0 copies tiles, the others own 64 query rows each
@@ -25,8 +24,8 @@
 //             z_map (D, key blocks * R, H_kv, B)  (D, R)                 KEY_MAPS: Z transposed
 //             own_map (D, M, H_kv, B)             (D, BLOCK_KV)          OWN_BLOCK: K as the caller holds it
 // Assumes   : scale > 0, M > 0; pointers and strides of what the maps show are multiples of 16 bytes, those of O of 4;
-//             KEY_MAPS: key_block_size is a multiple of BLOCK_KV. Q Z (FOLD_REFERENCE: in powers of two) is rounded to
-//             the element type; what is out of its range becomes the largest element.
+//             KEY_MAPS: key_block_size is a multiple of BLOCK_KV. Q Z, in powers of two, is rounded to the element
+//             type; what is out of its range becomes the largest element.
 // A query that sees no key: O = 0, lse = -inf.
 // Alone     : nvcc -cubin -gencode arch=compute_90a,code=sm_90a raw_kernels/forward_sm90.cu
 
@@ -49,12 +48,7 @@
 #ifndef CAUSAL
 #define CAUSAL 0
 #endif
-#ifndef OWN_BLOCK
-#define OWN_BLOCK 0  // only with KEY_MAPS and CAUSAL
-#endif
-#ifndef FOLD_REFERENCE
-#define FOLD_REFERENCE 0  // only with KEY_MAPS: the last two of the R columns carry the softmax's reference
-#endif
+#define OWN_BLOCK (KEY_MAPS && CAUSAL)
 #ifndef MAP_AHEAD
 #define MAP_AHEAD 1  // only with KEY_MAPS: Q Z of the next key block runs beside a softmax; takes R / 2 more registers
 #endif
@@ -82,8 +76,6 @@ static_assert(ELEMENT == FLOAT16 || ELEMENT == BFLOAT16, "tensor cores take 16-b
 static_assert(BLOCK_Q % CONSUMER_ROWS == 0 && NUM_CONSUMERS >= 2 && NUM_CONSUMERS <= 4,
               "two to four warpgroups own 64 query rows each");
 static_assert(BLOCK_KV % MMA_DEPTH == 0 && BLOCK_KV <= 128, "S [64, BLOCK_KV] is held in registers");
-static_assert(!FOLD_REFERENCE || KEY_MAPS, "the reference is folded into Q Z");
-static_assert(!OWN_BLOCK || (KEY_MAPS && CAUSAL && !FOLD_REFERENCE), "own blocks are of causal calls by keys");
 static_assert(R % MMA_DEPTH == 0 && E % MMA_DEPTH == 0 && Q_WIDTH % MMA_DEPTH == 0, "a product is 16 columns deep");
 
 // Registers of a thread. What the warpgroups hold together may not exceed what they are launched with, or the block
@@ -126,6 +118,12 @@ struct KeyTiles {
   }
 };
 
+// A lane holds scores of this row of its warpgroup's and of the eighth after it.
+__device__ __forceinline__ int row_of_lane() {
+  const int thread = thread_index_anew();
+  return thread % WARPGROUP / WARP_SIZE * 16 + thread % WARP_SIZE / 4;
+}
+
 // Sets the scores of keys after the last that each of this lane's two rows sees to minus infinity.
 __device__ __forceinline__ void hide_scores(float (&S)[BLOCK_KV / 2], int first_key, const int (&last_key)[2]) {
 #pragma unroll
@@ -141,11 +139,10 @@ using MappedQueries = unsigned[R / MMA_DEPTH][4];  // Q Z [64, R], in registers
 // its 16-bit type and the sums fit float32; where a pass cannot keep this up it is lost, and the block is computed
 // again in a pass that follows the maximum.
 //
-// Scores are in units of S: times `scale_log2` they are powers of two. With FOLD_REFERENCE, Q Z carries that factor and
-// S leaves the products short of `folded`, the reference that Q Z carries in its last two columns.
+// Scores are in units of S: times the `scale_log2` of a step they are powers of two. Q Z carries that factor itself, and
+// its products with K are added to minus the reference (IS_STARTED), so that S is the argument of exp2 as it is.
 struct RunningSoftmax {
   float reference[2] = {-INFINITE, -INFINITE};  // the same in the four lanes; -INFINITE: this row has seen no key
-  float folded[2] = {0.0f, 0.0f};               // what S is short of
   float row_sum[2] = {0.0f, 0.0f};              // of this lane's columns only
   float rescale[2];                             // set where a step returns true
   bool is_lost = false;
@@ -153,19 +150,21 @@ struct RunningSoftmax {
   // The steps turn S into P. They return whether this warp's O has to be multiplied by `rescale` before P V is added.
 
   // Any scores: looks for the maximum. The reference may lag behind it by LARGEST_LAG.
+  template <bool IS_STARTED>
   __device__ __forceinline__ bool step_by_maximum(float (&S)[BLOCK_KV / 2], float scale_log2, bool is_last_pass) {
     constexpr float LARGEST_LAG = 8.0f;  // powers of two
     float tile_max[2] = {S[0], S[2]};
 #pragma unroll
     for (int i = 0; i < BLOCK_KV / 2; i += 2)
       tile_max[i / 2 % 2] = fmaxf(tile_max[i / 2 % 2], fmaxf(S[i], S[i + 1]));
+    const float start[2] = {IS_STARTED ? -finite_reference(0) : 0.0f, IS_STARTED ? -finite_reference(1) : 0.0f};
     const float growth =
-        fmaxf(tile_max[0] + folded[0] - reference[0], tile_max[1] + folded[1] - reference[1]) * scale_log2;
+        fmaxf(tile_max[0] - start[0] - reference[0], tile_max[1] - start[1] - reference[1]) * scale_log2;
     const bool has_grown = __any_sync(~0u, growth > LARGEST_LAG);
     if (has_grown) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        float row_max = tile_max[i] + folded[i];
+        float row_max = tile_max[i] - start[i];
         row_max = fmaxf(row_max, __shfl_xor_sync(~0u, row_max, 1));
         row_max = fmaxf(row_max, __shfl_xor_sync(~0u, row_max, 2));
         move_reference(i, fmaxf(reference[i], row_max), scale_log2, is_last_pass);
@@ -174,7 +173,7 @@ struct RunningSoftmax {
 #pragma unroll
     for (int i = 0; i < BLOCK_KV / 2; i += 2) {
       // the difference first: for large scores the product would not be exact enough
-      const float shift = finite_reference(i / 2 % 2) - folded[i / 2 % 2];
+      const float shift = finite_reference(i / 2 % 2) + start[i / 2 % 2];
       S[i] = exp2_approximate((S[i] - shift) * scale_log2);
       S[i + 1] = exp2_approximate((S[i + 1] - shift) * scale_log2);
       row_sum[i / 2 % 2] += S[i] + S[i + 1];
@@ -184,6 +183,7 @@ struct RunningSoftmax {
 
   // Rows that have seen a key, scores that are not hidden: relies on the reference, and looks at the sums of P, which
   // bound every P.
+  template <bool IS_STARTED>
   __device__ __forceinline__ bool step_by_sum(float (&S)[BLOCK_KV / 2], float scale_log2) {
     constexpr float LARGEST_SUM = 1 << 14;
     constexpr float LARGEST_REPAIRED_SUM = 0x1p100f;
@@ -191,8 +191,8 @@ struct RunningSoftmax {
     float tile_sum[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < BLOCK_KV / 2; i += 2) {
-      S[i] = exp2_approximate(FOLD_REFERENCE ? S[i] : fmaf(S[i], scale_log2, -offset[i / 2 % 2]));
-      S[i + 1] = exp2_approximate(FOLD_REFERENCE ? S[i + 1] : fmaf(S[i + 1], scale_log2, -offset[i / 2 % 2]));
+      S[i] = exp2_approximate(IS_STARTED ? S[i] : fmaf(S[i], scale_log2, -offset[i / 2 % 2]));
+      S[i + 1] = exp2_approximate(IS_STARTED ? S[i + 1] : fmaf(S[i + 1], scale_log2, -offset[i / 2 % 2]));
       tile_sum[i / 2 % 2] += S[i] + S[i + 1];
     }
     const bool is_large = __any_sync(~0u, fmaxf(tile_sum[0], tile_sum[1]) > LARGEST_SUM);
@@ -214,37 +214,20 @@ struct RunningSoftmax {
     return is_large;
   }
 
-#if FOLD_REFERENCE
-  // Lets the products that follow subtract the reference: keys have ones in the last two columns.
-  __device__ __forceinline__ void fold(MappedQueries& QZ, int lane) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      folded[i] = finite_reference(i);
-      const float high = round_to_element(folded[i]);
-      if (lane % 4 == 3) QZ[R / MMA_DEPTH - 1][2 + i] = pack(-high, high - folded[i]);
-    }
-  }
-#endif
 
   __device__ __forceinline__ void move_reference(int i, float target, float scale_log2, bool is_last_pass) {
     // Of larger references the product with scale_log2 is not exact enough.
     constexpr float LARGEST_REFERENCE = 1 << 15;  // powers of two
-    if (!is_last_pass && target != -INFINITE) {
-      is_lost |= fabsf(target) * scale_log2 > LARGEST_REFERENCE;
-      if (FOLD_REFERENCE) {  // to the sum of two elements
-        const float high = round_to_element(target);
-        target = high + round_to_element(target - high);
-      }
-    }
+    if (!is_last_pass && target != -INFINITE) is_lost |= fabsf(target) * scale_log2 > LARGEST_REFERENCE;
     rescale[i] = exp2_approximate((reference[i] - (target == -INFINITE ? 0.0f : target)) * scale_log2);
     row_sum[i] *= rescale[i];
     reference[i] = target;
   }
 
-  // Goes on with scores that are lower by these shifts than those so far.
-  __device__ __forceinline__ void lower_scores(float shift_0, float shift_1) {
-    reference[0] -= shift_0;
-    reference[1] -= shift_1;
+  // Goes on with scores that are lower by these shifts than those so far, and then in powers of two.
+  __device__ __forceinline__ void lower_scores(float shift_0, float shift_1, float scale_log2) {
+    reference[0] = (finite_reference(0) - shift_0) * scale_log2;
+    reference[1] = (finite_reference(1) - shift_1) * scale_log2;
   }
 
   // A row that has seen no key yet: any finite reference makes its P zero.
@@ -346,13 +329,18 @@ __device__ __forceinline__ void start_scores(float (&S)[BLOCK_KV / 2], Descripto
   wgmma_commit();
 }
 
-// S = (Q Z) K^T  [64, BLOCK_KV]
-__device__ __forceinline__ void start_scores(float (&S)[BLOCK_KV / 2], MappedQueries& QZ, Descriptor K) {
+// S = start + (Q Z) K^T  [64, BLOCK_KV]
+__device__ __forceinline__ void start_scores(float (&S)[BLOCK_KV / 2], float start_0, float start_1, MappedQueries& QZ,
+                                             Descriptor K) {
+  // As an instruction of its own: ptxas, free to place the moves, serialises the products.
+#pragma unroll
+  for (int i = 0; i < BLOCK_KV / 2; ++i)
+    asm volatile("mov.f32 %0, %1;" : "=f"(S[i]) : "f"(i / 2 % 2 == 0 ? start_0 : start_1));
   pin(S);
   pin(QZ);
   wgmma_fence();
 #pragma unroll
-  for (int k = 0; k < R / MMA_DEPTH; ++k) multiply<false>(S, QZ[k], K + inner_step<R, BLOCK_KV>(k), k > 0);
+  for (int k = 0; k < R / MMA_DEPTH; ++k) multiply<false>(S, QZ[k], K + inner_step<R, BLOCK_KV>(k), true);
   wgmma_commit();
 }
 
@@ -382,10 +370,8 @@ __device__ __forceinline__ void finish_map(MappedQueries& QZ, float (&C)[R / 2],
 #pragma unroll
   for (int i = 0; i < R / MMA_DEPTH; ++i) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float factor = FOLD_REFERENCE ? scale_log2 : 1.0f;
-      QZ[i][j] = pack_finite(C[8 * i + 2 * j] * factor, C[8 * i + 2 * j + 1] * factor);
-    }
+    for (int j = 0; j < 4; ++j)
+      QZ[i][j] = pack_finite(C[8 * i + 2 * j] * scale_log2, C[8 * i + 2 * j + 1] * scale_log2);
   }
 }
 #endif
@@ -429,7 +415,11 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
   // Rows that see no key visit one tile all the same, hidden from them, so that every barrier has its use.
   const int tiles = max(1, (key_end + BLOCK_KV - 1) / BLOCK_KV);
 #if KEY_MAPS
-  const int tiles_per_key_block = key_block_size / BLOCK_KV;
+  auto tiles_per_key_block = [&]() -> int {
+    int size = key_block_size;
+    asm volatile("" : "+r"(size));  // or a register of the main loop keeps the quotient
+    return size / BLOCK_KV;
+  };
 #endif
 #if OWN_BLOCK
   const KeyTiles keys{min(tiles - 1, own_block_begin(work.query_begin, causal_offset, key_block_size) / BLOCK_KV), tiles,
@@ -472,7 +462,7 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
       if (threadIdx.x == 0) {
         producer.copy_tiles(shared, k_map, v_map,
 #if KEY_MAPS
-                            z_map, tiles_per_key_block,
+                            z_map, tiles_per_key_block(),
 #endif
 #if OWN_BLOCK
                             own_map,
@@ -485,35 +475,34 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
   } else {
     take_registers<CONSUMER_REGISTERS>();
     const int consumer = warpgroup - 1;
-    const int warp = threadIdx.x % WARPGROUP / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
     const bool is_speaker = threadIdx.x % WARPGROUP == 0;  // arrives at barriers for its warpgroup
     const int first_row = work.query_begin + consumer * CONSUMER_ROWS;
-    const int row = first_row + warp * 16 + lane / 4;  // this lane's rows: row and row + 8
-    // the last keys that they see
-    const int last_key[2] = {CAUSAL ? min(M - 1, row + causal_offset) : M - 1,
-                             CAUSAL ? min(M - 1, row + 8 + causal_offset) : M - 1};
 #if OWN_BLOCK
     // The first key that a row scores exactly. Rows that do not exist count as the last one that does.
     const auto own_begin_of = [&](int n) {
       return own_block_begin(min(n, work.query_end - 1), causal_offset, key_block_size);
     };
-    const int first_own_begin = own_begin_of(first_row), last_own_begin = own_begin_of(first_row + CONSUMER_ROWS - 1);
 #endif
-    const int lane_key = lane % 4 * 2;  // first column of a tile that this lane holds scores of
     // Hides from each row the keys of a tile that it does not see, or that it does not score in the way of the tile.
     auto hide_edge = [&](auto is_own, float (&S)[BLOCK_KV / 2], int tile) {
-      int last_seen[2] = {last_key[0], last_key[1]};
-#if OWN_BLOCK
+      const int row = first_row + row_of_lane(), first_column = thread_index_anew() % 4 * 2;
+      int last_seen[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
+        last_seen[i] = CAUSAL ? min(M - 1, row + 8 * i + causal_offset) : M - 1;
+#if OWN_BLOCK
         const int own_begin = own_begin_of(row + 8 * i);
         if (!decltype(is_own)::value) last_seen[i] = min(last_seen[i], own_begin - 1);
         else if (tile * BLOCK_KV < own_begin) last_seen[i] = -1;
-      }
 #endif
-      hide_scores(S, tile * BLOCK_KV + lane_key, last_seen);
+      }
+      hide_scores(S, tile * BLOCK_KV + first_column, last_seen);
     };
-    const float score_scale = FOLD_REFERENCE ? 1.0f : scale_log2;  // what S is multiplied by
+
+    // what S is multiplied by to be a power of two; Q Z carries that
+    const auto score_scale_of = [&](auto is_own) {
+      return KEY_MAPS && !decltype(is_own)::value ? 1.0f : scale_log2;
+    };
 
     const Descriptor Q_smem = describe_inner_columns<Q_WIDTH>(
         shared.Q + consumer * CONSUMER_ROWS * Panels<Q_WIDTH>::COLUMNS);  // these rows of every panel
@@ -524,7 +513,6 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
     Ring<STAGES> K_ring, V_ring;
 #if KEY_MAPS
     const Descriptor Z_smem = describe_inner_columns<D>(shared.Z);
-    const float* const mean_scores = shared.mean_scores + row - work.query_begin;
     Ring<1> Z_ring;
     MappedQueries QZ;
 #endif
@@ -540,6 +528,13 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
       RunningSoftmax softmax;
       bool is_moved;  // whether the reference is
       int tile = tiles - 1;
+      // Tiles from which on some of the keys are hidden from some rows. The tile with the last key of the first row is
+      // one of them, so that every row has found a maximum.
+      int whole_tiles_end = (first_row + causal_offset) / BLOCK_KV;
+#if OWN_BLOCK
+      // Before it there are keys that are not of every row's own block.
+      const int own_tiles_begin = (own_begin_of(first_row + CONSUMER_ROWS - 1) + BLOCK_KV - 1) / BLOCK_KV;
+#endif
 
 #if KEY_MAPS
       // Q Z of a key block, at once
@@ -553,9 +548,11 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
         finish_map(QZ, C_rmem, scale_log2);
       };
 #endif
-      auto start_scores_of = [&](auto is_own) {
+      // From a reference that is finite, if S is to be started.
+      auto start_scores_of = [&](auto is_own, float reference_0, float reference_1) {
 #if KEY_MAPS
-        if constexpr (!decltype(is_own)::value) start_scores(S_rmem, QZ, K_smem + K_ring.stage * K_STAGE);
+        if constexpr (!decltype(is_own)::value)
+          start_scores(S_rmem, -reference_0, -reference_1, QZ, K_smem + K_ring.stage * K_STAGE);
 #endif
         if constexpr (!KEY_MAPS || decltype(is_own)::value)
           start_scores(S_rmem, Q_smem, whole_K_smem + K_ring.stage * K_STAGE);
@@ -569,13 +566,14 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
       // ---- the first of several tiles:  S = Q K^T,  P = exp(S - reference) ----
       auto begin_visits = [&](auto is_own, int tile) {
         barrier_wait(shared.K_full[K_ring.stage], K_ring.parity);
-        start_scores_of(is_own);
+        start_scores_of(is_own, softmax.finite_reference(0), softmax.finite_reference(1));
         wgmma_wait<0>();
         pin(S_rmem);
         if (is_speaker) barrier_arrive(shared.K_empty[K_ring.stage]);
         K_ring.advance();
         hide_edge(is_own, S_rmem, tile);
-        if (softmax.step_by_maximum(S_rmem, score_scale, follows_maximum)) rescale_values();
+        constexpr bool IS_MAPPED = KEY_MAPS && !decltype(is_own)::value;
+        if (softmax.step_by_maximum<IS_MAPPED>(S_rmem, score_scale_of(is_own), follows_maximum)) rescale_values();
         pack_operands(P_rmem, S_rmem);
       };
 
@@ -591,8 +589,9 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
 
       auto visit_tile = [&](auto is_own, auto is_last_of_key_block) {
         constexpr bool MAPS_NEXT = decltype(is_last_of_key_block)::value;
+        constexpr bool IS_MAPPED = KEY_MAPS && !decltype(is_own)::value;
         // ---- start S = Q K^T of this tile and, behind it, O += P V of the one before ----
-        start_scores_of(is_own);
+        start_scores_of(is_own, softmax.reference[0], softmax.reference[1]);
         barrier_wait(shared.V_full[V_ring.stage], V_ring.parity);
         start_values(O_rmem, P_rmem, V_smem + V_ring.stage * V_STAGE);
 #if KEY_MAPS
@@ -608,17 +607,15 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
         pin(S_rmem);
         if (is_speaker) barrier_arrive(shared.K_empty[K_ring.stage]);
         K_ring.advance();
-        // up to the tile with the last key of the first row, so that every row has found a maximum
-        bool is_at_edge = CAUSAL && (tile + 1) * BLOCK_KV > first_row + causal_offset;
+        bool is_at_edge = CAUSAL && tile >= whole_tiles_end;
 #if OWN_BLOCK
-        is_at_edge |= decltype(is_own)::value ? tile * BLOCK_KV < last_own_begin
-                                              : (tile + 1) * BLOCK_KV > min(first_own_begin, M - 1);
+        is_at_edge |= decltype(is_own)::value && tile < own_tiles_begin;
 #endif
         if (is_at_edge || follows_maximum) {
           if (is_at_edge) hide_edge(is_own, S_rmem, tile);
-          is_moved = softmax.step_by_maximum(S_rmem, score_scale, follows_maximum);
+          is_moved = softmax.step_by_maximum<IS_MAPPED>(S_rmem, score_scale_of(is_own), follows_maximum);
         } else {
-          is_moved = softmax.step_by_sum(S_rmem, score_scale);
+          is_moved = softmax.step_by_sum<IS_MAPPED>(S_rmem, score_scale_of(is_own));
         }
         pin(S_rmem);
         // This wait is for the next tile. It stands here because its branch keeps ptxas from moving the wait for P V
@@ -642,9 +639,6 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
         }
 #endif
         if (is_moved) rescale_values();
-#if FOLD_REFERENCE
-        if ((is_moved || MAPS_NEXT) && !follows_maximum) softmax.fold(QZ, lane);
-#endif
         --tile;
       };
       // ---- the tiles, from the last one down ----
@@ -655,8 +649,12 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
       while (tile >= keys.own_begin) visit_tile(Bool<true>(), Bool<false>());
       end_visits();
       tile = keys.mapped_end - 1;
+      whole_tiles_end = min(own_begin_of(first_row), M - 1) / BLOCK_KV;
       barrier_wait(shared.mean_scores_full, 0);
-      softmax.lower_scores(mean_scores[0], mean_scores[8]);
+      {
+        const float* const mean_scores = shared.mean_scores + consumer * CONSUMER_ROWS + row_of_lane();
+        softmax.lower_scores(mean_scores[0], mean_scores[8], scale_log2);
+      }
 #endif
       if (!OWN_BLOCK || tile >= 0) {
 #if KEY_MAPS
@@ -664,17 +662,14 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
 #endif
         begin_visits(Bool<false>(), tile);
 #if KEY_MAPS
-        if (tile > 0 && tile % tiles_per_key_block == 0) map_queries();
-#endif
-#if FOLD_REFERENCE
-        if (!follows_maximum) softmax.fold(QZ, lane);
+        if (tile > 0 && tile % tiles_per_key_block() == 0) map_queries();
 #endif
         --tile;
         if (tile >= 0) barrier_wait(shared.K_full[K_ring.stage], K_ring.parity);
 #if KEY_MAPS
 #pragma unroll 1
         while (tile >= 0) {
-          const int last_of_key_block = tile - tile % tiles_per_key_block;
+          const int last_of_key_block = tile - tile % tiles_per_key_block();
 #pragma unroll 1
           while (tile > last_of_key_block) visit_tile(Bool<false>(), Bool<false>());
           if (MAP_AHEAD && last_of_key_block > 0) {
@@ -683,9 +678,6 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
             visit_tile(Bool<false>(), Bool<false>());
             if (last_of_key_block > 0) {
               map_queries();
-#if FOLD_REFERENCE
-              if (!follows_maximum) softmax.fold(QZ, lane);
-#endif
             }
           }
         }
@@ -706,7 +698,7 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
         sum += __shfl_xor_sync(~0u, sum, 1);
         sum += __shfl_xor_sync(~0u, sum, 2);
 
-        const int n = row + 8 * i;
+        const int place = row_of_lane() + 8 * i, n = first_row + place, lane = thread_index_anew() % WARP_SIZE;
         if (n >= work.query_end) continue;
         const float inverse = __fdividef(1.0f, sum);
         element_t* const O_row = O + work.b * stride_o_b + work.h * stride_o_h + n * stride_o_n;
@@ -716,9 +708,9 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
           const unsigned packed = pack(pair[0] * inverse, pair[1] * inverse);
           *reinterpret_cast<unsigned*>(O_row + 8 * t + lane % 4 * 2) = sum == 0.0f ? 0 : packed;
         }
-        float shift = softmax.finite_reference(i) * score_scale;  // powers of two
+        float shift = softmax.finite_reference(i) * score_scale_of(Bool<false>());  // powers of two
 #if KEY_MAPS
-        if (mean) shift += mean_scores[8 * i] * scale_log2;
+        if (mean) shift += shared.mean_scores[consumer * CONSUMER_ROWS + place] * scale_log2;
 #endif
         if (lane % 4 == 0)
           lse[((long long)work.b * H + work.h) * N + n] =

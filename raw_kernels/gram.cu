@@ -2,10 +2,7 @@
 //
 //   A_s = sum over the rows n of segment s of (x_n - mean) (x_n - mean)^T       docs/math.md (eq. 11, 12)
 //
-// The rows of heads_per_gram neighbouring heads are added up. Segments as in channel_norms.cu:
-// segment s holds the rows from edge(s) to edge(s + 1) - 1,
-//
-//   edge(s) = min(max(s * segment_rows + shift, lower), upper),   edge(0) = lower,   edge(S) = upper
+// The rows of heads_per_gram neighbouring heads are added up. Segments are those of segments.cuh.
 //
 // A Gram matrix is symmetric. Warp w owns 16 channels, strip w, and multiplies them with itself and the strips up to
 // half way round the circle of strips: every pair of strips meets once, and all warps do the same work. Transposed,
@@ -35,6 +32,7 @@
 #endif
 
 #include "operands.cuh"
+#include "segments.cuh"
 
 static_assert(ELEMENT == FLOAT16 || ELEMENT == BFLOAT16, "tensor cores take 16-bit elements");
 static_assert(D >= 1 && D <= 256, "rows have 1 to 256 elements");
@@ -71,13 +69,8 @@ void gram(const element_t* __restrict__ X,  // [B, H, rows, D]
   const int gram = blockIdx.x / PARTS / S;
   const int s = blockIdx.x / PARTS % S, h = gram % grams_per_batch, b = gram / grams_per_batch;
   const int first_partner = blockIdx.x % PARTS * PARTNERS_HERE;  // counted from a warp's own strip
-  auto edge = [&](int segment) -> int {
-    if (segment == 0) return lower;
-    if (segment == S) return upper;
-    const long long row = static_cast<long long>(segment) * segment_rows + shift;
-    return row < lower ? lower : row > upper ? upper : static_cast<int>(row);
-  };
-  const int begin = edge(s), end = edge(s + 1);
+  const Segments segments{S, segment_rows, shift, lower, upper};
+  const int begin = segments.edge(s), end = segments.edge(s + 1);
   const int tiles_per_head = (end - begin + ROW_TILE - 1) / ROW_TILE;
   const int tiles = tiles_per_head * heads_per_gram;
   const element_t* const first_head = X + b * stride_x_b + h * static_cast<long long>(heads_per_gram) * stride_x_h;

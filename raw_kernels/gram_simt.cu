@@ -15,6 +15,7 @@
 //             rows apart, in a fixed order. Channels from D on are zero; an empty segment gives 0.
 // Alone     : nvcc -cubin -arch=sm_75 raw_kernels/gram_simt.cu
 
+#include "segments.cuh"
 #include "simt.cuh"
 
 // ---- the launcher sets these with -D; the defaults let the file compile alone ----
@@ -49,13 +50,8 @@ void gram_simt(const element_t* __restrict__ X,        // [B, H, rows, D]
   const int s = blockIdx.x / PAIRS % S, h = gram % grams_per_batch, b = gram / grams_per_batch;
   int left = 0, right = blockIdx.x % PAIRS;  // strips; rows of a triangle
   while (right > left) right -= ++left;
-  auto edge = [&](int segment) -> int {
-    if (segment == 0) return lower;
-    if (segment == S) return upper;
-    const long long row = static_cast<long long>(segment) * segment_rows + shift;
-    return row < lower ? lower : row > upper ? upper : static_cast<int>(row);
-  };
-  const int begin = edge(s), end = edge(s + 1);
+  const Segments segments{S, segment_rows, shift, lower, upper};
+  const int begin = segments.edge(s), end = segments.edge(s + 1);
 
   auto load_strip = [&](int side, int head, int row) {
     const element_t* const source = X + b * stride_x_b + head * stride_x_h + row * stride_x_n;

@@ -195,8 +195,6 @@ __device__ __forceinline__ unsigned pack_finite(float low, float high) {
   return packed;
 }
 
-__device__ __forceinline__ float round_to_element(float x) { return to_accumulate(to_element(x)); }
-
 // Accumulators to A operands of a following product whose inner dimension is the accumulators' columns.
 template <int COUNT>
 __device__ __forceinline__ void pack_operands(unsigned (&operands)[COUNT][4], const float (&accumulators)[8 * COUNT]) {
@@ -228,7 +226,8 @@ __device__ __forceinline__ void pack_operands(unsigned (&operands)[COUNT][4], co
 
 // multiply(C, A, B, accumulate):  C [64, N] = A [64, 16] B [16, N], added to what C holds if `accumulate`.
 // A: a descriptor of [64 rows, inner columns], or registers as `pack_operands` makes them. B: a descriptor of [N rows,
-// inner columns], or of [inner rows, N columns] where B_INNER_ROWS. Lane = 4 * group + member of warp w holds
+// inner columns], or of [inner rows, N columns] where B_INNER_ROWS. multiply_inner_rows: A is a descriptor of [inner
+// rows, 64 columns] as well. Lane = 4 * group + member of warp w holds
 //   C[4 t + 2 i + j] : row 16 w + group + 8 i, column 8 t + 2 member + j
 // X0 to X6 number the inputs, which follow the COUNT = N / 2 accumulators.
 #define WGMMA(N, COUNT, A, B, X_ACCUMULATE, TRANSPOSE)                                              \
@@ -238,6 +237,12 @@ __device__ __forceinline__ void pack_operands(unsigned (&operands)[COUNT][4], co
 #define DEFINE_MULTIPLY(N, COUNT, X0, X1, X2, X3, X4, X5, X6)                                                       \
   __device__ __forceinline__ void multiply(float (&C)[COUNT], Descriptor A, Descriptor B, bool accumulate) {        \
     asm volatile(WGMMA(N, COUNT, "%" #X0, "%" #X1, X2, "0, 0")                                                      \
+                 : LIST_##COUNT(C, 0)                                                                               \
+                 : "l"(A), "l"(B), "r"(int(accumulate)));                                                           \
+  }                                                                                                                 \
+  __device__ __forceinline__ void multiply_inner_rows(float (&C)[COUNT], Descriptor A, Descriptor B,                \
+                                                      bool accumulate) {                                            \
+    asm volatile(WGMMA(N, COUNT, "%" #X0, "%" #X1, X2, "1, 1")                                                      \
                  : LIST_##COUNT(C, 0)                                                                               \
                  : "l"(A), "l"(B), "r"(int(accumulate)));                                                           \
   }                                                                                                                 \

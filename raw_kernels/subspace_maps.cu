@@ -59,10 +59,7 @@ constexpr int ROW_TILES_AT_ONCE = THREADS / COLUMN_TILES;  // threads beyond the
 constexpr int MOST_PASSES = IN_SHARED && sizeof(real_t) == 4 ? 2 : 1;
 constexpr int NEEDED_PASSES = (ROW_TILES + ROW_TILES_AT_ONCE - 1) / ROW_TILES_AT_ONCE;
 constexpr int PASSES = NEEDED_PASSES < MOST_PASSES ? NEEDED_PASSES : MOST_PASSES;
-// While channels are chosen:
-constexpr int PER_LANE = (WIDTH + WARP_SIZE - 1) / WARP_SIZE;  // channels that a lane of every warp looks after
-constexpr int STRIP = 16;                                      // channels of a warp's part of A - F F^T
-constexpr bool REST_FITS = WIDTH <= 4 * WARP_SIZE;  // the registers of all warps; else its rows are made when needed
+constexpr int QUADS = (WIDTH / 4 + WARP_SIZE - 1) / WARP_SIZE;  // four channels each, of a lane while they are chosen
 
 #if ELEMENT == FLOAT64
 typedef unsigned long long ordered_t;
@@ -181,107 +178,97 @@ __device__ inline void multiply_columns(SharedVectors& shared, real_t* rows, int
   }
 }
 
-// The channels of eq. 15 and, in T, the rows F that they leave: Z of the half-step that starts from them. Every warp knows
-// how much of each channel is outside the span of the chosen ones and finds the largest for itself, so that a step waits
-// for the other threads once, when its row of F is there.
+// The channels of eq. 15 and, in T, the rows F that they leave: Z of the half-step that starts from them. The steps are
+// one chain, and for each to wait for other warps would take longer than what these could do of it: one warp does it all.
 __device__ inline void choose_channels(SharedVectors& shared, real_t* rows, const real_t* __restrict__ A,
                                        const real_t* __restrict__ B) {
-  const int thread = thread_index_anew(), lane = thread % WARP_SIZE, warp = thread / WARP_SIZE;
+  const int thread = thread_index_anew();
   for (int i = R * WIDTH + thread; i < R_PADDED * WIDTH; i += THREADS)
     rows[i / WIDTH * PITCH + T + i % WIDTH] = 0.0f;
 
-  real_t outside[PER_LANE] = {}, least[PER_LANE] = {}, weights[PER_LANE] = {};  // of channels lane, lane + WARP_SIZE, ...
-  unsigned is_free = 0;                                                         // a bit for each of them
+  if (thread < WARP_SIZE) {
+    // A lane looks after channels first_of(q) to first_of(q) + 3.
+    auto first_of = [&](int q) -> int { return (q * WARP_SIZE + thread) * 4; };
+    real_t outside[QUADS][4] = {}, least[QUADS][4] = {}, weights[QUADS][4] = {};  // outside: of the span of those chosen
+    unsigned is_free = 0;                                                         // a bit for each of them
 #pragma unroll
-  for (int i = 0; i < PER_LANE; ++i) {
-    const int d = lane + i * WARP_SIZE;
-    if (d < D) {
-      outside[i] = A[d * WIDTH + d], least[i] = RIDGE * outside[i], weights[i] = B[d * WIDTH + d];
-      is_free |= 1u << i;
-    }
-  }
-  auto find_largest = [&]() -> int {
-    // Numbers that are not negative are ordered like their bits; one is added, so that a chosen channel counts least.
-    ordered_t keys[PER_LANE], largest = 0;
+    for (int q = 0; q < QUADS; ++q)
 #pragma unroll
-    for (int i = 0; i < PER_LANE; ++i) {
-      keys[i] = is_free >> i & 1 ? (bits_of(outside[i] * weights[i]) & ~ordered_t(0) >> 1) + 1 : 0;
-      largest = max(largest, keys[i]);
-    }
-    largest = max_of_warp(largest);
-    unsigned places_behind = 0;  // it, counted from the last channel on: the earliest of equals has most
-#pragma unroll
-    for (int i = PER_LANE - 1; i >= 0; --i)
-      if (keys[i] == largest) places_behind = WARP_SIZE * PER_LANE - 1 - (lane + i * WARP_SIZE);
-    return WARP_SIZE * PER_LANE - 1 - max_of_warp(places_behind);
-  };
-
-  // A - F F^T: the lane's four channels times the warp's STRIP
-  real_t rest[STRIP][4] = {};
-  const bool has_rest = REST_FITS && warp * STRIP < WIDTH && lane * 4 < WIDTH;
-  if (has_rest) {
-#pragma unroll
-    for (int j = 0; j < STRIP; ++j) {
-      const Four a = load4(A + (warp * STRIP + j) * WIDTH + lane * 4);
-      rest[j][0] = a.x, rest[j][1] = a.y, rest[j][2] = a.z, rest[j][3] = a.w;
-    }
-  }
-
-  int chosen = find_largest();
+      for (int i = 0; i < 4; ++i) {
+        const int d = first_of(q) + i;
+        if (d < D) {
+          outside[q][i] = A[d * WIDTH + d], least[q][i] = RIDGE * outside[q][i], weights[q][i] = B[d * WIDTH + d];
+          is_free |= 1u << (q * 4 + i);
+        }
+      }
 #pragma unroll 1
-  for (int r = 0; r < R; ++r) {
-    real_t* const F = rows + r * PITCH + T;
-    real_t pivot = 0.0f;
+    for (int r = 0; r < R; ++r) {
+      // ---- the channel with the most left ----
+      // Numbers that are not negative are ordered like their bits; one is added, so that a chosen channel counts least.
+      ordered_t keys[QUADS][4], largest = 0;
 #pragma unroll
-    for (int i = 0; i < PER_LANE; ++i) {
-      const real_t candidate = __shfl_sync(~0u, outside[i], chosen % WARP_SIZE);
-      if (i == chosen / WARP_SIZE) pivot = candidate;
-    }
-    const real_t inverse = rsqrt(pivot);
-    if (REST_FITS && warp == chosen / STRIP) {
-      real_t row[4] = {};
-#pragma unroll
-      for (int j = 0; j < STRIP; ++j)
+      for (int q = 0; q < QUADS; ++q)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const real_t entry = pivot > 0.0f ? rest[j][i] * inverse : 0.0f;
-          row[i] = j == chosen % STRIP ? entry : row[i];
+          keys[q][i] =
+              is_free >> (q * 4 + i) & 1 ? (bits_of(outside[q][i] * weights[q][i]) & ~ordered_t(0) >> 1) + 1 : 0;
+          largest = max(largest, keys[q][i]);
         }
-      if (has_rest) store4(F + lane * 4, row);
-    }
-    if (!REST_FITS && thread < WIDTH) {
-      const int d = thread;
-      real_t left = A[chosen * WIDTH + d];
-#pragma unroll 8
-      for (int s = 0; s < r; ++s) left = fma(-rows[s * PITCH + T + chosen], rows[s * PITCH + T + d], left);
-      F[d] = pivot > 0.0f ? left * inverse : 0.0f;
-    }
-    if (thread == 0) shared.channels[r] = chosen;
-    __syncthreads();  // the row of F is written
+      largest = max_of_warp(largest);
+      constexpr int LAST = QUADS * WARP_SIZE * 4 - 1;
+      unsigned places_behind = 0;  // it, counted from the last channel on: the earliest of equals has most
+#pragma unroll
+      for (int q = QUADS - 1; q >= 0; --q)
+#pragma unroll
+        for (int i = 3; i >= 0; --i)
+          if (keys[q][i] == largest) places_behind = LAST - (first_of(q) + i);
+      const int chosen = LAST - max_of_warp(places_behind);
+      real_t pivot = 0.0f;
+#pragma unroll
+      for (int q = 0; q < QUADS; ++q)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const bool is_it = first_of(q) + i == chosen;
+          if (is_it) pivot = outside[q][i], is_free &= ~(1u << (q * 4 + i));
+        }
+      pivot = __shfl_sync(~0u, pivot, chosen / 4 % WARP_SIZE);
+      const real_t inverse = pivot > 0.0f ? rsqrt(pivot) : 0.0f;
 
+      // ---- its row of A - F F^T, scaled ----
+      real_t row[QUADS][4] = {};
 #pragma unroll
-    for (int i = 0; i < PER_LANE; ++i) {
-      const int d = lane + i * WARP_SIZE;
-      const real_t entry = d < WIDTH ? F[d] : 0.0f;
-      outside[i] = fma(-entry, entry, outside[i]);
-      if (!(outside[i] > least[i])) outside[i] = 0.0f;
-      if (d == chosen) is_free &= ~(1u << i);
-    }
-    chosen = find_largest();
-    if (has_rest) {
-      const Four own = load4(F + lane * 4);
-      const real_t right[4] = {own.x, own.y, own.z, own.w};
-#pragma unroll
-      for (int j = 0; j < STRIP; j += 4) {
-        const Four four = load4(F + warp * STRIP + j);
-        const real_t left[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-        for (int k = 0; k < 4; ++k)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) rest[j + k][i] = fma(-left[k], right[i], rest[j + k][i]);
+      for (int q = 0; q < QUADS; ++q) {
+        if (first_of(q) >= WIDTH) continue;
+        const Four a = load4(A + chosen * WIDTH + first_of(q));
+        row[q][0] = a.x, row[q][1] = a.y, row[q][2] = a.z, row[q][3] = a.w;
       }
+#pragma unroll 8
+      for (int s = 0; s < r; ++s) {
+        const real_t* const F = rows + s * PITCH + T;
+        const real_t factor = -F[chosen];
+#pragma unroll
+        for (int q = 0; q < QUADS; ++q) {
+          if (first_of(q) >= WIDTH) continue;
+          const Four f = load4(F + first_of(q));
+          row[q][0] = fma(factor, f.x, row[q][0]), row[q][1] = fma(factor, f.y, row[q][1]);
+          row[q][2] = fma(factor, f.z, row[q][2]), row[q][3] = fma(factor, f.w, row[q][3]);
+        }
+      }
+#pragma unroll
+      for (int q = 0; q < QUADS; ++q) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          row[q][i] *= inverse;
+          outside[q][i] = fma(-row[q][i], row[q][i], outside[q][i]);
+          if (!(outside[q][i] > least[q][i])) outside[q][i] = 0.0f;
+        }
+        if (first_of(q) < WIDTH) store4(rows + r * PITCH + T + first_of(q), row[q]);
+      }
+      if (thread == 0) shared.channels[r] = chosen;
+      __syncwarp();  // the row of F is written
     }
   }
+  __syncthreads();  // the rows and the channels are written
 }
 
 // G = W^T T on and above its diagonal, and the diagonal apart, before elimination changes it. G is symmetric: nothing reads

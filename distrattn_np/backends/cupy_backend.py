@@ -31,6 +31,8 @@ from ..tiles import (
     ELEMENTS,
     FROM,
     FUSE,
+    GRAM_SM90_ROW_TILE,
+    GRAM_SM90_WIDTHS,
     NO_MAP,
     OWN,
     REDUCE_ROW_TILE,
@@ -47,6 +49,8 @@ from ..tiles import (
     gram_defines,
     gram_simt_blocks,
     gram_simt_defines,
+    gram_sm90_defines,
+    gram_sm90_threads,
     gram_threads,
     hash_defines,
     maps_defines,
@@ -67,7 +71,7 @@ from ..tiles import (
 )
 from . import NOTHING_LENT, Backend, Lent, Maps, host_copy_back
 from .device_work import DeviceFacts, Placed, Plan, PlannedArray, Work, doing, work
-from .tensor_map import can_be_mapped, forward_sm90_launch
+from .tensor_map import Box, can_be_mapped, forward_sm90_launch, panel_columns
 
 WORKSPACE_BYTES = 256 << 20
 """Most that the fused keys of one launch take; longer calls go through (head, block) pairs in several launches."""
@@ -262,9 +266,25 @@ class CupyBackend(Backend):
         """
         batch, heads, _, width = X.shape
         count = batch * heads // heads_per_gram
-        parts = segments.split(count)
+        on_hopper = mean is None and width in GRAM_SM90_WIDTHS and _copy_engine_reads(X)
+        room = {"per_processor": 1, "row_tile": GRAM_SM90_ROW_TILE} if on_hopper else {}
+        parts = segments.split(count, **room)
         shape = (batch, heads // heads_per_gram, parts.count, pad(width), pad(width))
         sums = _empty(shape, _sum_type(X.dtype))
+        sizes = (heads // heads_per_gram, heads_per_gram, parts.count, min(parts.rows, _NO_LIMIT))
+        edges = (parts.shift, parts.lower, parts.upper)
+        if on_hopper:
+            defines = gram_sm90_defines(_element(X), width)
+            box = Box(GRAM_SM90_ROW_TILE, panel_columns(width))
+            _launch(
+                "gram_sm90",
+                defines,
+                count * parts.count,
+                gram_sm90_threads(width),
+                *(work().tensor_map(X, box), sums, *sizes, *edges),
+                shared=defines["LAUNCH_SHARED_BYTES"],
+            )
+            return _sum_segments(sums, parts)
         common = {"element": _element(X), "width": width, "centred": mean is not None}
         if _has_tensor_cores(X.dtype):
             stem, blocks, threads = "gram", gram_blocks(width), gram_threads(width)
@@ -277,8 +297,7 @@ class CupyBackend(Backend):
             defines,
             count * parts.count * blocks,
             threads,
-            *(X, _NULL if mean is None else mean, sums, heads // heads_per_gram, heads_per_gram),
-            *(parts.count, min(parts.rows, _NO_LIMIT), parts.shift, parts.lower, parts.upper),
+            *(X, _NULL if mean is None else mean, sums, *sizes, *edges),
             *_strides(X),
         )
         return _sum_segments(sums, parts)
@@ -286,14 +305,17 @@ class CupyBackend(Backend):
     def _subspace_maps(self, problem: Problem, grouping: Subspace, Q: Any, K: Any) -> SubspaceMaps:
         batch, heads, blocks = problem.batch, problem.grouped_heads, problem.blocks
         block_size = min(grouping.block_size, problem.grouped_rows)
-        mean = self.key_mean(K)
         by_keys = grouping.by == "keys"
         X, Y = (K, Q) if by_keys else (Q, K)
         heads_per_gram = problem.heads_per_kv_head if by_keys else 1
         meeting = _segments_that_meet(problem, Y.shape[2])
         own = _Segments(blocks, block_size, 0, 0, X.shape[2], OWN)
-        x_grams = self.grams(X, mean if by_keys else None, own)
-        y_grams = self.grams(Y, None if by_keys else mean, meeting, heads_per_gram)
+        with work().beside() as beside:  # queries are not centred, so they do not wait for the mean
+            q_grams = self.grams(Q, None, *((meeting, heads_per_gram) if by_keys else (own,)))
+        mean = self.key_mean(K)
+        k_grams = self.grams(K, mean, own if by_keys else meeting)
+        beside.join()
+        x_grams, y_grams = (k_grams, q_grams) if by_keys else (q_grams, k_grams)
 
         columns, width = problem.rank, problem.width
         real = _sum_type(Q.dtype)
@@ -359,6 +381,11 @@ def _has_tensor_cores(dtype: Any) -> bool:
     return dtype.itemsize == 2 and capability() >= 80
 
 
+def _copy_engine_reads(x: Any) -> bool:
+    """Whether Hopper's copy engine is there and can read an array (B, H, rows, width)."""
+    return x.dtype.itemsize == 2 and hopper_is_usable() and can_be_mapped(x.data.ptr, x.shape, x.strides)
+
+
 def hopper_is_usable() -> bool:
     """Whether the current device runs sm_90a code and NVRTC, from 12.9 on, accepts that target beside CuPy's own."""
     return work().device.runs_sm90a
@@ -383,10 +410,13 @@ class _Segments:
     """Which of them meet a block, as in sum_segments.cu."""
     per_block: int = 1
 
-    def split(self, sums: int) -> _Segments:
-        """Return smaller segments, where the device has more room than for ``sums`` times as many thread blocks."""
+    def split(self, sums: int, **room: int) -> _Segments:
+        """Return smaller segments, where the device has more room than for ``sums`` times as many thread blocks.
+
+        ``room`` as in `_equal_segments`.
+        """
         if self.direction == ALL:
-            return _equal_segments(self.upper, sums)
+            return _equal_segments(self.upper, sums, **room)
         parts = 1
         while sums * self.count * parts < _thread_blocks() // 2 and self.rows % (2 * parts) == 0:
             if self.rows // (2 * parts) < _LEAST_SEGMENT_ROWS:
@@ -395,13 +425,13 @@ class _Segments:
         return replace(self, count=self.count * parts, rows=self.rows // parts, per_block=parts)
 
 
-def _equal_segments(rows: int, sums: int, per_processor: int = 2) -> _Segments:
-    """Return segments of rows that are all wanted in one sum.
+def _equal_segments(rows: int, sums: int, per_processor: int = 2, row_tile: int = 1) -> _Segments:
+    """Return segments of rows that are all wanted in one sum, whole tiles each.
 
     ``sums`` says how many such sums a launch makes, ``per_processor`` how many thread blocks a multiprocessor runs.
     """
-    wanted = ceil_div(per_processor * work().device.multiprocessors, max(sums, 1))
-    size = max(ceil_div(rows, wanted), _LEAST_SEGMENT_ROWS)
+    wanted = max(per_processor * work().device.multiprocessors // max(sums, 1), 1)
+    size = max(ceil_div(ceil_div(rows, wanted), row_tile) * row_tile, _LEAST_SEGMENT_ROWS)
     return _Segments(ceil_div(rows, size), size, 0, 0, rows, ALL)
 
 
@@ -674,7 +704,7 @@ class _Forward:
             and pad(self.rank) in SM90_WIDTHS
             and self.problem.value_width in SM90_WIDTHS
             and (self.by == "queries" or self.problem.width in SM90_WIDTHS)
-            and all(can_be_mapped(x.data.ptr, x.shape, x.strides) for x in read_by_copies)
+            and all(map(_copy_engine_reads, read_by_copies))
             and _vector(self.O) == 8
         )
 
@@ -699,7 +729,6 @@ class _Forward:
             keys_per_item=self.by == "queries",
             causal=problem.causal_offset is not None,
             mapped_width=mapped_width,
-            own_block=problem.own_block_is_exact,
         )
         launch = forward_sm90_launch(
             rank,

@@ -6,6 +6,7 @@ strides: cupy_backend.py passes explicit 4- and 8-byte scalars, and strides in e
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 
 from ..kernel_sources import HOPPER_ONLY, kernel_source, options
 from ..tiles import Defines
-from .device_work import BuiltOnce, Bump, DeviceFacts, Work
+from .device_work import Beside, BuiltOnce, Bump, DeviceFacts, Work
 from .tensor_map import Box, encode_tensor_map
 
 
@@ -44,12 +45,44 @@ class CupyWork(Work):
         """Return the map as 128 bytes that are passed by value."""
         return encode_tensor_map(array.data.ptr, array.shape, array.strides, array.dtype.name, box)
 
+    def beside(self) -> Beside:
+        """Return a second stream."""
+        return _SecondStream()
+
     def launch(
         self, stem: str, defines: Defines, blocks: int, threads: int, arguments: tuple[Any, ...], shared: int
     ) -> None:
         """Launch on the current stream."""
         kernel = kernel_of(stem, defines, shared)
         kernel((blocks,), (threads,), arguments, shared_mem=shared)
+
+
+class _SecondStream(Beside):
+    """Launches within it need not wait for later ones of the current stream, which waits for them at `join`.
+
+    Threads and streams have one each, and so their own part of CuPy's memory pool: what is freed there is used again
+    only by a later call, behind what this one does with it.
+    """
+
+    _streams = threading.local()
+
+    def __init__(self) -> None:
+        self._main = cupy.cuda.get_current_stream()
+        streams = self._streams.__dict__
+        key = f"{cupy.cuda.Device().id}:{self._main.ptr}"
+        self._stream = streams.get(key) or streams.setdefault(key, cupy.cuda.Stream(non_blocking=True))
+
+    def __enter__(self) -> _SecondStream:
+        self._stream.wait_event(self._main.record())
+        self._stream.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stream.__exit__(*error)
+
+    def join(self) -> None:
+        """Let what follows on the current stream wait for what was launched within."""
+        self._main.wait_event(self._stream.record())
 
 
 class WorkspaceWork(CupyWork):

@@ -11,7 +11,7 @@ import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import REGION, address, array_at, kind_of
+from ..arrays import REGION, Unreadable, address, array_at, kind_of
 from ..checks import WORKSPACE_ALIGNMENT
 from ..problem import Layout, ceil_div
 from ..tiles import Defines
@@ -38,6 +38,16 @@ class DeviceFacts:
     multiprocessors: int
     shared_limit: int
     """Most bytes of shared memory that a block can ask for."""
+
+
+class Beside(AbstractContextManager["Beside"]):
+    """Launches that run beside those that come after the context; here in the order of the code."""
+
+    def __exit__(self, *error: object) -> None:
+        """End what runs beside."""
+
+    def join(self) -> None:
+        """Let what follows wait for what was launched within."""
 
 
 class Work(ABC):
@@ -60,6 +70,10 @@ class Work(ABC):
     @abstractmethod
     def tensor_map(self, array: Any, box: Box) -> Any:
         """Return the tensor map of an array as a kernel argument."""
+
+    @abstractmethod
+    def beside(self) -> Beside:
+        """Return a context whose launches need not wait for later ones outside of it."""
 
     @abstractmethod
     def launch(
@@ -128,8 +142,8 @@ class BuiltOnce:
 # ---- plans ----
 
 
-class PlannedArray(np.ndarray):
-    """Shape, strides and an address that is nobody's: made to be measured, never read."""
+class PlannedArray(Unreadable):
+    """An array as a plan has it: in a region of its own, never read."""
 
     @property
     def data(self) -> Any:
@@ -238,6 +252,10 @@ class Plan(Work):
     def tensor_map(self, array: Any, box: Box) -> Any:
         """Return what would be encoded."""
         return PlannedTensorMap(array, box)
+
+    def beside(self) -> Beside:
+        """Return a context that changes nothing: launches are noted one after the other."""
+        return Beside()
 
     def launch(
         self, stem: str, defines: Defines, blocks: int, threads: int, arguments: tuple[Any, ...], shared: int

@@ -84,11 +84,11 @@ def forward_sm90_launch(
         block_q=block_q,
         threads=(1 + block_q // _WARPGROUP_ROWS) * _WARPGROUP_THREADS,
         shared_bytes=_SWIZZLE_ALIGNMENT + _ITEM_BYTES * elements + 4 * mean_scores + _BARRIER_BYTES * barriers,
-        q_box=Box(block_q, _panel_columns(query_width)),
-        k_box=Box(block_kv, _panel_columns(inner_width)),
-        v_box=Box(block_kv, _panel_columns(value_width)),
-        z_box=None if mapped_width is None else Box(inner_width, _panel_columns(mapped_width)),
-        own_box=Box(block_kv, _panel_columns(query_width)) if own_block else None,
+        q_box=Box(block_q, panel_columns(query_width)),
+        k_box=Box(block_kv, panel_columns(inner_width)),
+        v_box=Box(block_kv, panel_columns(value_width)),
+        z_box=None if mapped_width is None else Box(inner_width, panel_columns(mapped_width)),
+        own_box=Box(block_kv, panel_columns(query_width)) if own_block else None,
     )
 
 
@@ -173,7 +173,7 @@ def encode_tensor_map(
     return tensor_map
 
 
-def _panel_columns(width: int) -> int:
+def panel_columns(width: int) -> int:
     """Columns of a panel (hopper.cuh, ``Panels``): the widest swizzle that divides the tile."""
     for columns in (64, 32, 16):
         if width % columns == 0:

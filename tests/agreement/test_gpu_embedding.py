@@ -234,9 +234,10 @@ def test_a_captured_call_computes_with_what_its_arrays_hold_then(name: str, how:
     lse = cupy.empty((2, 4, 300), np.float32)
     memory = cupy.empty(workspace_size(*arrays, **options, lse=lse), np.uint8)
     call = {**options, "out": out, "lse": lse, "workspace": memory}
-    distr_attention(*arrays, **call)  # builds the kernels
     stream = cupy.cuda.Stream(non_blocking=True)
     cupy.cuda.Device().synchronize()
+    distr_attention(*arrays, **call, stream=stream)  # builds the kernels
+    stream.synchronize()
     with ExitStack() as stack:
         allocations = stack.enter_context(Allocations())
         if how == "current":

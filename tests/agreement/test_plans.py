@@ -287,3 +287,19 @@ def test_conditions_of_a_signature(monkeypatch: pytest.MonkeyPatch) -> None:
     names = [[p.name for p in parameters("stem", defines)] for defines in ({"A": 1}, {"A": 1, "B": 1}, {})]
     assert names == [["x", "first", "map"], ["x", "second", "third", "map"], ["x", "second", "map"]]
     assert [p.type for p in parameters("stem", {"C": 1})] == ["const float*", "long long", "float", "const TensorMap"]
+
+
+def test_conditions_on_what_the_source_defines_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (
+        "#ifndef A\n#define A 1  // the default\n#endif\n#define BOTH (A && B)\n"
+        'extern "C" __global__ void stem(int x\n#if BOTH\n, int y\n#endif\n) {'
+    )
+    monkeypatch.setattr("distrattn_np.kernel_sources._read", lambda _: text)
+    assert [len(parameters("stem", defines)) for defines in ({"B": 1}, {}, {"A": 0, "B": 1})] == [2, 1, 1]
+
+
+def test_arrays_that_must_not_be_read_can_be_shown() -> None:
+    """A debugger shows them, and so does a traceback with its variables."""
+    array = array_at(REGION, (2, 3), np.float32)
+    assert f"{array} {array!r} {array[1:]!s}".count("numpy array of shape") == 3
+    assert [array.T.strides, array.dtype.name, array.ctypes.data] == [(4, 12), "float32", REGION]

@@ -31,7 +31,7 @@ ON_TENSOR_CORES = ("forward_mma", "gram", "reduce_rows")
 
 
 def architectures(stem: str) -> tuple[str, ...]:
-    if stem == "forward_sm90":
+    if stem.endswith("_sm90"):
         return ("sm_90a",)
     return PORTABLE if stem in ON_TENSOR_CORES else ("sm_75", *PORTABLE)
 
@@ -77,7 +77,16 @@ def test_kernel_compiles_without_spills_or_local_memory(stem: str) -> None:
     "stem",
     [
         *("forward_mma", "forward_simt", "forward_sm90", "fuse_channels", "hash_channels"),
-        *("gram", "gram_simt", "reduce_rows", "reduce_rows_simt", "subspace_maps", "sum_segments", "add_mean_scores"),
+        *(
+            "gram",
+            "gram_sm90",
+            "gram_simt",
+            "reduce_rows",
+            "reduce_rows_simt",
+            "subspace_maps",
+            "sum_segments",
+            "add_mean_scores",
+        ),
     ],
 )
 def test_launcher_names_the_sets_that_it_builds(stem: str) -> None:
@@ -91,9 +100,10 @@ def test_forward_mma_runs_on_tensor_cores(arch: str, tmp_path: Path) -> None:
     assert len(re.findall(r"\bHMMA\.16816\.F32\b", code)) >= 16
 
 
-def test_forward_sm90_runs_on_warpgroup_tensor_cores(tmp_path: Path) -> None:
-    code = disassemble(compile_kernel("forward_sm90", "sm_90a").cubin, tmp_path)
-    assert len(re.findall(r"\bHGMMA\b", code)) >= 8
+@pytest.mark.parametrize(("stem", "products"), [("forward_sm90", 8), ("gram_sm90", 4)])
+def test_hopper_kernels_run_on_warpgroup_tensor_cores(stem: str, products: int, tmp_path: Path) -> None:
+    code = disassemble(compile_kernel(stem, "sm_90a").cubin, tmp_path)
+    assert len(re.findall(r"\bHGMMA\b", code)) >= products
     assert "UTMALDG" in code, "no asynchronous tile loads"
 
 
