@@ -323,6 +323,7 @@ def workspace_size(q: Any, k: Any, v: Any, *, backend: str | None = None, **opti
     **options
         All others of `distr_attention`, as in the call; with ``group_size=1`` it is `exact_attention` that is measured.
         ``mask``, ``bias``, ``out`` and ``lse`` may be descriptions too; without ``out`` it is taken for contiguous.
+        ``stream`` and ``workspace`` make no difference.
 
     Returns
     -------
@@ -350,7 +351,7 @@ def workspace_size(q: Any, k: Any, v: Any, *, backend: str | None = None, **opti
     arrays = {name: _described(x, place) for place, (name, x) in enumerate(arrays.items())}
     if backend is None and arrays["q"] is not q:
         backend = "cupy"
-    size: int = distr_attention(**options | arrays, backend=backend, workspace=_MEASURE)
+    size: int = distr_attention(**options | arrays | {"stream": None, "workspace": _MEASURE}, backend=backend)
     return size
 
 

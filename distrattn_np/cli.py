@@ -9,6 +9,8 @@ from pathlib import Path
 
 from . import __version__, backends
 
+_GROUPING_NUMBERS = ("group_size", "rank", "refine", "block_size", "seed")
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of every sub-command but ``bench`` and ``models``, which have their own."""
@@ -62,10 +64,14 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     call.add_argument("--scale", type=float)
     call.add_argument("--causal", nargs="?", const="bottom-right", default=False, choices=("bottom-right", "top-left"))
     call.add_argument("--lse", action="store_true", help="the log-sum-exp is a result")
-    parser.add_argument("--multiprocessors", type=int, help="of the device, for the grids; default: a large one's")
+    parser.add_argument("--multiprocessors", type=_count, help="of the device, for the grids; default: a large one's")
 
 
-_GROUPING_NUMBERS = ("group_size", "rank", "refine", "block_size", "seed")
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
 
 
 def _export(options: argparse.Namespace) -> int:

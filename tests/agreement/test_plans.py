@@ -194,6 +194,10 @@ class TestWorkspaceSize:
         assert workspace_size(*arrays) == 0
         assert workspace_size(*arrays, backend="cupy") == workspace_size(*described())
 
+    def test_stream_and_workspace_make_no_difference(self) -> None:
+        size = workspace_size(*described())
+        assert workspace_size(*described(), stream=7, workspace=np.empty(3, np.uint8)) == size
+
     def test_fused_keys_are_bounded(self) -> None:
         """Longer calls go through them in several launches."""
         size = workspace_size(*described(N=65536, M=65536, D=128), method="lsh", group_by="queries")

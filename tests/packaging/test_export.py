@@ -173,8 +173,16 @@ def test_without_a_compiler_it_says_what_to_install(
     assert capsys.readouterr().err == f"distrattn export: error: {message}\n"
 
 
-def test_unknown_architecture_is_refused(tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--arch", "sm_70"], "argument --arch: invalid choice: 'sm_70'"),
+        (["--arch", "sm_80", "--multiprocessors", "0"], "argument --multiprocessors: must be at least 1, got 0"),
+        (["--arch", "sm_80", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+    ],
+)
+def test_what_no_device_has_is_refused(options: list[str], message: str, tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(SystemExit) as caught:
-        cli.main(["export", "--arch", "sm_70", "--out", str(tmp_path)])
+        cli.main(["export", "--out", str(tmp_path), *options])
     assert caught.value.code == 2
-    assert "invalid choice: 'sm_70'" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
