@@ -204,14 +204,21 @@ def sm90_defines(
     keys_per_item: bool,
     causal: bool,
     mapped_width: int | None = None,
+    folds_reference: bool = False,
 ) -> Defines:
     """Return the -D options of forward_sm90.cu for inner width ``rank`` (padded).
 
-    ``mapped_width`` is the width of queries that the kernel maps itself, for blocks over keys.
+    ``mapped_width`` is the width of queries that the kernel maps itself, for blocks over keys; with
+    ``folds_reference`` the last two columns of the padded rank are free, and K has ones there.
     """
     key_maps = {}
     if mapped_width is not None:
-        key_maps = {"KEY_MAPS": 1, "D": mapped_width, "MAP_AHEAD": int(tiles.map_ahead)}
+        key_maps = {
+            "KEY_MAPS": 1,
+            "D": mapped_width,
+            "MAP_AHEAD": int(tiles.map_ahead),
+            "FOLD_REFERENCE": int(folds_reference),
+        }
     return key_maps | {
         "ELEMENT": element,
         "R": rank,
@@ -309,9 +316,19 @@ REDUCE_ROW_TILE = 128
 
 
 def reduce_defines(
-    *, element: int, width: int, rank: int, centred: bool, rows_from_block: bool, aligned: bool
+    *,
+    element: int,
+    width: int,
+    rank: int,
+    centred: bool,
+    rows_from_block: bool,
+    aligned: bool,
+    with_ones: bool = False,
 ) -> Defines:
-    """Return the -D options of reduce_rows.cu: rows times the map of their own block, or of every work item."""
+    """Return the -D options of reduce_rows.cu: rows times the map of their own block, or of every work item.
+
+    ``with_ones``: the last two columns of the padded rank are ones.
+    """
     map_rows = 16 if width > 128 else 64
     return {
         "ELEMENT": element,
@@ -322,6 +339,7 @@ def reduce_defines(
         # neighbouring items mostly share rows; those of a block are its own
         "ITEMS_PER_BLOCK": 1 if rows_from_block else 8,
         "ALIGNED": int(aligned),
+        "WITH_ONES": int(with_ones),
         "LAUNCH_SHARED_BYTES": 2 * (REDUCE_ROW_TILE + 2 * map_rows) * (pad(width) + 8),
     }
 
@@ -502,15 +520,17 @@ def _forward_sm90_cases() -> Iterator[Defines]:
     for width, rank, value_width in product((64, 128), SM90_WIDTHS, (64, 128)):
         if rank <= width:
             causal = value_width == width  # so that both are built for every pair of width and rank
-            yield sm90_defines(
-                sm90_key_map_tiles(rank),
-                element=1 + rank // 16 % 2,
-                rank=rank,
-                value_width=value_width,
-                keys_per_item=False,
-                causal=causal,
-                mapped_width=width,
-            )
+            for folds_reference in (False, True):
+                yield sm90_defines(
+                    sm90_key_map_tiles(rank),
+                    element=1 + (rank // 16 + folds_reference) % 2,
+                    rank=rank,
+                    value_width=value_width,
+                    keys_per_item=False,
+                    causal=causal,
+                    mapped_width=width,
+                    folds_reference=folds_reference,
+                )
 
 
 def _subspace_maps_cases(shared_limit: int) -> Iterator[Defines]:
@@ -530,6 +550,7 @@ def _reduce_rows_cases() -> Iterator[Defines]:
                 centred=(number + rows_from_block) % 2 == 0,
                 rows_from_block=rows_from_block,
                 aligned=width % 8 == 0 and number % 3 != 2,
+                with_ones=rows_from_block and pad(rank) - rank >= 2,
             )
 
 

@@ -11,6 +11,8 @@
 //   blocks over keys       : Q as the caller holds it, K sampled, and a map Z for each key block (KEY_MAPS). Q Z is
 //                            computed here, once for each key block, and stays in registers. With CAUSAL a query
 //                            scores the keys of its own block exactly (OWN_BLOCK, eq. 20), from K as the caller has it.
+//                            With FOLD_REFERENCE the last two columns are free, K has ones there and Z zeros: they
+//                            take the softmax's reference off the scores.
 //
 // Grid      : (query tiles of a block * items); an item is a (batch, head, query block), see work_item.cuh
 // Block     : (1 + NUM_CONSUMERS) * 128 threads. Warpgroup 0 copies tiles, the others own 64 query rows each
@@ -24,8 +26,8 @@
 //             z_map (D, key blocks * R, H_kv, B)  (D, R)                 KEY_MAPS: Z transposed
 //             own_map (D, M, H_kv, B)             (D, BLOCK_KV)          OWN_BLOCK: K as the caller holds it
 // Assumes   : scale > 0, M > 0; pointers and strides of what the maps show are multiples of 16 bytes, those of O of 4;
-//             KEY_MAPS: key_block_size is a multiple of BLOCK_KV. Q Z, in powers of two, is rounded to the element
-//             type; what is out of its range becomes the largest element.
+//             KEY_MAPS: key_block_size is a multiple of BLOCK_KV. Q Z (FOLD_REFERENCE: in powers of two) is rounded to
+//             the element type; what is out of its range becomes the largest element.
 // A query that sees no key: O = 0, lse = -inf.
 // Alone     : nvcc -cubin -gencode arch=compute_90a,code=sm_90a raw_kernels/forward_sm90.cu
 
@@ -49,6 +51,9 @@
 #define CAUSAL 0
 #endif
 #define OWN_BLOCK (KEY_MAPS && CAUSAL)
+#ifndef FOLD_REFERENCE
+#define FOLD_REFERENCE 0  // only with KEY_MAPS: the last two of the R columns carry the softmax's reference
+#endif
 #ifndef MAP_AHEAD
 #define MAP_AHEAD 1  // only with KEY_MAPS: Q Z of the next key block runs beside a softmax; takes R / 2 more registers
 #endif
@@ -139,8 +144,8 @@ using MappedQueries = unsigned[R / MMA_DEPTH][4];  // Q Z [64, R], in registers
 // its 16-bit type and the sums fit float32; where a pass cannot keep this up it is lost, and the block is computed
 // again in a pass that follows the maximum.
 //
-// Scores are in units of S: times the `scale_log2` of a step they are powers of two. Q Z carries that factor itself, and
-// its products with K are added to minus the reference (IS_STARTED), so that S is the argument of exp2 as it is.
+// Scores are in units of S: times the `scale_log2` of a step they are powers of two. With FOLD_REFERENCE, Q Z carries
+// that factor and, in its last two columns, the reference, which S is then short of (`is_folded`).
 struct RunningSoftmax {
   float reference[2] = {-INFINITE, -INFINITE};  // the same in the four lanes; -INFINITE: this row has seen no key
   float row_sum[2] = {0.0f, 0.0f};              // of this lane's columns only
@@ -150,21 +155,21 @@ struct RunningSoftmax {
   // The steps turn S into P. They return whether this warp's O has to be multiplied by `rescale` before P V is added.
 
   // Any scores: looks for the maximum. The reference may lag behind it by LARGEST_LAG.
-  template <bool IS_STARTED>
-  __device__ __forceinline__ bool step_by_maximum(float (&S)[BLOCK_KV / 2], float scale_log2, bool is_last_pass) {
+  __device__ __forceinline__ bool step_by_maximum(float (&S)[BLOCK_KV / 2], float scale_log2, bool is_folded,
+                                                  bool is_last_pass) {
     constexpr float LARGEST_LAG = 8.0f;  // powers of two
+    const float folded[2] = {is_folded ? finite_reference(0) : 0.0f, is_folded ? finite_reference(1) : 0.0f};
     float tile_max[2] = {S[0], S[2]};
 #pragma unroll
     for (int i = 0; i < BLOCK_KV / 2; i += 2)
       tile_max[i / 2 % 2] = fmaxf(tile_max[i / 2 % 2], fmaxf(S[i], S[i + 1]));
-    const float start[2] = {IS_STARTED ? -finite_reference(0) : 0.0f, IS_STARTED ? -finite_reference(1) : 0.0f};
     const float growth =
-        fmaxf(tile_max[0] - start[0] - reference[0], tile_max[1] - start[1] - reference[1]) * scale_log2;
+        fmaxf(tile_max[0] + folded[0] - reference[0], tile_max[1] + folded[1] - reference[1]) * scale_log2;
     const bool has_grown = __any_sync(~0u, growth > LARGEST_LAG);
     if (has_grown) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        float row_max = tile_max[i] - start[i];
+        float row_max = tile_max[i] + folded[i];
         row_max = fmaxf(row_max, __shfl_xor_sync(~0u, row_max, 1));
         row_max = fmaxf(row_max, __shfl_xor_sync(~0u, row_max, 2));
         move_reference(i, fmaxf(reference[i], row_max), scale_log2, is_last_pass);
@@ -173,7 +178,7 @@ struct RunningSoftmax {
 #pragma unroll
     for (int i = 0; i < BLOCK_KV / 2; i += 2) {
       // the difference first: for large scores the product would not be exact enough
-      const float shift = finite_reference(i / 2 % 2) + start[i / 2 % 2];
+      const float shift = finite_reference(i / 2 % 2) - folded[i / 2 % 2];
       S[i] = exp2_approximate((S[i] - shift) * scale_log2);
       S[i + 1] = exp2_approximate((S[i + 1] - shift) * scale_log2);
       row_sum[i / 2 % 2] += S[i] + S[i + 1];
@@ -182,8 +187,8 @@ struct RunningSoftmax {
   }
 
   // Rows that have seen a key, scores that are not hidden: relies on the reference, and looks at the sums of P, which
-  // bound every P.
-  template <bool IS_STARTED>
+  // bound every P. IS_FOLDED: S is the argument of exp2.
+  template <bool IS_FOLDED>
   __device__ __forceinline__ bool step_by_sum(float (&S)[BLOCK_KV / 2], float scale_log2) {
     constexpr float LARGEST_SUM = 1 << 14;
     constexpr float LARGEST_REPAIRED_SUM = 0x1p100f;
@@ -191,8 +196,8 @@ struct RunningSoftmax {
     float tile_sum[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < BLOCK_KV / 2; i += 2) {
-      S[i] = exp2_approximate(IS_STARTED ? S[i] : fmaf(S[i], scale_log2, -offset[i / 2 % 2]));
-      S[i + 1] = exp2_approximate(IS_STARTED ? S[i + 1] : fmaf(S[i + 1], scale_log2, -offset[i / 2 % 2]));
+      S[i] = exp2_approximate(IS_FOLDED ? S[i] : fmaf(S[i], scale_log2, -offset[i / 2 % 2]));
+      S[i + 1] = exp2_approximate(IS_FOLDED ? S[i + 1] : fmaf(S[i + 1], scale_log2, -offset[i / 2 % 2]));
       tile_sum[i / 2 % 2] += S[i] + S[i + 1];
     }
     const bool is_large = __any_sync(~0u, fmaxf(tile_sum[0], tile_sum[1]) > LARGEST_SUM);
@@ -215,19 +220,37 @@ struct RunningSoftmax {
   }
 
 
+#if FOLD_REFERENCE
+  // Lets the products that follow subtract the reference: keys have ones in the last two columns.
+  __device__ __forceinline__ void fold(MappedQueries& QZ) {
+    const bool holds_last_columns = thread_index_anew() % 4 == 3;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float high = round_to_element(finite_reference(i));
+      if (holds_last_columns) QZ[R / MMA_DEPTH - 1][2 + i] = pack(-high, high - finite_reference(i));
+    }
+  }
+#endif
+
   __device__ __forceinline__ void move_reference(int i, float target, float scale_log2, bool is_last_pass) {
     // Of larger references the product with scale_log2 is not exact enough.
     constexpr float LARGEST_REFERENCE = 1 << 15;  // powers of two
-    if (!is_last_pass && target != -INFINITE) is_lost |= fabsf(target) * scale_log2 > LARGEST_REFERENCE;
+    if (!is_last_pass && target != -INFINITE) {
+      is_lost |= fabsf(target) * scale_log2 > LARGEST_REFERENCE;
+      if (FOLD_REFERENCE) {  // to the sum of two elements
+        const float high = round_to_element(target);
+        target = high + round_to_element(target - high);
+      }
+    }
     rescale[i] = exp2_approximate((reference[i] - (target == -INFINITE ? 0.0f : target)) * scale_log2);
     row_sum[i] *= rescale[i];
     reference[i] = target;
   }
 
-  // Goes on with scores that are lower by these shifts than those so far, and then in powers of two.
-  __device__ __forceinline__ void lower_scores(float shift_0, float shift_1, float scale_log2) {
-    reference[0] = (finite_reference(0) - shift_0) * scale_log2;
-    reference[1] = (finite_reference(1) - shift_1) * scale_log2;
+  // Goes on with scores that are lower by these shifts than those so far, and then times `factor`.
+  __device__ __forceinline__ void lower_scores(float shift_0, float shift_1, float factor) {
+    reference[0] = (reference[0] - shift_0) * factor;
+    reference[1] = (reference[1] - shift_1) * factor;
   }
 
   // A row that has seen no key yet: any finite reference makes its P zero.
@@ -329,18 +352,13 @@ __device__ __forceinline__ void start_scores(float (&S)[BLOCK_KV / 2], Descripto
   wgmma_commit();
 }
 
-// S = start + (Q Z) K^T  [64, BLOCK_KV]
-__device__ __forceinline__ void start_scores(float (&S)[BLOCK_KV / 2], float start_0, float start_1, MappedQueries& QZ,
-                                             Descriptor K) {
-  // As an instruction of its own: ptxas, free to place the moves, serialises the products.
-#pragma unroll
-  for (int i = 0; i < BLOCK_KV / 2; ++i)
-    asm volatile("mov.f32 %0, %1;" : "=f"(S[i]) : "f"(i / 2 % 2 == 0 ? start_0 : start_1));
+// S = (Q Z) K^T  [64, BLOCK_KV]
+__device__ __forceinline__ void start_scores(float (&S)[BLOCK_KV / 2], MappedQueries& QZ, Descriptor K) {
   pin(S);
   pin(QZ);
   wgmma_fence();
 #pragma unroll
-  for (int k = 0; k < R / MMA_DEPTH; ++k) multiply<false>(S, QZ[k], K + inner_step<R, BLOCK_KV>(k), true);
+  for (int k = 0; k < R / MMA_DEPTH; ++k) multiply<false>(S, QZ[k], K + inner_step<R, BLOCK_KV>(k), k > 0);
   wgmma_commit();
 }
 
@@ -370,8 +388,10 @@ __device__ __forceinline__ void finish_map(MappedQueries& QZ, float (&C)[R / 2],
 #pragma unroll
   for (int i = 0; i < R / MMA_DEPTH; ++i) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
-      QZ[i][j] = pack_finite(C[8 * i + 2 * j] * scale_log2, C[8 * i + 2 * j + 1] * scale_log2);
+    for (int j = 0; j < 4; ++j) {
+      const float factor = FOLD_REFERENCE ? scale_log2 : 1.0f;
+      QZ[i][j] = pack_finite(C[8 * i + 2 * j] * factor, C[8 * i + 2 * j + 1] * factor);
+    }
   }
 }
 #endif
@@ -499,9 +519,9 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
       hide_scores(S, tile * BLOCK_KV + first_column, last_seen);
     };
 
-    // what S is multiplied by to be a power of two; Q Z carries that
+    // what S is multiplied by to be a power of two
     const auto score_scale_of = [&](auto is_own) {
-      return KEY_MAPS && !decltype(is_own)::value ? 1.0f : scale_log2;
+      return FOLD_REFERENCE && !decltype(is_own)::value ? 1.0f : scale_log2;
     };
 
     const Descriptor Q_smem = describe_inner_columns<Q_WIDTH>(
@@ -548,11 +568,9 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
         finish_map(QZ, C_rmem, scale_log2);
       };
 #endif
-      // From a reference that is finite, if S is to be started.
-      auto start_scores_of = [&](auto is_own, float reference_0, float reference_1) {
+      auto start_scores_of = [&](auto is_own) {
 #if KEY_MAPS
-        if constexpr (!decltype(is_own)::value)
-          start_scores(S_rmem, -reference_0, -reference_1, QZ, K_smem + K_ring.stage * K_STAGE);
+        if constexpr (!decltype(is_own)::value) start_scores(S_rmem, QZ, K_smem + K_ring.stage * K_STAGE);
 #endif
         if constexpr (!KEY_MAPS || decltype(is_own)::value)
           start_scores(S_rmem, Q_smem, whole_K_smem + K_ring.stage * K_STAGE);
@@ -566,14 +584,13 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
       // ---- the first of several tiles:  S = Q K^T,  P = exp(S - reference) ----
       auto begin_visits = [&](auto is_own, int tile) {
         barrier_wait(shared.K_full[K_ring.stage], K_ring.parity);
-        start_scores_of(is_own, softmax.finite_reference(0), softmax.finite_reference(1));
+        start_scores_of(is_own);
         wgmma_wait<0>();
         pin(S_rmem);
         if (is_speaker) barrier_arrive(shared.K_empty[K_ring.stage]);
         K_ring.advance();
         hide_edge(is_own, S_rmem, tile);
-        constexpr bool IS_MAPPED = KEY_MAPS && !decltype(is_own)::value;
-        if (softmax.step_by_maximum<IS_MAPPED>(S_rmem, score_scale_of(is_own), follows_maximum)) rescale_values();
+        if (softmax.step_by_maximum(S_rmem, score_scale_of(is_own), false, follows_maximum)) rescale_values();
         pack_operands(P_rmem, S_rmem);
       };
 
@@ -589,9 +606,9 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
 
       auto visit_tile = [&](auto is_own, auto is_last_of_key_block) {
         constexpr bool MAPS_NEXT = decltype(is_last_of_key_block)::value;
-        constexpr bool IS_MAPPED = KEY_MAPS && !decltype(is_own)::value;
+        constexpr bool IS_FOLDED = FOLD_REFERENCE && !decltype(is_own)::value;
         // ---- start S = Q K^T of this tile and, behind it, O += P V of the one before ----
-        start_scores_of(is_own, softmax.reference[0], softmax.reference[1]);
+        start_scores_of(is_own);
         barrier_wait(shared.V_full[V_ring.stage], V_ring.parity);
         start_values(O_rmem, P_rmem, V_smem + V_ring.stage * V_STAGE);
 #if KEY_MAPS
@@ -613,9 +630,9 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
 #endif
         if (is_at_edge || follows_maximum) {
           if (is_at_edge) hide_edge(is_own, S_rmem, tile);
-          is_moved = softmax.step_by_maximum<IS_MAPPED>(S_rmem, score_scale_of(is_own), follows_maximum);
+          is_moved = softmax.step_by_maximum(S_rmem, score_scale_of(is_own), IS_FOLDED && !follows_maximum, follows_maximum);
         } else {
-          is_moved = softmax.step_by_sum<IS_MAPPED>(S_rmem, score_scale_of(is_own));
+          is_moved = softmax.step_by_sum<IS_FOLDED>(S_rmem, score_scale_of(is_own));
         }
         pin(S_rmem);
         // This wait is for the next tile. It stands here because its branch keeps ptxas from moving the wait for P V
@@ -639,6 +656,9 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
         }
 #endif
         if (is_moved) rescale_values();
+#if FOLD_REFERENCE
+        if (IS_FOLDED && (is_moved || MAPS_NEXT) && !follows_maximum) softmax.fold(QZ);
+#endif
         --tile;
       };
       // ---- the tiles, from the last one down ----
@@ -653,7 +673,7 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
       barrier_wait(shared.mean_scores_full, 0);
       {
         const float* const mean_scores = shared.mean_scores + consumer * CONSUMER_ROWS + row_of_lane();
-        softmax.lower_scores(mean_scores[0], mean_scores[8], scale_log2);
+        softmax.lower_scores(mean_scores[0], mean_scores[8], FOLD_REFERENCE ? scale_log2 : 1.0f);
       }
 #endif
       if (!OWN_BLOCK || tile >= 0) {
@@ -663,6 +683,9 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
         begin_visits(Bool<false>(), tile);
 #if KEY_MAPS
         if (tile > 0 && tile % tiles_per_key_block() == 0) map_queries();
+#endif
+#if FOLD_REFERENCE
+        if (!follows_maximum) softmax.fold(QZ);
 #endif
         --tile;
         if (tile >= 0) barrier_wait(shared.K_full[K_ring.stage], K_ring.parity);
@@ -678,6 +701,9 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
             visit_tile(Bool<false>(), Bool<false>());
             if (last_of_key_block > 0) {
               map_queries();
+#if FOLD_REFERENCE
+              if (!follows_maximum) softmax.fold(QZ);
+#endif
             }
           }
         }
@@ -689,6 +715,9 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
       }
 
       // ---- O / row_sum and lse, rows n < query_end ----
+      int item = first_item;
+      asm volatile("" : "+r"(item));  // or what follows from it takes registers of the main loop
+      const WorkItem done = find_work(BLOCK_Q, H, N, query_blocks, query_block_size, item, CAUSAL);
 #if KEY_MAPS
       if (mean) barrier_wait(shared.mean_scores_full, 0);
 #endif
@@ -698,10 +727,11 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
         sum += __shfl_xor_sync(~0u, sum, 1);
         sum += __shfl_xor_sync(~0u, sum, 2);
 
-        const int place = row_of_lane() + 8 * i, n = first_row + place, lane = thread_index_anew() % WARP_SIZE;
-        if (n >= work.query_end) continue;
+        const int place = consumer * CONSUMER_ROWS + row_of_lane() + 8 * i, lane = thread_index_anew() % WARP_SIZE;
+        const int n = done.query_begin + place;
+        if (n >= done.query_end) continue;
         const float inverse = __fdividef(1.0f, sum);
-        element_t* const O_row = O + work.b * stride_o_b + work.h * stride_o_h + n * stride_o_n;
+        element_t* const O_row = O + done.b * stride_o_b + done.h * stride_o_h + n * stride_o_n;
 #pragma unroll
         for (int t = 0; t < E / 8; ++t) {
           const float* const pair = O_rmem + 4 * t + 2 * i;
@@ -710,11 +740,9 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
         }
         float shift = softmax.finite_reference(i) * score_scale_of(Bool<false>());  // powers of two
 #if KEY_MAPS
-        if (mean) shift += shared.mean_scores[consumer * CONSUMER_ROWS + place] * scale_log2;
+        if (mean) shift += shared.mean_scores[place] * scale_log2;
 #endif
-        if (lane % 4 == 0)
-          lse[((long long)work.b * H + work.h) * N + n] =
-              LN_2 * (shift + __log2f(sum));
+        if (lane % 4 == 0) lse[((long long)done.b * H + done.h) * N + n] = LN_2 * (shift + __log2f(sum));
       }
       if (!__syncthreads_or(softmax.is_lost)) break;
     }

@@ -195,6 +195,8 @@ __device__ __forceinline__ unsigned pack_finite(float low, float high) {
   return packed;
 }
 
+__device__ __forceinline__ float round_to_element(float x) { return to_accumulate(to_element(x)); }
+
 // Accumulators to A operands of a following product whose inner dimension is the accumulators' columns.
 template <int COUNT>
 __device__ __forceinline__ void pack_operands(unsigned (&operands)[COUNT][4], const float (&accumulators)[8 * COUNT]) {

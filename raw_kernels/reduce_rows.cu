@@ -19,7 +19,8 @@
 // Block     : 256 threads
 // Shared    : SHARED_BYTES below, dynamic: a tile of X and two chunks of a map; WIDTH * 2 bytes, static
 // Assumes   : 1 <= R <= D <= 256. ALIGNED: X and its strides are multiples of 16 bytes, D of 8 elements. Maps and out are
-//             contiguous and aligned to 16 bytes; rows of the maps from R on are zero, and so are those columns of out.
+//             contiguous and aligned to 16 bytes; rows of the maps from R on are zero, and so are those columns of out
+//             but for WITH_ONES.
 //             CENTRED: x - mean is rounded to the element type. Sums are float32; results out of range become the
 //             largest finite number.
 // Alone     : nvcc -cubin -arch=sm_80 raw_kernels/reduce_rows.cu
@@ -43,6 +44,9 @@
 #ifndef ALIGNED
 #define ALIGNED 1
 #endif
+#ifndef WITH_ONES  // the last two columns of out are ones: with them forward_sm90.cu subtracts its reference
+#define WITH_ONES 0
+#endif
 
 #include "operands.cuh"
 
@@ -50,6 +54,7 @@ static_assert(ELEMENT == FLOAT16 || ELEMENT == BFLOAT16, "tensor cores take 16-b
 static_assert(R >= 1 && R <= D && D <= 256, "a map has at least one column and at most D");
 constexpr int WIDTH = (D + 15) / 16 * 16;
 constexpr int R_PADDED = (R + 15) / 16 * 16;
+static_assert(!WITH_ONES || R_PADDED - R >= 2, "the last two columns are free");
 constexpr int NUM_THREADS = 256;
 constexpr int WARP_ROWS = 16;
 constexpr int ROW_TILE = NUM_THREADS / WARP_SIZE * WARP_ROWS;
@@ -197,6 +202,7 @@ void reduce_rows(const element_t* __restrict__ X,     // [B, H_y, rows, D]
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           four.at[i] = to_element(limit_to_element((CENTRED ? 2.0f : 1.0f) * sums[i / 2][2 * half + i % 2]));
+        if (WITH_ONES && first_column + column + 4 * member + 4 == R_PADDED) four.at[2] = four.at[3] = to_element(1.0f);
         *reinterpret_cast<Elements<4>*>(out_row + 8 * half * R_PADDED + column) = four;
       }
     }

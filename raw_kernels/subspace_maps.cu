@@ -183,14 +183,16 @@ __device__ inline void multiply_columns(SharedVectors& shared, real_t* rows, int
 __device__ inline void choose_channels(SharedVectors& shared, real_t* rows, const real_t* __restrict__ A,
                                        const real_t* __restrict__ B) {
   const int thread = thread_index_anew();
-  for (int i = R * WIDTH + thread; i < R_PADDED * WIDTH; i += THREADS)
-    rows[i / WIDTH * PITCH + T + i % WIDTH] = 0.0f;
+  for (int i = thread; i < R_PADDED * WIDTH; i += THREADS) rows[i / WIDTH * PITCH + T + i % WIDTH] = 0.0f;
+  __syncthreads();  // rows of F that are not there yet count as zeros
 
   if (thread < WARP_SIZE) {
     // A lane looks after channels first_of(q) to first_of(q) + 3.
     auto first_of = [&](int q) -> int { return (q * WARP_SIZE + thread) * 4; };
     real_t outside[QUADS][4] = {}, least[QUADS][4] = {}, weights[QUADS][4] = {};  // outside: of the span of those chosen
     unsigned is_free = 0;                                                         // a bit for each of them
+    constexpr int ROWS_AT_ONCE = 8;  // loads that are on their way together
+    static_assert(BLOCK % ROWS_AT_ONCE == 0, "there are whole steps of rows");
 #pragma unroll
     for (int q = 0; q < QUADS; ++q)
 #pragma unroll
@@ -234,31 +236,33 @@ __device__ inline void choose_channels(SharedVectors& shared, real_t* rows, cons
       pivot = __shfl_sync(~0u, pivot, chosen / 4 % WARP_SIZE);
       const real_t inverse = pivot > 0.0f ? rsqrt(pivot) : 0.0f;
 
-      // ---- its row of A - F F^T, scaled ----
+      // ---- its row of A - F F^T, scaled. A's row is on its way while F's are multiplied ----
+      Four a[QUADS];
       real_t row[QUADS][4] = {};
 #pragma unroll
-      for (int q = 0; q < QUADS; ++q) {
-        if (first_of(q) >= WIDTH) continue;
-        const Four a = load4(A + chosen * WIDTH + first_of(q));
-        row[q][0] = a.x, row[q][1] = a.y, row[q][2] = a.z, row[q][3] = a.w;
-      }
-#pragma unroll 8
-      for (int s = 0; s < r; ++s) {
-        const real_t* const F = rows + s * PITCH + T;
-        const real_t factor = -F[chosen];
+      for (int q = 0; q < QUADS; ++q)
+        if (first_of(q) < WIDTH) a[q] = load4(A + chosen * WIDTH + first_of(q));
+#pragma unroll 1
+      for (int s = 0; s < r; s += ROWS_AT_ONCE) {
 #pragma unroll
-        for (int q = 0; q < QUADS; ++q) {
-          if (first_of(q) >= WIDTH) continue;
-          const Four f = load4(F + first_of(q));
-          row[q][0] = fma(factor, f.x, row[q][0]), row[q][1] = fma(factor, f.y, row[q][1]);
-          row[q][2] = fma(factor, f.z, row[q][2]), row[q][3] = fma(factor, f.w, row[q][3]);
+        for (int i = 0; i < ROWS_AT_ONCE; ++i) {
+          const real_t* const F = rows + (s + i) * PITCH + T;
+          const real_t factor = F[chosen];
+#pragma unroll
+          for (int q = 0; q < QUADS; ++q) {
+            if (first_of(q) >= WIDTH) continue;
+            const Four f = load4(F + first_of(q));
+            row[q][0] = fma(factor, f.x, row[q][0]), row[q][1] = fma(factor, f.y, row[q][1]);
+            row[q][2] = fma(factor, f.z, row[q][2]), row[q][3] = fma(factor, f.w, row[q][3]);
+          }
         }
       }
 #pragma unroll
       for (int q = 0; q < QUADS; ++q) {
+        const real_t whole[4] = {a[q].x, a[q].y, a[q].z, a[q].w};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          row[q][i] *= inverse;
+          row[q][i] = first_of(q) < WIDTH ? (whole[i] - row[q][i]) * inverse : 0.0f;
           outside[q][i] = fma(-row[q][i], row[q][i], outside[q][i]);
           if (!(outside[q][i] > least[q][i])) outside[q][i] = 0.0f;
         }

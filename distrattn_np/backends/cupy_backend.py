@@ -621,6 +621,11 @@ class _Forward:
         )
 
     @property
+    def folds_reference(self) -> bool:
+        """Whether forward_sm90.cu, mapping queries, finds room for the softmax's reference: two columns of padding."""
+        return self.dense_maps is not None and self.by == "keys" and pad(self.rank) - self.rank >= 2
+
+    @property
     def scores_own_blocks(self) -> bool:
         """Whether a query and the keys of its own block are multiplied as they are (eq. 20)."""
         return self.dense_maps is not None and self.problem.own_block_is_exact
@@ -654,7 +659,7 @@ class _Forward:
                 else:
                     self._launch_mma(Q, K, NO_MAP if is_sampled else SAMPLE, first, count)
         elif self.by == "keys":
-            K = self._sample(self.K)
+            K = self._sample(self.K, with_ones=on_hopper and self.folds_reference)
             if on_hopper:
                 self._launch_sm90(self.Q, K, 0, heads)
             else:
@@ -729,6 +734,7 @@ class _Forward:
             keys_per_item=self.by == "queries",
             causal=problem.causal_offset is not None,
             mapped_width=mapped_width,
+            folds_reference=self.folds_reference,
         )
         launch = forward_sm90_launch(
             rank,
@@ -759,20 +765,37 @@ class _Forward:
             shared=launch.shared_bytes,
         )
 
-    def _sample(self, X: Any) -> Any:
-        """Return X W (B, H_x, rows, R padded), X the side that is cut into blocks."""
+    def _sample(self, X: Any, *, with_ones: bool = False) -> Any:
+        """Return X W (B, H_x, rows, R padded), X the side that is cut into blocks.
+
+        ``with_ones``, of dense maps: the last two columns are ones.
+        """
         sampled = _empty((*X.shape[:3], pad(self.rank)), self._reduced_type)
-        self._fuse(X, sampled, 0, X.shape[0] * X.shape[1] * self.problem.blocks, sample=True)
+        items = X.shape[0] * X.shape[1] * self.problem.blocks
+        if self.dense_maps is None:
+            self._launch_fuse(X, sampled, 0, items, sample=True)
+        else:
+            self._launch_reduce(self.dense_maps, X, sampled, 0, items, sample=True, with_ones=with_ones)
         return sampled
 
-    def _fuse(self, Y: Any, out: Any, first_item: int, items: int, *, sample: bool = False) -> None:
-        """Write Y Z for ``items`` query blocks from the first one on, or X W of all blocks (``sample``)."""
+    def _fuse(self, Y: Any, out: Any, first_item: int, items: int) -> None:
+        """Write Y Z for ``items`` query blocks from the first one on."""
         if self.dense_maps is None:
-            self._launch_fuse(Y, out, first_item, items, sample=sample)
+            self._launch_fuse(Y, out, first_item, items, sample=False)
         else:
-            self._launch_reduce(self.dense_maps, Y, out, first_item, items, sample=sample)
+            self._launch_reduce(self.dense_maps, Y, out, first_item, items, sample=False)
 
-    def _launch_reduce(self, maps: _DenseMaps, Y: Any, out: Any, first_item: int, items: int, *, sample: bool) -> None:
+    def _launch_reduce(
+        self,
+        maps: _DenseMaps,
+        Y: Any,
+        out: Any,
+        first_item: int,
+        items: int,
+        *,
+        sample: bool,
+        with_ones: bool = False,
+    ) -> None:
         """Launch reduce_rows.cu, or reduce_rows_simt.cu for wide maps; the side that holds keys is centred."""
         problem = self.problem
         rows, width = Y.shape[2:]
@@ -785,7 +808,7 @@ class _Forward:
         }
         if uses_tensor_cores(problem, capability()):
             stem, row_tile, threads = "reduce_rows", REDUCE_ROW_TILE, REDUCE_THREADS
-            defines = reduce_defines(**common, aligned=_vector(Y) == 8)
+            defines = reduce_defines(**common, aligned=_vector(Y) == 8, with_ones=with_ones)
         else:
             stem, row_tile, threads = "reduce_rows_simt", REDUCE_SIMT_ROW_TILE, SIMT_THREADS
             defines = reduce_simt_defines(**common)

@@ -178,6 +178,14 @@ SUBSPACE_OPTIONS = [
     ),
 ]
 
+# ranks that leave columns of padding free, in which the Hopper forward keeps what it subtracts
+SUBSPACE_PADDED = [
+    subspace(N=300, M=500, L=128, D=D, E=E, rank=rank, dtype=dtype, by="keys", causal=causal)
+    for D, E, rank in ((64, 64, 30), (128, 128, 62), (128, 64, 94), (128, 128, 126))
+    for dtype in ("float16", "bfloat16")
+    for causal in (False, True)
+]
+
 # own blocks that begin inside a tile, that a tile holds several of, and that rows share with none or all
 SUBSPACE_BLOCKS = [
     subspace(N=N, M=M, L=L, dtype=dtype, by="keys", causal=causal)
@@ -225,6 +233,7 @@ SUBSPACE_WIDTHS = [
 SUBSPACE = [
     *SUBSPACE_FEATURES,
     *SUBSPACE_OPTIONS,
+    *SUBSPACE_PADDED,
     *SUBSPACE_BLOCKS,
     *SUBSPACE_TAILS,
     *SUBSPACE_HEADS,
