@@ -191,7 +191,7 @@ __device__ inline void choose_channels(SharedVectors& shared, real_t* rows, cons
     auto first_of = [&](int q) -> int { return (q * WARP_SIZE + thread) * 4; };
     real_t outside[QUADS][4] = {}, least[QUADS][4] = {}, weights[QUADS][4] = {};  // outside: of the span of those chosen
     unsigned is_free = 0;                                                         // a bit for each of them
-    constexpr int ROWS_AT_ONCE = 8;  // loads that are on their way together
+    constexpr int ROWS_AT_ONCE = QUADS == 1 ? 16 : 8;  // loads that are on their way together
     static_assert(BLOCK % ROWS_AT_ONCE == 0, "there are whole steps of rows");
 #pragma unroll
     for (int q = 0; q < QUADS; ++q)

@@ -24,7 +24,15 @@ from .grouped_keys import (
 from .hash_channels import HASH_BITS, hash_channels, hyperplanes
 from .merge_results import merge_results
 from .score_options import ScoreOptions, Window, cap_scores, key_limits, of_head, visible_keys
-from .subspace_attention import Maps, key_mean, make_maps, own_block_begin, subspace_attention, subspace_scores
+from .subspace_attention import (
+    Maps,
+    key_mean,
+    keys_of_mean,
+    make_maps,
+    own_block_begin,
+    subspace_attention,
+    subspace_scores,
+)
 from .subspace_maps import (
     RANK_STEP,
     balance_columns,
@@ -68,6 +76,7 @@ __all__ = [
     "hyperplanes",
     "key_limits",
     "key_mean",
+    "keys_of_mean",
     "make_key_maps",
     "make_maps",
     "merge_results",

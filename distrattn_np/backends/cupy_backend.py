@@ -24,7 +24,7 @@ from .. import checks
 from ..arrays import Kind, kind_of, on_stream
 from ..grouped_keys import GroupedKeys
 from ..problem import Grouping, GroupMaps, Layout, Problem, Subspace, SubspaceMaps, ceil_div
-from ..reference import hyperplanes
+from ..reference import hyperplanes, keys_of_mean
 from ..tiles import (
     ALL,
     DENSE,
@@ -250,10 +250,11 @@ class CupyBackend(Backend):
         return GroupMaps(channels, gains)
 
     def key_mean(self, K: Any) -> Any:
-        """Return the mean of K (B, H_kv, M, D) over M as (B, H_kv, D) in the type of its sums, rounded to K's dtype.
+        """Return the mean of the keys (B, H_kv, M, D) as (B, H_kv, D) in the type of its sums, rounded to K's dtype.
 
-        Rounded, so that what is subtracted from a key is one of its own numbers; any vector may be.
+        Rounded, so that what is subtracted from a key is one of its own numbers.
         """
+        K = keys_of_mean(K)
         batch, heads, rows, width = K.shape
         segments = _equal_segments(rows, batch * heads, per_processor=4)
         sums = _channel_sums(K, segments, power=1)

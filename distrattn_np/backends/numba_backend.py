@@ -31,7 +31,7 @@ from ..numba_kernels.reduce_rows import make_reduce_rows
 from ..numba_kernels.subspace_maps import SQUARE_BUFFERS, WIDE_BUFFERS, make_subspace_maps
 from ..numba_kernels.sum_segments import make_sum_segments
 from ..problem import Grouping, GroupMaps, Layout, Problem, Subspace, SubspaceMaps, block_edges, ceil_div
-from ..reference import hyperplanes
+from ..reference import hyperplanes, keys_of_mean
 from ..reference.distr_attention import rows_that_meet
 from . import NOTHING_LENT, Backend, Lent, Maps, host_copy_back
 
@@ -183,6 +183,7 @@ class NumbaBackend(Backend):
 
     def key_mean(self, K: Any) -> Any:
         """Return the mean of the keys of every head, (B, H_kv, D) (eq. 12)."""
+        K = keys_of_mean(K)
         batch, heads, _, width = K.shape
         mean = _empty((batch, heads, width), _accumulator(K.dtype), K)
         kernel = make_key_mean(mean.dtype.type, THREADS.reduction_rows, THREADS.reduction_columns)

@@ -88,8 +88,10 @@ class NumpyBackend(Backend):
             score_errors=np.empty(blocks, dtype),
         )
 
+        averaged = reference.keys_of_mean(K)
+
         def average_head(b: int, h: int) -> None:
-            key_mean[b, h] = _column_sums(K[b, h]) / max(problem.keys, 1)
+            key_mean[b, h] = _column_sums(averaged[b, h]) / max(averaged.shape[2], 1)
 
         def solve_head(b: int, h: int) -> None:
             meeting = _heads_that_meet(problem, h)
@@ -123,7 +125,7 @@ class NumpyBackend(Backend):
         stacked = min(max(STACK_BYTES // (8 * D * D), 1), problem.blocks)
         # a tile in float64, once more when its mean is subtracted; some twelve matrices a block
         memory = 8 * D * (2 * KEY_TILE + 12 * stacked * D)
-        _run_tasks(average_head, key_mean.shape[:2], memory=memory, work=problem.keys * D)
+        _run_tasks(average_head, key_mean.shape[:2], memory=memory, work=averaged.shape[2] * D)
         _run_tasks(solve_head, blocks[:2], memory=memory, work=problem.grouped_rows * D * D)
         return maps
 

@@ -1,8 +1,8 @@
 """Do softmax shortcuts survive scores that are made to break them? Run on a GPU with CuPy.
 
 The Hopper forward seldom looks for the maximum of a row. For every finite input it must stay within twice the error of
-the forward that always does, and give no inf or NaN; through maps too, with its reference in columns of their own (rank
-62) or beside the products (64). Not checked here: speed, and maps of numbers near the end of float16, whose products with
+the forward that always does, and give no inf or NaN; through maps too, its reference in columns of their own (rank
+62) or not (64). Not checked here: speed, and maps of numbers near the end of float16, whose products with
 rows both forwards limit to it.
 """
 

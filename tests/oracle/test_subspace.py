@@ -321,3 +321,9 @@ def test_without_rows_there_is_nothing_and_without_keys_zero(N: int, M: int, by:
     assert out.shape == (1, 2, N, 5)
     assert not out.any()
     assert (lse == -np.inf).all()
+
+
+def test_mean_of_many_keys_is_that_of_evenly_spread_ones() -> None:
+    k = np.random.default_rng(0).standard_normal((1, 2, 8200, 3))
+    assert_agrees(reference.key_mean(k), k[:, :, ::4].mean(axis=2), rtol=1e-12, atol=0)
+    assert_agrees(reference.key_mean(k[:, :, :4000]), k[:, :, :4000].mean(axis=2), rtol=1e-12, atol=0)
