@@ -1,15 +1,21 @@
-"""The two public calls: check the arguments, choose a backend, run it."""
+"""The public calls: check the arguments, choose a backend, run it."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from . import backends, checks
+from .arrays import REGION, array_at
 from .block_size import choose_block_size
 from .grouped_keys import GroupedKeys
 from .problem import AttentionInfo, Problem, RaggedProblem, Subspace, SubspaceMaps
 
 NOTHING_GROUPED = AttentionInfo("exact", None, "the rank is the width, so nothing is grouped", None, None)
+
+_MEASURE = object()
+"""Stands for ``workspace`` where only its size is asked for."""
 
 
 def distr_attention(
@@ -38,6 +44,9 @@ def distr_attention(
     out: Any = None,
     return_lse: bool = False,
     return_info: bool = False,
+    lse: Any = None,
+    workspace: Any = None,
+    stream: Any = None,
     backend: str | None = None,
 ) -> Any:
     """Attention over all keys, with scores computed from fewer channels than the queries and keys have.
@@ -107,6 +116,15 @@ def distr_attention(
         Also return the log-sum-exp of each row of the scores that the softmax sees: scaled, capped, with the bias.
     return_info : bool
         Also return the block size with its reason, and the rank and predicted score error of every block.
+    lse : array, shape (B, H, N), float32, optional
+        Where the log-sum-exp is written, as ``out`` for the result, contiguous; and returned with ``return_lse``.
+    workspace : array, shape (bytes,), uint8, kind and device of ``q``, optional
+        Device memory for all that a call needs beside its results; `workspace_size` says how much. It must begin at a
+        multiple of 256 bytes, and holds nothing of worth afterwards. With ``out``, and ``lse`` or no ``return_lse``, a
+        call allocates no device memory. CuPy backend only.
+    stream : int or stream, optional
+        What the call runs on, with device arrays: the handle of a CUDA stream, or any package's stream that has
+        ``__cuda_stream__``. Default: CuPy's current stream; of Numba arrays their own.
     backend : {"numpy", "cupy", "numba"}, optional
         Default: the one of the arrays' kind. NumPy arrays given to a GPU backend are copied there and back.
 
@@ -163,9 +181,19 @@ def distr_attention(
     array([[[16],
             [16]]], dtype=int32)
     """
-    given_out = out
-    q, k, v, mask, bias, cu_seqlens_q, cu_seqlens_k, out = checks.arrays_in_place(
-        q=q, k=k, v=v, mask=mask, bias=bias, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, out=out
+    given_out, given_lse, handle = out, lse, checks.check_stream(stream)
+    q, k, v, mask, bias, cu_seqlens_q, cu_seqlens_k, out, lse, workspace = checks.arrays_in_place(
+        handle,
+        q=q,
+        k=k,
+        v=v,
+        mask=mask,
+        bias=bias,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        out=out,
+        lse=lse,
+        workspace=workspace,
     )
     keys = k if isinstance(k, GroupedKeys) else None
     if keys is None:
@@ -216,22 +244,37 @@ def distr_attention(
         grouping=grouping,
         keys_are_grouped=keys is not None,
     )
-    if isinstance(problem, RaggedProblem):
-        packed = (q, k, v, out, cu_seqlens_q, cu_seqlens_k)
-        result, lse, info = _attend_packed(problem, backend, *packed, block_size=block_size)
-        return _results(result if given_out is None else given_out, (lse, return_lse), (info, return_info))
+    lent = backends.Lent(handle, None if workspace is _MEASURE else workspace, lse, return_lse)
+    checks.check_lent(
+        q,
+        stream=stream,
+        workspace=lent.workspace,
+        lse=lse,
+        lse_shape=problem.lse_shape,
+        return_info=return_info,
+        others={"q": q, "k": None if keys is not None else k, "v": v, "mask": mask, "bias": bias, "out": out}
+        | {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k},
+    )
     chosen = backends.load(backend, like=q)
     if keys is not None:  # before a device is looked for
         checks.check_kind_of_grouped_keys(q, keys, chosen.name, chosen.kinds_of_grouped_keys)
-    result, lse, maps = chosen.attention(problem, q, k, v, out, backends.ScoreTables(mask, bias))
-    if given_out is not None:
-        result = given_out
-    results = [result]
+    tables = backends.ScoreTables(mask, bias)
+    if workspace is _MEASURE:
+        return chosen.workspace_bytes(problem, q, k, v, out, tables, lent)
+    info: AttentionInfo | None = None
+    if isinstance(problem, RaggedProblem):
+        result, lse, blocks = chosen.ragged_attention(problem, q, k, v, out, cu_seqlens_q, cu_seqlens_k, lent)
+        info = _info_of_blocks(problem.packed, blocks or (None, None), block_size)
+    else:
+        result, lse, maps = chosen.attention(problem, q, k, v, out, tables, lent)
+        if return_info:
+            info = _info(problem, chosen, maps, q, block_size) if keys is None else _info_of_grouped_keys(keys)
+    results = [result if given_out is None else given_out]
     if return_lse:
-        results.append(lse)
+        results.append(lse if given_lse is None else given_lse)
     if return_info:
-        results.append(_info(problem, chosen, maps, q, block_size) if keys is None else _info_of_grouped_keys(keys))
-    return tuple(results) if len(results) > 1 else result
+        results.append(info)
+    return tuple(results) if len(results) > 1 else results[0]
 
 
 def exact_attention(
@@ -250,6 +293,9 @@ def exact_attention(
     layout: str = "bhnd",
     out: Any = None,
     return_lse: bool = False,
+    lse: Any = None,
+    workspace: Any = None,
+    stream: Any = None,
     backend: str | None = None,
 ) -> Any:
     """Exact attention ``softmax(scale q k^T + bias) v``: what `distr_attention` gives for ``group_size=1``.
@@ -264,9 +310,19 @@ def exact_attention(
     >>> exact_attention(one, one, one)[0, 0, 0]
     array([1., 1., 1., 1.], dtype=float32)
     """
-    given_out = out
-    q, k, v, mask, bias, cu_seqlens_q, cu_seqlens_k, out = checks.arrays_in_place(
-        q=q, k=k, v=v, mask=mask, bias=bias, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, out=out
+    given_out, given_lse, handle = out, lse, checks.check_stream(stream)
+    q, k, v, mask, bias, cu_seqlens_q, cu_seqlens_k, out, lse, workspace = checks.arrays_in_place(
+        handle,
+        q=q,
+        k=k,
+        v=v,
+        mask=mask,
+        bias=bias,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        out=out,
+        lse=lse,
+        workspace=workspace,
     )
     checks.check_backend_name(backend)
     problem = checks.check_call(
@@ -285,38 +341,82 @@ def exact_attention(
         out=out,
         grouping=None,
     )
+    checks.check_lent(
+        q,
+        stream=stream,
+        workspace=workspace,
+        lse=lse,
+        lse_shape=problem.lse_shape,
+        others={"q": q, "k": k, "v": v, "mask": mask, "bias": bias, "out": out}
+        | {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k},
+    )
+    lent = backends.Lent(handle, workspace, lse, return_lse)
+    chosen = backends.load(backend, like=q)
     if isinstance(problem, RaggedProblem):
-        result, lse, _ = _attend_packed(problem, backend, q, k, v, out, cu_seqlens_q, cu_seqlens_k)
-        return _results(result if given_out is None else given_out, (lse, return_lse))
-    tables = backends.ScoreTables(mask, bias)
-    result, lse, _ = backends.load(backend, like=q).attention(problem, q, k, v, out, tables)
+        result, lse, _ = chosen.ragged_attention(problem, q, k, v, out, cu_seqlens_q, cu_seqlens_k, lent)
+    else:
+        tables = backends.ScoreTables(mask, bias)
+        result, lse, _ = chosen.attention(problem, q, k, v, out, tables, lent)
     if given_out is not None:
         result = given_out
-    return (result, lse) if return_lse else result
+    return (result, lse if given_lse is None else given_lse) if return_lse else result
 
 
-def _attend_packed(
-    problem: RaggedProblem,
-    backend: str | None,
-    q: Any,
-    k: Any,
-    v: Any,
-    out: Any,
-    cu_seqlens_q: Any,
-    cu_seqlens_k: Any,
-    *,
-    block_size: int | None = None,
-) -> tuple[Any, Any, AttentionInfo]:
-    """Return result, lse and info of a call with packed sequences."""
-    chosen = backends.load(backend, like=q)
-    result, lse, blocks = chosen.ragged_attention(problem, q, k, v, out, cu_seqlens_q, cu_seqlens_k)
-    return result, lse, _info_of_blocks(problem.packed, blocks or (None, None), block_size)
+def workspace_size(q: Any, k: Any, v: Any, *, backend: str | None = None, **options: Any) -> int:
+    """Return the bytes of ``workspace`` that `distr_attention` needs for a call with these arguments.
+
+    Parameters
+    ----------
+    q, k, v : array or description
+        As in the call. Only shapes, strides, dtypes, addresses and the device are read. What has a shape and a dtype
+        and no memory, such as a ``jax.ShapeDtypeStruct``, stands for a contiguous array on the current device.
+    backend : {"numpy", "cupy"}, optional
+        Default: the one of the arrays' kind, "cupy" for descriptions. NumPy arrays with "cupy" are such.
+    **options
+        All others of `distr_attention`, as in the call; with ``group_size=1`` it is `exact_attention` that is measured.
+        ``mask``, ``bias``, ``out`` and ``lse`` may be descriptions too; without ``out`` it is taken for contiguous.
+        ``stream`` and ``workspace`` make no difference.
+
+    Returns
+    -------
+    int
+        The smallest size that the call takes; 0 for NumPy arrays, whose calls take no workspace.
+
+    Raises
+    ------
+    TypeError, ValueError, ImportError, NotImplementedError
+        What the call would raise.
+
+    Notes
+    -----
+    It is the call itself that is run here, with launches left out, so both agree by construction. The size is larger
+    with ``return_lse=False``, where the log-sum-exp has no place of its own. It depends on the device.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> q, k, v = np.ones((3, 1, 2, 64, 32), dtype=np.float32)
+    >>> workspace_size(q, k, v)
+    0
+    """
+    arrays = {name: options.get(name) for name in ("mask", "bias", "out", "lse")} | {"q": q, "k": k, "v": v}
+    arrays = {name: _described(x, place) for place, (name, x) in enumerate(arrays.items())}
+    if backend is None and arrays["q"] is not q:
+        backend = "cupy"
+    size: int = distr_attention(**options | arrays | {"stream": None, "workspace": _MEASURE}, backend=backend)
+    return size
 
 
-def _results(result: Any, *others: tuple[Any, bool]) -> Any:
-    """Return the result, with those of the others that are wanted."""
-    wanted = [other for other, is_wanted in others if is_wanted]
-    return (result, *wanted) if wanted else result
+def _described(array: Any, place: int) -> Any:
+    """Return ``array``, or where it has no memory, an array like it at an address of its own."""
+    has_memory = ("__dlpack__", "__cuda_array_interface__", "__array_interface__", "__array__")
+    if isinstance(array, GroupedKeys) or any(hasattr(array, name) for name in has_memory):
+        return array
+    try:
+        shape, dtype = tuple(array.shape), np.dtype(array.dtype)
+    except (AttributeError, TypeError):
+        return array  # the call says what it is not
+    return array_at((1 + place) * REGION, shape, dtype)
 
 
 def _info(

@@ -13,12 +13,23 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import address, describe, in_place, is_declared_read_only, kind_of, overlaps_itself, share_memory
+from .arrays import (
+    address,
+    describe,
+    in_place,
+    is_declared_read_only,
+    kind_of,
+    overlaps_itself,
+    share_memory,
+    stream_handle,
+)
 from .block_size import choose_block_size
 from .problem import Grouping, Problem, RaggedProblem, Subspace, ceil_div
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 MAX_WIDTH = 256
+WORKSPACE_ALIGNMENT = 256
+"""Bytes that a workspace starts at a multiple of, as CUDA's own allocations do."""
 DEFAULT_BLOCK_SIZE = 1024
 """Rows per block of ``method="lsh"`` where the caller names none; docs/block_size.md says what the choice trades."""
 PACKED = "nhd"
@@ -27,13 +38,21 @@ FLOAT32_MAX = float(np.finfo(np.float32).max)
 FLOAT32_TINY = float(np.finfo(np.float32).tiny)
 
 
-def arrays_in_place(**named: Any) -> list[Any]:
-    """Return the arguments as arrays of a known kind, without a copy; what is no array, as it is."""
+WRITTEN = ("out", "lse", "workspace")
+"""Arguments that a call writes to."""
+
+
+def arrays_in_place(stream: int | None = None, /, **named: Any) -> list[Any]:
+    """Return the arguments as arrays of a known kind, without a copy; what is no array, as it is.
+
+    They are ready on the stream with this handle, or on CuPy's current one.
+    """
     arrays = []
     for name, given in named.items():
         try:
-            arrays.append(in_place(given))
-            read_only = name == "out" and is_declared_read_only(given)
+            arrays.append(in_place(given, stream))
+            # NumPy's views say it themselves
+            read_only = name in WRITTEN and kind_of(arrays[-1]) != "numpy" and is_declared_read_only(given)
         except ImportError as error:
             raise ImportError(_message(name, str(error), type(given).__name__)) from error
         except Exception as error:  # another package's own, of any type
@@ -376,7 +395,7 @@ def check_kind_of_grouped_keys(q: Any, keys: Any, backend: str, kinds: frozenset
         raise ValueError(_message("k", f"must be on q's device {_device_of(q)}", f"{keys} on device {keys.device}"))
 
 
-def check_merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, *, layout: str) -> None:
+def check_merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, *, layout: str, stream: Any) -> None:
     """Raise the first error found in the arguments of `merge`."""
     _check_choice("layout", layout, "bhnd", "bnhd")
     _check_array("out_a", out_a, out_a, "out_a")
@@ -392,6 +411,65 @@ def check_merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, *, layout: str) 
             raise TypeError(_message(name, "the dtype must be float32", describe(lse)))
         if tuple(lse.shape) != rows:
             raise ValueError(_message(name, f"must have shape (B, H, N) = {rows}", describe(lse)))
+    if stream is not None and kind_of(out_a) == "numpy":
+        raise ValueError(_message("stream", "must be None with NumPy arrays", _show(stream)))
+
+
+def check_stream(stream: Any) -> int | None:
+    """Return the handle of ``stream``; None where the call runs on the current one."""
+    if stream is None:
+        return None
+    try:
+        return stream_handle(stream)
+    except (TypeError, ValueError) as error:
+        raise type(error)(_message("stream", str(error), _show(stream))) from error
+
+
+def check_lent(
+    q: Any,
+    *,
+    stream: Any,
+    workspace: Any,
+    lse: Any,
+    lse_shape: tuple[int, ...],
+    return_info: bool = False,
+    others: dict[str, Any],
+) -> None:
+    """Raise unless the call can run on this stream, in this workspace, and write this lse; ``others`` are its arrays.
+
+    `check_workspace_size` follows, once the backend is known.
+    """
+    others = {name: array for name, array in others.items() if array is not None}
+    if kind_of(q) == "numpy":
+        for name, given in (("stream", stream), ("workspace", workspace)):
+            if given is not None:
+                raise ValueError(_message(name, "must be None with NumPy arrays", _show(given)))
+    if lse is not None:
+        _check_kind("lse", lse, q)
+        if lse.dtype != np.float32:
+            raise TypeError(_message("lse", "the dtype must be float32", describe(lse)))
+        if tuple(lse.shape) != lse_shape:
+            axes = "(B, H, N)" if len(lse_shape) == 3 else "(H, N)"
+            raise ValueError(_message("lse", f"must have shape {axes} = {lse_shape}", describe(lse)))
+        _check_plain_memory("lse", lse, 4)
+        _check_apart("lse", lse, others)
+        others["lse"] = lse
+    if workspace is not None:
+        _check_kind("workspace", workspace, q)
+        if workspace.dtype != np.uint8:
+            raise TypeError(_message("workspace", "the dtype must be uint8", describe(workspace)))
+        if len(workspace.shape) != 1:
+            raise ValueError(_message("workspace", "must have one axis", describe(workspace)))
+        _check_plain_memory("workspace", workspace, WORKSPACE_ALIGNMENT)
+        _check_apart("workspace", workspace, others)
+        if return_info:
+            raise ValueError(_message("return_info", "must be False with workspace, which has no room for it", "True"))
+
+
+def check_workspace_size(workspace: Any, needed: int) -> None:
+    """Raise unless a workspace has as many bytes as its call needs."""
+    if workspace.shape[0] < needed:
+        raise ValueError(_message("workspace", f"must have at least {needed} bytes", describe(workspace)))
 
 
 def check_backend_name(name: str | None) -> None:
@@ -502,6 +580,21 @@ def _check_out(out: Any, named: dict[str, Any], shape: tuple[int, ...]) -> None:
         got = f"{describe(out)} with strides {tuple(out.strides)} bytes"
         raise ValueError(_message("out", "elements must not share memory", got))
     _check_apart("out", out, {name: array for name, array in named.items() if name != "out"})
+
+
+def _check_plain_memory(name: str, array: Any, alignment: int) -> None:
+    """Raise unless ``array`` is contiguous memory that can be written, from a multiple of ``alignment`` bytes on."""
+    if kind_of(array) == "numpy" and not array.flags.writeable:
+        raise ValueError(_message(name, "must be writeable", f"read-only {describe(array)}"))
+    step = array.dtype.itemsize
+    for size, stride in zip(array.shape[::-1], array.strides[::-1], strict=True):
+        if size > 1 and stride != step:
+            got = f"{describe(array)} with strides {tuple(array.strides)} bytes"
+            raise ValueError(_message(name, "must be contiguous", got))
+        step *= size
+    if address(array) % alignment:
+        got = f"{describe(array)} at address {address(array):#x}"
+        raise ValueError(_message(name, f"the address must be a multiple of {alignment}", got))
 
 
 def _check_apart(name: str, array: Any, others: dict[str, Any]) -> None:

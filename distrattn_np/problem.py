@@ -67,6 +67,11 @@ class Problem:
         return key_limits(self.queries, self.keys, self.causal_offset, self.window)
 
     @property
+    def lse_shape(self) -> tuple[int, ...]:
+        """Of the log-sum-exp: (B, H, N)."""
+        return self.batch, self.heads, self.queries
+
+    @property
     def heads_per_kv_head(self) -> int:
         """Query heads that share one key/value head."""
         return self.heads // self.kv_heads if self.kv_heads else 1
@@ -135,6 +140,11 @@ class RaggedProblem:
     sequences: int
     is_top_left: bool
     """Which corner of each sequence a causal limit and a window are aligned to."""
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        """Of the log-sum-exp: (H, N)."""
+        return self.packed.heads, self.packed.queries
 
     def sequence(self, queries: int, keys: int) -> Problem:
         """Return the problem of one sequence of these lengths."""

@@ -530,10 +530,10 @@ def narrow_defines(element: int) -> Defines:
     return {"ELEMENT": element, "THREADS": 256}
 
 
-def mean_scores_defines(element: int, width: int, vector: int) -> Defines:
+def mean_scores_defines(element: int, width: int, vector: int, *, adds: bool = True) -> Defines:
     """Return the -D options of add_mean_scores.cu."""
     lanes = min(32, 1 << (ceil_div(width, vector) - 1).bit_length())
-    return {"ELEMENT": element, "VECTOR": vector, "LANES": lanes, "THREADS": 256}
+    return {"ELEMENT": element, "VECTOR": vector, "LANES": lanes, "THREADS": 256, "ADDS": int(adds)}
 
 
 def hash_defines(element: int, vector: int) -> Defines:
@@ -806,13 +806,13 @@ _CASES: dict[str, Callable[[int], Iterable[Defines]]] = {
         for direction in (OWN, ALL, UP_TO, FROM)
     ],
     "subspace_maps": _subspace_maps_cases,
-    "narrow_maps": lambda _: [narrow_defines(e) for e in _SIXTEEN_BITS],
+    "narrow_maps": lambda _: [narrow_defines(e) for e in ELEMENTS.values()],
     "reduce_rows": lambda _: _reduce_rows_cases(),
     "reduce_rows_simt": lambda _: _reduce_rows_simt_cases(),
     "add_mean_scores": lambda _: [
-        mean_scores_defines(e, width, vector)
+        mean_scores_defines(e, width, vector, adds=adds)
         for e in ELEMENTS.values()
-        for width, vector in ((128, _widest(e)), (33, 1), (256, _widest(e)))
+        for width, vector, adds in ((128, _widest(e), True), (33, 1, False), (256, _widest(e), True))
     ],
     "decode": _decode_cases,
     "merge_splits": lambda _: [merge_splits_defines(e, width) for e in _SIXTEEN_BITS for width in (1, 64, 128, 256)],

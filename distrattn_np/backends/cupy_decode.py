@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import cupy
 import numpy as np
 
 from ..checks import FLOAT32_MAX, FLOAT32_TINY
@@ -23,13 +22,13 @@ from . import ScoreTables
 from .cupy_backend import (
     _NULL,
     _element,
+    _empty,
     _launch,
-    _multiprocessors,
-    _shared_memory_limit,
     _strides,
     _vector,
     capability,
 )
+from .device_work import work
 
 MOST_QUERIES = 8
 LEAST_KEYS = 1024
@@ -70,12 +69,10 @@ def suits_plain_keys(problem: Problem, tables: ScoreTables) -> bool:
 
 def decode(problem: Problem, Q: Any, K: Any, V: Any, O: Any, lse: Any, finished: FinishedKeys | None = None) -> None:
     """Launch decode.cu, and merge_splits.cu where keys are split; K (B, H_kv, rows, D) are those after ``finished``."""
-    device = cupy.cuda.Device().id
+    device = work().device
     element, width, value_width = _element(Q), problem.width, problem.value_width
     rank = None if finished is None else finished.rank
-    tiles = decode_tiles(
-        width, rank, value_width, problem.queries * problem.heads_per_kv_head, _shared_memory_limit(device)
-    )
+    tiles = decode_tiles(width, rank, value_width, problem.queries * problem.heads_per_kv_head, device.shared_limit)
     defines = decode_defines(
         tiles,
         element=element,
@@ -87,13 +84,13 @@ def decode(problem: Problem, Q: Any, K: Any, V: Any, O: Any, lse: Any, finished:
     row_tiles = ceil_div(problem.queries * problem.heads_per_kv_head, tiles.rows)
     items = problem.batch * problem.kv_heads * row_tiles
     splits, keys_per_split = decode_splits(
-        problem.keys, tiles.block_kv, items, DECODE_BLOCKS_PER_PROCESSOR * _multiprocessors(device)
+        problem.keys, tiles.block_kv, items, DECODE_BLOCKS_PER_PROCESSOR * device.multiprocessors
     )
     rows = problem.batch * problem.heads * problem.queries
     partial_O, partial_stats = _NULL, _NULL
     if splits > 1:
-        partial_O = cupy.empty((splits, rows, pad(value_width)), np.float32)
-        partial_stats = cupy.empty((splits, rows, 2), np.float32)
+        partial_O = _empty((splits, rows, pad(value_width)), np.float32)
+        partial_stats = _empty((splits, rows, 2), np.float32)
     kept = (_NULL, _NULL) if finished is None else (finished.sampled, finished.maps)
     sign, scale_log2 = _sign_and_size(problem.scale)
     _launch(

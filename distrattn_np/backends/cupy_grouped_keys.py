@@ -19,6 +19,7 @@ from .cupy_backend import (
     _channel_sums,
     _DenseMaps,
     _element,
+    _empty,
     _Forward,
     _has_tensor_cores,
     _launch,
@@ -237,7 +238,7 @@ class CupyGroupedKeys(GroupedKeys):
     def _rebuilt(self) -> Any:
         """Return all keys (B, H_kv, M, D) as they are or, of finished blocks, as they count (eq. 27)."""
         batch, heads, _, width = self._buffer.shape
-        keys = cupy.empty((batch, heads, self.exact_from + self._tail_rows, width), self.dtype)
+        keys = _empty((batch, heads, self.exact_from + self._tail_rows, width), self.dtype)
         finished = self._finished_keys()
         _launch(
             "rebuild_keys",

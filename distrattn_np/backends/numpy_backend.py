@@ -37,7 +37,7 @@ from ..problem import (
     ceil_div,
 )
 from ..reference.distr_attention import rows_that_meet
-from . import NO_TABLES, Backend, Maps, ScoreTables
+from . import NO_TABLES, NOTHING_LENT, Backend, Lent, Maps, ScoreTables
 
 QUERY_TILE = 512
 KEY_TILE = 512
@@ -209,12 +209,13 @@ class NumpyBackend(Backend):
         out: np.ndarray | None,
         cu_seqlens_q: np.ndarray,
         cu_seqlens_k: np.ndarray,
+        lent: Lent = NOTHING_LENT,
     ) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray] | None]:
         """Compute one checked call with packed sequences: each as a call of its own would, on views."""
-        self._check_takes(q)
+        self.refuse(problem, q)
         packed = problem.packed
         result = np.empty((packed.queries, packed.heads, packed.value_width), q.dtype) if out is None else out
-        lse = np.empty((packed.heads, packed.queries), np.float32)
+        lse = np.empty(problem.lse_shape, np.float32) if lent.lse is None else lent.lse
         ranks, score_errors = ([x] for x in _no_blocks(packed, 0))
         for queries, keys in zip(*map(_row_slices, (cu_seqlens_q, cu_seqlens_k)), strict=True):
             sequence = problem.sequence(queries.stop - queries.start, keys.stop - keys.start)
@@ -241,12 +242,16 @@ class NumpyBackend(Backend):
         """Return True: `bring_in` never copies."""
         return True
 
+    def workspace_bytes(self, *_call: Any) -> int:
+        """Return 0: host memory is not planned."""
+        return 0
+
     def empty(self, shape: tuple[int, int, int, int], like: np.ndarray, layout: Layout) -> np.ndarray:
         """Return a new (B, H, rows, width) array of ``like``'s dtype whose memory is ordered as ``layout``."""
         B, H, rows, width = shape
         return self.bring_in(np.empty((B, rows, H, width) if layout == "bnhd" else shape, dtype=like.dtype), layout)
 
-    def empty_lse(self, shape: tuple[int, int, int], like: np.ndarray) -> np.ndarray:  # noqa: ARG002
+    def empty_lse(self, shape: tuple[int, int, int], like: np.ndarray, *, is_kept: bool = True) -> np.ndarray:  # noqa: ARG002
         """Return a new float32 (B, H, N) array."""
         return np.empty(shape, dtype=np.float32)
 
