@@ -461,7 +461,7 @@ def maps_defines(element: int, width: int, columns: int, shared_limit: int) -> D
     bits as well where the arrays have those.
     """
     threads, size = 256, 8 if element == ELEMENTS["float64"] else 4
-    numbers = 2 * 64 // size * pad(width) + 16 * 20 + 3 * pad(columns) + threads // 32
+    numbers = 2 * 64 // size * (pad(width) + 8) + 16 * 20 + 3 * pad(columns) + threads // 32
     fixed_bytes = ceil_div(size * numbers + 4 * (pad(columns) + 1), 16) * 16
     rows_bytes = size * pad(columns) * maps_pitch(width, columns)
     in_shared = fixed_bytes + rows_bytes <= shared_limit

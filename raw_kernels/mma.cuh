@@ -98,6 +98,18 @@ __device__ inline void multiply_add(float (&accumulator)[4], const unsigned (&a)
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_low), "r"(b_high));
 }
 
+#if __CUDA_ARCH__ >= 800
+// accumulator [16, 8] += A [16, 8] B [8, 8], of whose numbers the upper 19 bits count. Lane = 4 * group + member holds
+//   A : rows group and group + 8 of column member, then of column member + 4
+//   B : rows member and member + 4 of column group
+__device__ inline void multiply_add(float (&accumulator)[4], const float (&a)[4], const float (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(accumulator[0]), "+f"(accumulator[1]), "+f"(accumulator[2]), "+f"(accumulator[3])
+               : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
+                 "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+}
+#endif
+
 // Two floats as two 16-bit elements of one register, the first in the low half.
 __device__ inline unsigned pack(float low, float high) {
   unsigned packed;

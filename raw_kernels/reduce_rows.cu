@@ -56,6 +56,7 @@ constexpr int WIDTH = (D + 15) / 16 * 16;
 constexpr int R_PADDED = (R + 15) / 16 * 16;
 static_assert(!WITH_ONES || R_PADDED - R >= 2, "the last two columns are free");
 constexpr int NUM_THREADS = 256;
+constexpr int BLOCKS_PER_PROCESSOR = WIDTH <= 128 ? 3 : 2;  // as far as registers reach
 constexpr int WARP_ROWS = 16;
 constexpr int ROW_TILE = NUM_THREADS / WARP_SIZE * WARP_ROWS;
 constexpr int MMA_K = 16;
@@ -73,7 +74,7 @@ static_assert(LAUNCH_SHARED_BYTES == SHARED_BYTES, "tiles.py and this file disag
 // lane holds, two of each half of the sixteen, are neighbours.
 __device__ inline int place_of_row(int r) { return r / 16 * 16 + r % 4 / 2 * 8 + r % 16 / 4 * 2 + r % 2; }
 
-extern "C" __global__ __launch_bounds__(NUM_THREADS, 2)
+extern "C" __global__ __launch_bounds__(NUM_THREADS, BLOCKS_PER_PROCESSOR)
 void reduce_rows(const element_t* __restrict__ X,     // [B, H_y, rows, D]
                  const float* __restrict__ mean,      // [B, H_y, D]; read only where CENTRED
                  const element_t* __restrict__ maps,  // [B, H_x, C, R_PADDED, WIDTH], transposed

@@ -38,6 +38,9 @@
 
 #include "operands.cuh"
 
+// Products of all columns with a Gram matrix, where rows lie in shared memory.
+#define ON_TENSOR_CORES (IN_SHARED && ELEMENT != FLOAT64 && __CUDA_ARCH__ >= 800)
+
 typedef accumulate_t real_t;
 constexpr int BLOCK = 16;  // rows that are eliminated at a time, and the step of the ranks
 constexpr int WIDTH = (D + 15) / 16 * 16;
@@ -45,6 +48,7 @@ constexpr int R_PADDED = (R + BLOCK - 1) / BLOCK * BLOCK;
 constexpr int PITCH = R_PADDED + 2 * WIDTH + 4;  // rows start in different banks
 constexpr int G = 0, W = R_PADDED, T = R_PADDED + WIDTH;  // where the parts of a row begin
 constexpr int PANEL = 64 / sizeof(real_t);  // rows of a Gram matrix in shared memory at a time
+constexpr int PANEL_PITCH = WIDTH + 8;  // so that four rows start in different banks
 constexpr int TILE = 4;          // a thread's part of a product is TILE x TILE, read and written four numbers at a time
 constexpr int CHUNK = 16 / sizeof(real_t);  // numbers in a 16-byte copy
 constexpr int FACTOR_PITCH = BLOCK + 4;
@@ -52,13 +56,7 @@ static_assert(R >= 1 && R <= D && D <= 256, "a block has at least one column and
 static_assert(BLOCK == TILE * TILE, "a thread of half a warp for every tile of a diagonal block");
 static_assert(THREADS % WARP_SIZE == 0 && THREADS >= 256, "one thread for every channel of the widest row");
 
-constexpr int COLUMN_TILES = WIDTH / TILE;
 constexpr int ROW_TILES = R_PADDED / TILE;
-constexpr int ROW_TILES_AT_ONCE = THREADS / COLUMN_TILES;  // threads beyond these have no part in a product
-// tiles that a thread holds the sums of; float64 and global addresses take registers
-constexpr int MOST_PASSES = IN_SHARED && sizeof(real_t) == 4 ? 2 : 1;
-constexpr int NEEDED_PASSES = (ROW_TILES + ROW_TILES_AT_ONCE - 1) / ROW_TILES_AT_ONCE;
-constexpr int PASSES = NEEDED_PASSES < MOST_PASSES ? NEEDED_PASSES : MOST_PASSES;
 constexpr int QUADS = (WIDTH / 4 + WARP_SIZE - 1) / WARP_SIZE;  // four channels each, of a lane while they are chosen
 
 #if ELEMENT == FLOAT64
@@ -70,7 +68,7 @@ __device__ inline ordered_t bits_of(float x) { return __float_as_uint(x); }
 #endif
 
 struct alignas(16) SharedVectors {
-  real_t panel[2][PANEL * WIDTH];
+  real_t panel[2][PANEL * PANEL_PITCH];
   real_t factor[BLOCK * FACTOR_PITCH];  // a diagonal block's factor, column after column; its diagonal inverted
   real_t squares[R_PADDED];             // diagonal of G before elimination, later squared lengths of X W
   real_t y_squares[R_PADDED];           // squared lengths of Y Z
@@ -123,32 +121,112 @@ __device__ inline void add_outer_product(real_t (&sums)[TILE][TILE], Four x, Fou
     for (int j = 0; j < TILE; ++j) sums[i][j] = fma(left[i], right[j], sums[i][j]);
 }
 
+__device__ inline void load_panel(SharedVectors& shared, const real_t* __restrict__ gram, int k) {
+  if (k >= WIDTH) return;
+  for (int i = thread_index_anew() * CHUNK; i < PANEL * WIDTH; i += THREADS * CHUNK)
+    copy_async_or_zero(shared.panel[k / PANEL % 2] + i / WIDTH * PANEL_PITCH + i % WIDTH, gram + k * WIDTH + i, true);
+}
+
 // target^T = source^T gram for two parts of the rows: all columns times a symmetric matrix [WIDTH, WIDTH].
-__device__ inline void multiply_columns(SharedVectors& shared, real_t* rows, int source, int target,
-                                        const real_t* __restrict__ gram) {
-  const int thread = thread_index_anew(), column = thread % COLUMN_TILES * TILE;
-  auto load_panel = [&](int k) {
-    if (k >= WIDTH) return;
-    for (int i = thread * CHUNK; i < PANEL * WIDTH; i += THREADS * CHUNK)
-      copy_async_or_zero(shared.panel[k / PANEL % 2] + i, gram + k * WIDTH + i, true);
+#if ON_TENSOR_CORES
+// Tensor cores read the upper 19 bits of a float. A number is the sum of what they read and a rest, and three products of
+// these leave out what is below the rounding of float. They cut sums off, so those of a panel are added up apart.
+__device__ inline void multiply_columns(SharedVectors& shared, float* rows, int source, int target,
+                                        const float* __restrict__ gram) {
+  constexpr int STEP = 8;  // inner length of a product
+  constexpr int WARPS = THREADS / WARP_SIZE;
+  constexpr int PAIRS = WIDTH / 16, BANDS = R_PADDED / 16;  // of 16 columns, of 16 rows
+  constexpr int SHARE = BANDS * PAIRS / WARPS;
+  constexpr int BANDS_AT_ONCE = SHARE < 1 ? 1 : SHARE > 4 ? 4 : SHARE;  // that a warp holds the sums of
+  constexpr int JOBS = (BANDS + BANDS_AT_ONCE - 1) / BANDS_AT_ONCE * PAIRS;
+  const int thread = thread_index_anew(), warp = thread / WARP_SIZE, group = thread % WARP_SIZE / 4, member = thread % 4;
+  auto split = [](float x, float& upper, float& rest) {
+    upper = __uint_as_float(__float_as_uint(x) & 0xffffe000u);
+    rest = x - upper;
   };
 #pragma unroll 1
-  for (int first = thread / COLUMN_TILES; first - thread / COLUMN_TILES < ROW_TILES;
-       first += PASSES * ROW_TILES_AT_ONCE) {
-    real_t sums[PASSES][TILE][TILE] = {};
-    load_panel(0);
+  for (int first = 0; first < JOBS; first += WARPS) {
+    const int job = first + warp, column = job % PAIRS * 16, first_band = job / PAIRS * BANDS_AT_ONCE;
+    float sums[BANDS_AT_ONCE][2][4] = {};
+    load_panel(shared, gram, 0);
     copy_async_commit();
 #pragma unroll 1
     for (int k = 0; k < WIDTH; k += PANEL) {
       copy_async_wait_all();
       __syncthreads();  // the panel, and before the first the rows, are written; the buffer filled next is read
-      load_panel(k + PANEL);
+      load_panel(shared, gram, k + PANEL);
+      copy_async_commit();
+      if (job >= JOBS) continue;
+      float products[BANDS_AT_ONCE][2][4] = {};
+#pragma unroll
+      for (int inner = 0; inner < PANEL; inner += STEP) {
+        float right[2][2], right_rest[2][2];
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+            split(shared.panel[k / PANEL % 2][(inner + member + 4 * i) * PANEL_PITCH + column + 8 * n + group],
+                  right[n][i], right_rest[n][i]);
+#pragma unroll
+        for (int m = 0; m < BANDS_AT_ONCE; ++m) {
+          const int row = min(first_band + m, BANDS - 1) * 16 + group;
+          float left[4], left_rest[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            split(rows[(row + i % 2 * 8) * PITCH + source + k + inner + member + i / 2 * 4], left[i], left_rest[i]);
+#pragma unroll
+          for (int n = 0; n < 2; ++n) {
+            multiply_add(products[m][n], left_rest, right[n]);
+            multiply_add(products[m][n], left, right_rest[n]);
+            multiply_add(products[m][n], left, right[n]);
+          }
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < BANDS_AT_ONCE; ++m)
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sums[m][i / 4][i % 4] += products[m][i / 4][i % 4];
+    }
+#pragma unroll
+    for (int m = 0; m < BANDS_AT_ONCE; ++m) {
+      if (job >= JOBS || first_band + m >= BANDS) break;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float* const place = rows + ((first_band + m) * 16 + group + i % 2 * 8) * PITCH + target + column + i / 2 * 8;
+        place[2 * member] = sums[m][i / 2][i % 2 * 2];
+        place[2 * member + 1] = sums[m][i / 2][i % 2 * 2 + 1];
+      }
+    }
+    __syncthreads();  // the products are written, the panels read
+  }
+}
+#else
+__device__ inline void multiply_columns(SharedVectors& shared, real_t* rows, int source, int target,
+                                        const real_t* __restrict__ gram) {
+  constexpr int COLUMN_TILES = WIDTH / TILE;
+  constexpr int ROW_TILES_AT_ONCE = THREADS / COLUMN_TILES;  // threads beyond these have no part in a product
+  // tiles that a thread holds the sums of; float64 and global addresses take registers
+  constexpr int MOST_PASSES = IN_SHARED && sizeof(real_t) == 4 ? 2 : 1;
+  constexpr int NEEDED_PASSES = (ROW_TILES + ROW_TILES_AT_ONCE - 1) / ROW_TILES_AT_ONCE;
+  constexpr int PASSES = NEEDED_PASSES < MOST_PASSES ? NEEDED_PASSES : MOST_PASSES;
+  const int thread = thread_index_anew(), column = thread % COLUMN_TILES * TILE;
+#pragma unroll 1
+  for (int first = thread / COLUMN_TILES; first - thread / COLUMN_TILES < ROW_TILES;
+       first += PASSES * ROW_TILES_AT_ONCE) {
+    real_t sums[PASSES][TILE][TILE] = {};
+    load_panel(shared, gram, 0);
+    copy_async_commit();
+#pragma unroll 1
+    for (int k = 0; k < WIDTH; k += PANEL) {
+      copy_async_wait_all();
+      __syncthreads();  // the panel, and before the first the rows, are written; the buffer filled next is read
+      load_panel(shared, gram, k + PANEL);
       copy_async_commit();
 #pragma unroll 2
       for (int inner = 0; inner < PANEL; inner += 4) {
         Four gram_rows[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) gram_rows[i] = load4(shared.panel[k / PANEL % 2] + (inner + i) * WIDTH + column);
+        for (int i = 0; i < 4; ++i) gram_rows[i] = load4(shared.panel[k / PANEL % 2] + (inner + i) * PANEL_PITCH + column);
 #pragma unroll
         for (int p = 0; p < PASSES; ++p) {
           const int row = min(first + p * ROW_TILES_AT_ONCE, ROW_TILES - 1) * TILE;
@@ -177,6 +255,7 @@ __device__ inline void multiply_columns(SharedVectors& shared, real_t* rows, int
     __syncthreads();  // the products are written, the panels read
   }
 }
+#endif
 
 // The channels of eq. 15 and, in T, the rows F that they leave: Z of the half-step that starts from them. The steps are
 // one chain, and for each to wait for other warps would take longer than what these could do of it: one warp does it all.
