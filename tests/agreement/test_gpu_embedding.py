@@ -36,6 +36,9 @@ CALLS = {
     "subspace-float64": ("float64", 40, {"rank": 9, "group_by": "queries"}),
     "subspace-wide": ("float32", 256, {"score_tol": 0.3}),
     "bnhd": ("float16", 64, {"layout": "bnhd"}),
+    "window": ("float16", 64, {"group_size": 1, "window": (100, 3)}),
+    "subspace-cap": ("float16", 64, {"softcap": 2.0, "causal": True}),
+    "subspace-queries-cap": ("float32", 64, {"group_by": "queries", "softcap": 2.0}),
 }
 
 

@@ -19,7 +19,7 @@ from kit.cases import BFLOAT16, Case, in_memory
 from kit.compare import assert_agrees, assert_no_worse_than_plain, assert_same_bits, relative_error, to_host
 from kit.strategies import SPACING
 
-from distrattn_np import GroupedKeys, distr_attention, exact_attention, group_keys, reference
+from distrattn_np import GroupedKeys, distr_attention, exact_attention, group_keys, reference, workspace_size
 from distrattn_np.grouped_keys import KeyBlock
 
 pytestmark = pytest.mark.gpu
@@ -486,6 +486,27 @@ def test_info_and_out() -> None:
     assert_same_bits(out, distr_attention(q, keys, v))
     assert (info.method, info.block_size, info.reason) == ("subspace", 64, "that of the grouped keys")
     assert_same_bits(to_host(info.ranks), np.full((1, 2, 2), 32, np.int32))
+
+
+def test_a_call_runs_on_a_stream_and_writes_lse_but_takes_no_workspace() -> None:
+    import cupy
+
+    case = Cache(M=150)
+    inputs = make_inputs(case)
+    keys, q, v = grouped(case, inputs), case.give(inputs.q), case.give(inputs.v)
+    expected, expected_lse = distr_attention(q, keys, v, return_lse=True)
+    lse = cupy.full(expected_lse.shape, np.nan, np.float32)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    out = distr_attention(q, keys, v, stream=stream, lse=lse)
+    stream.synchronize()
+    assert_same_bits(out, expected)
+    assert_same_bits(lse, expected_lse)
+    refusal = r"^workspace: is not built for GroupedKeys yet, got GroupedKeys of shape \(1, 2, 150, 64\)"
+    with pytest.raises(NotImplementedError, match=refusal):
+        distr_attention(q, keys, v, workspace=cupy.empty(1 << 20, np.uint8))
+    with pytest.raises(NotImplementedError, match=refusal):
+        workspace_size(q, keys, v)
 
 
 def test_kinds_are_not_mixed() -> None:

@@ -240,6 +240,12 @@ class TestWorkspaceSize:
         size = workspace_size(*described(N=65536, M=65536, D=128), method="lsh", group_by="queries")
         assert 128 << 20 < size < 400 << 20
 
+    def test_packed_sequences_are_refused_as_by_the_call(self) -> None:
+        packed = [np.ones(shape, np.float16) for shape in ((9, 4, 64), (8, 2, 64), (8, 2, 32))]
+        lengths = {"cu_seqlens_q": np.array([0, 9]), "cu_seqlens_k": np.array([0, 8])}
+        with pytest.raises(NotImplementedError, match=r"^cu_seqlens_q: is not built for the cupy backend yet, got "):
+            workspace_size(*packed, **lengths, backend="cupy")
+
     def test_nothing_to_compute(self) -> None:
         assert workspace_size(*described(B=0)) == 0
 

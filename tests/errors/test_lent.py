@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from kit.compare import assert_same_bits
 
 import distrattn_np
 from distrattn_np import checks
@@ -48,6 +49,22 @@ def on_host(**changed: Any) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     shapes = {"q": (2, 4, 5, 6), "k": (2, 2, 7, 6), "v": (2, 2, 7, 3)}
     return {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()} | changed
+
+
+def packed_on_host(**changed: Any) -> dict[str, Any]:
+    """Return a good call with packed sequences, some arguments replaced."""
+    rng = np.random.default_rng(0)
+    shapes = {"q": (5, 4, 6), "k": (7, 2, 6), "v": (7, 2, 3)}
+    lengths = {"cu_seqlens_q": np.array([0, 2, 5], np.int32), "cu_seqlens_k": np.array([0, 0, 7], np.int32)}
+    arrays = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+    return arrays | lengths | changed
+
+
+def packed_with_lse_over_lengths() -> dict[str, Any]:
+    lse = np.zeros((4, 5), np.float32)
+    lengths = lse.view(np.int32).reshape(-1)[:3]
+    lengths[...] = 0, 2, 5
+    return packed_on_host(lse=lse, cu_seqlens_q=lengths)
 
 
 class OtherStream:
@@ -146,6 +163,22 @@ WRONG = {
         ValueError,
         f"lse: must be contiguous, got {NUMPY} (2, 4, 5) and dtype float32 with strides (80, 4, 16) bytes",
     ),
+    "packed-stream": (packed_on_host(stream=0), ValueError, "stream: must be None with NumPy arrays, got 0"),
+    "packed-workspace": (
+        packed_on_host(workspace=np.zeros(9, np.uint8)),
+        ValueError,
+        f"workspace: must be None with NumPy arrays, got {NUMPY} (9,) and dtype uint8",
+    ),
+    "packed-lse-shape": (
+        packed_on_host(lse=np.zeros((1, 4, 5), np.float32)),
+        ValueError,
+        f"lse: must have shape (H, N) = (4, 5), got {NUMPY} (1, 4, 5) and dtype float32",
+    ),
+    "packed-lse-over-lengths": (
+        packed_with_lse_over_lengths(),
+        ValueError,
+        f"lse: must not share memory with cu_seqlens_q, got {NUMPY} (4, 5) and dtype float32",
+    ),
     "lse-over-out": (
         on_device(lse=Device((2, 4, 5), start=4 << 20)),
         ValueError,
@@ -194,6 +227,33 @@ def test_streams_that_are_taken(stream: Any, handle: int | None) -> None:
 def test_a_stream_that_says_nonsense_is_named() -> None:
     with pytest.raises(TypeError, match=f"^{re.escape(STREAM)} <.*OtherStream object at .*>$"):
         checks.check_stream(OtherStream("five"))
+
+
+@pytest.mark.parametrize("function", CALLS)
+def test_lse_of_packed_sequences_is_written_and_returned(function: Any) -> None:
+    expected, expected_lse = function(**packed_on_host(), return_lse=True)
+    lse = np.full((4, 5), np.nan, np.float32)
+    out, returned = function(**packed_on_host(lse=lse), return_lse=True)
+    assert returned is lse
+    assert_same_bits(out, expected)
+    assert_same_bits(lse, expected_lse)
+
+
+def test_packed_sequences_on_a_host_need_no_workspace() -> None:
+    assert distrattn_np.workspace_size(**packed_on_host()) == 0
+
+
+def test_grouped_keys_on_a_host_take_lse_and_nothing_else() -> None:
+    call = on_host()
+    call["k"] = distrattn_np.group_keys(call["k"], rank=2, block_size=3)
+    expected, expected_lse = distrattn_np.distr_attention(**call, return_lse=True)
+    lse = np.full((2, 4, 5), np.nan, np.float32)
+    assert_same_bits(distrattn_np.distr_attention(**call, lse=lse), expected)
+    assert_same_bits(lse, expected_lse)
+    assert distrattn_np.workspace_size(**call) == 0
+    for name, given in (("stream", 0), ("workspace", np.zeros(9, np.uint8))):
+        with pytest.raises(ValueError, match=f"^{name}: must be None with NumPy arrays, got "):
+            distrattn_np.distr_attention(**call, **{name: given})
 
 
 def test_merge_on_a_host_takes_no_stream() -> None:

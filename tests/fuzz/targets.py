@@ -127,6 +127,7 @@ def attention_arguments(draw: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
             ("out", H_kv * shared, N, E),
         )
     }
+    lse_sizes = (H_kv * shared, N) if is_packed else (B, H_kv * shared, N)
     booleans, counts = st.booleans(), st.integers(0, 7)
     axes = st.tuples(*(st.sampled_from([1, size]) for size in (B, H_kv * shared, N, M)))
     options = {
@@ -138,6 +139,9 @@ def attention_arguments(draw: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
         "bias": axes.map(lambda sizes: np.ones(sizes, np.float32)),
         "layout": st.just(layout),
         "return_lse": booleans,
+        "lse": any_array(lse_sizes),
+        "workspace": st.none(),
+        "stream": st.none(),
         "backend": st.sampled_from([None, "numpy"]),
     }
     if is_packed:
@@ -213,7 +217,7 @@ def append(more: Any, **options: Any) -> GroupedKeys:
 
 
 def assert_taken_or_refused(function: Callable[..., Any], arguments: dict[str, Any]) -> None:
-    """Call; what is refused must be refused as documented, and nothing but ``out`` of a call that succeeds written."""
+    """Call; what is refused must be refused as documented, and nothing but results of a call that succeeds written."""
     arrays = {name: x for name, x in arguments.items() if isinstance(x, np.ndarray)}
     before = {name: (x.tobytes(), x.shape, x.strides) for name, x in arrays.items()}
     taken = False
@@ -225,7 +229,7 @@ def assert_taken_or_refused(function: Callable[..., Any], arguments: dict[str, A
         if refusal is None or refusal[1] not in {*arguments, "group_size", "k", "cu_seqlens_q", "cu_seqlens_k"}:
             raise AssertionError(f"{type(error).__name__} does not say what is wrong: {error}") from error
     for name, x in arrays.items():
-        if not (taken and name == "out") and (x.tobytes(), x.shape, x.strides) != before[name]:
+        if not (taken and name in ("out", "lse")) and (x.tobytes(), x.shape, x.strides) != before[name]:
             raise AssertionError(f"{name} was changed")
 
 

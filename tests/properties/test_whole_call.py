@@ -1,7 +1,7 @@
 """The whole option space of the call on the NumPy backend: what is legal is the definition, what is not is refused.
 
 Legal calls combine everything: both functions, batches, packed sequences and grouped keys, every option given or left
-out, views in either layout, results with or without lse and info, in new memory or in ``out=``.
+out, views in either layout, results with or without lse and info, in new memory or in ``out=`` and ``lse=``.
 """
 
 from __future__ import annotations
@@ -48,6 +48,13 @@ class Call(NamedTuple):
     """Of the result."""
     slack: float
     """What rounding may do to the scores, in nats."""
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        """Of the log-sum-exp: (B, H, N), or (H, N) of packed sequences."""
+        rows = self.arguments["q"].shape[:-1]
+        is_bhnd = len(rows) == 3 and self.case.layout == "bhnd"
+        return rows if is_bhnd else (*rows[:-2], rows[-1], rows[-2])
 
     def __repr__(self) -> str:
         shown = {name: x for name, x in self.arguments.items() if not isinstance(x, np.ndarray)}
@@ -166,6 +173,8 @@ def with_results(draw: Draw) -> Call:
     if draw(st.booleans()):
         memory = np.full((*call.shape[:-1], call.shape[-1] + 3), np.nan).astype(call.case.numpy_dtype)
         arguments["out"] = memory[..., 1:-2] if draw(st.booleans()) else np.ascontiguousarray(memory[..., :-3])
+    if draw(st.booleans()):
+        arguments["lse"] = np.full(call.lse_shape, np.nan, np.float32)
     flags = ["return_lse", "return_info"] if call.function is distr_attention else ["return_lse"]
     arguments |= {name: draw(st.booleans()) for name in flags}
     return call._replace(arguments=arguments)
@@ -192,7 +201,7 @@ def test_every_legal_call_is_the_definition(call: Call) -> None:
     expected = call.expected()
     before = snapshot(arguments)
     results = call.function(**arguments)
-    assert_left_alone(before, arguments, but=("out",))
+    assert_left_alone(before, arguments, but=("out", "lse"))
     wanted = [arguments.get("return_lse", False), arguments.get("return_info", False)]
     assert isinstance(results, tuple) == any(wanted)
     out, *others = results if any(wanted) else (results,)
@@ -201,7 +210,9 @@ def test_every_legal_call_is_the_definition(call: Call) -> None:
         assert out is arguments["out"]
     if arguments.get("return_info"):
         assert isinstance(others.pop(), AttentionInfo)
-    lse = others.pop() if wanted[0] else expected[1].astype(np.float32)
+    lse = others.pop() if wanted[0] else arguments.get("lse", expected[1].astype(np.float32))
+    if "lse" in arguments:
+        assert lse is arguments["lse"]
     assert lse.dtype == np.float32
     assert_same_result((out, lse), expected, call.case, call.slack)
 
@@ -236,6 +247,11 @@ WRONG = {
     "bias": st.sampled_from([0.0, np.ones(1, bool), np.ones((1, 1, 1, 1, 1), np.float32), np.ones(1, np.int32)]),
     "cu_seqlens_q": st.sampled_from([0, [0, 1], np.zeros((1, 1), np.int32), np.zeros(2), np.array([0, 2, 1])]),
     "cu_seqlens_k": st.sampled_from([True, (0, 1), np.zeros(0, np.int32), np.zeros(2, np.uint64), np.array([1, 1])]),
+}
+WRONG |= {
+    "lse": st.sampled_from([1.0, [0.0], np.zeros(1, np.float32), np.zeros((1, 1, 1)), np.zeros((1,) * 4, np.float32)]),
+    "workspace": st.sampled_from([1 << 20, b"", np.zeros(1 << 20, np.uint8)]),  # the host has none
+    "stream": st.sampled_from([0, 7, -1, 1.5, "7", True, np.zeros(1)]),
 }
 WRONG_GROUPING = {
     "method": st.one_of(no_name, st.none()),
