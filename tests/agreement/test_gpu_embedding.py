@@ -39,6 +39,8 @@ CALLS = {
     "window": ("float16", 64, {"group_size": 1, "window": (100, 3)}),
     "subspace-cap": ("float16", 64, {"softcap": 2.0, "causal": True}),
     "subspace-queries-cap": ("float32", 64, {"group_by": "queries", "softcap": 2.0}),
+    "subspace-tables": ("float16", 64, {"mask": (1, 1, 1, 333), "bias": (4, 300, 1)}),
+    "few-queries": ("float16", 64, {"group_size": 1, "rows": (5, 2000)}),
 }
 
 
@@ -46,14 +48,19 @@ def make_arrays(name: str, seed: int = 0) -> tuple[list[Any], dict[str, Any]]:
     """Return q, k, v on the device and the options of a call."""
     import cupy
 
-    dtype, width, options = CALLS[name]
+    dtype, width, named = CALLS[name]
+    options = dict(named)
+    rows, key_rows = options.pop("rows", (300, 333))
     if dtype == "bfloat16":
         pytest.importorskip("ml_dtypes")  # gives NumPy the name
     rng = np.random.default_rng(seed)
-    shapes = [(2, 4, 300, width), (2, 2, 333, width), (2, 2, 333, 64)]
+    shapes = [(2, 4, rows, width), (2, 2, key_rows, width), (2, 2, key_rows, 64)]
     if options.get("layout") == "bnhd":
         shapes = [(b, n, h, d) for b, h, n, d in shapes]
     hosts = [rng.standard_normal(shape, dtype=np.float32).astype(dtype) for shape in shapes]
+    if "mask" in options:
+        options["mask"] = cupy.asarray(rng.random(options["mask"]) < 0.7)
+        options["bias"] = cupy.asarray(rng.standard_normal(options["bias"], dtype=np.float32))
     return [cupy.asarray(host) for host in hosts], {"method": "subspace"} | options
 
 
@@ -156,10 +163,17 @@ def test_size_is_that_of_a_description() -> None:
 
     for name in CALLS:
         arrays, options = make_arrays(name)
-        described = [SimpleNamespace(shape=x.shape, dtype=x.dtype) for x in arrays]
-        assert workspace_size(*described, **options) == workspace_size(*arrays, **options)
-        host = [np.zeros(x.shape, x.dtype) for x in arrays]
-        assert workspace_size(*host, **options, backend="cupy") == workspace_size(*arrays, **options)
+        size = workspace_size(*arrays, **options)
+
+        def described(x: Any) -> Any:
+            return SimpleNamespace(shape=x.shape, dtype=x.dtype) if hasattr(x, "shape") else x
+
+        def on_host(x: Any) -> Any:
+            return np.zeros(x.shape, x.dtype) if hasattr(x, "shape") else x
+
+        for other, backend in ((described, None), (on_host, "cupy")):
+            given = {option: other(x) for option, x in options.items()}
+            assert workspace_size(*map(other, arrays), **given, backend=backend) == size
 
 
 def test_exact_attention_takes_a_workspace() -> None:
@@ -234,7 +248,7 @@ def test_a_captured_call_computes_with_what_its_arrays_hold_then(name: str, how:
 
     arrays, options = make_arrays(name)
     out = cupy.empty_like(distr_attention(*arrays, **options))
-    lse = cupy.empty((2, 4, 300), np.float32)
+    lse = cupy.empty((2, 4, CALLS[name][2].get("rows", (300,))[0]), np.float32)
     memory = cupy.empty(workspace_size(*arrays, **options, lse=lse), np.uint8)
     call = {**options, "out": out, "lse": lse, "workspace": memory}
     stream = cupy.cuda.Stream(non_blocking=True)
