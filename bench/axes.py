@@ -62,7 +62,7 @@ class Shape:
             scale=None,
             layout="bhnd",
             out=None,
-            grouping=checks.check_grouping(q, **({"method": "lsh"} | options)),
+            grouping=checks.check_grouping(q, **({"method": "lsh"} | without_cache(options))),
         )
 
 
@@ -84,6 +84,8 @@ class Axes:
     method: tuple[str, ...] = METHODS
     fusion: tuple[str, ...] = ("sum",)
     group_by: tuple[str, ...] | None = None
+    cached: tuple[bool, ...] = (False,)
+    """Whether keys are grouped before the call, which "subspace" can."""
 
     def shapes(self, default_dtype: str) -> Iterator[Shape]:
         """Yield every shape, longest-running axes last."""
@@ -97,8 +99,10 @@ class Axes:
         variants = [EXACT] if 1 in self.G else []
         for method, G in product(self.method, [G for G in self.G if G != 1]):
             own: list[dict[str, Any]] = [{"fusion": fusion} for fusion in self.fusion] if method == "lsh" else [{}]
-            for options, group_by, L in product(own, self.group_by or (None,), self.L):
-                variants.append({"method": method, **options, "group_size": G, "group_by": group_by, "block_size": L})
+            cached = [{"cached": True} if x else {} for x in self.cached if not x or method == "subspace"]
+            for options, group_by, L, kept in product(own, self.group_by or (None,), self.L, cached):
+                grouping = {"group_size": G, "group_by": group_by, "block_size": L}
+                variants.append({"method": method, **options, **grouping, **kept})
         return variants
 
 
@@ -128,6 +132,22 @@ PRESETS = {
     ),
     # 16k tokens of prompts, as several short ones and as a long one
     "serving": Preset((replace(_SERVING, B=(4,), N=(4096,)), replace(_SERVING, B=(1,), N=(16384,)))),
+    # a step of eight requests of 32k tokens each
+    "decode": Preset(
+        (
+            Axes(
+                B=(8,),
+                H=(32,),
+                kv_heads=(8,),
+                N=(1,),
+                M=(32768,),
+                L=(128, 512, 1024),
+                dtype=("float16",),
+                method=("subspace",),
+                cached=(True,),
+            ),
+        )
+    ),
     "cpu": Preset((Axes(dtype=("float32",)),), threads=2),
 }
 
@@ -137,13 +157,23 @@ def multiply_out(axes: Iterable[Axes], default_dtype: str) -> list[tuple[Shape, 
 
     Options that come to the same problem, such as a block size and the default, are one variant.
     """
-    found: dict[Shape, dict[Problem, dict[str, Any]]] = {}
+    found: dict[Shape, dict[tuple[Problem, bool], dict[str, Any]]] = {}
     for some in axes:
         for shape in some.shapes(default_dtype):
             variants = found.setdefault(shape, {})
             for options in some.options():
-                variants.setdefault(shape.problem(options), options)
+                variants.setdefault((shape.problem(options), is_cached(options)), options)
     return [(shape, list(variants.values())) for shape, variants in found.items()]
+
+
+def is_cached(options: dict[str, Any]) -> bool:
+    """Whether a variant groups its keys before the call."""
+    return bool(options.get("cached", False))
+
+
+def without_cache(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the grouping options alone."""
+    return {name: value for name, value in options.items() if name != "cached"}
 
 
 def dtype_named(name: str) -> np.dtype[Any]:

@@ -63,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     for flag, choices in words.items():
         run.add_argument(flag, type=_list_of(_choice(*choices)), metavar="LIST", help=", ".join(choices))
     run.add_argument("--causal", action="append_const", dest="causal", const=True, help="with --full: both")
+    run.add_argument(
+        "--cached", action="append_const", dest="cached", const=True, help="keys are grouped before the call: subspace"
+    )
     run.add_argument("--full", action="append_const", dest="causal", const=False)
     run.add_argument(
         "--backend",
@@ -124,7 +127,7 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
     measured: report.Report = {
         "schema": report.SCHEMA,
         "kind": kind,
-        "environment": describe_environment(device, argv),
+        "environment": describe_environment(kind, argv),
         "missing_peers": missing,
         "peaks": {},
         "rows": [],

@@ -28,6 +28,8 @@ class Device(ABC):
     default_rounds: ClassVar[int]
     product_size: int
     """Rows and columns of the matrices whose product is the yardstick."""
+    copy_bytes: int
+    """Bytes whose copy is the yardstick of memory."""
 
     @abstractmethod
     def inputs(self, shape: Shape, seed: int) -> tuple[Any, Any, Any]:
@@ -54,6 +56,10 @@ class Device(ABC):
         """Return a description, the FLOP and the call of a large square product: the yardstick of this dtype."""
 
     @abstractmethod
+    def copy(self) -> tuple[str, int, Call]:
+        """Return a description, the bytes read and written, and the call of a large copy: the yardstick of memory."""
+
+    @abstractmethod
     def release(self) -> None:
         """Give memory that is no longer used back to the device."""
 
@@ -69,6 +75,7 @@ class Cpu(Device):
     default_dtype = "float32"
     default_rounds = 7
     product_size = 2048
+    copy_bytes = 64 << 20
 
     def __init__(self) -> None:
         names: dict[str, int] = getattr(os, "sysconf_names", {})
@@ -110,6 +117,12 @@ class Cpu(Device):
         out = np.empty_like(a)
         return f"numpy matmul {size}^3 {a.dtype}", 2 * size**3, lambda: np.matmul(a, b, out=out)
 
+    def copy(self) -> tuple[str, int, Call]:
+        """Return NumPy's copy, on one core."""
+        source = np.ones(self.copy_bytes, np.uint8)
+        out = np.empty_like(source)
+        return f"numpy copy of {self.copy_bytes >> 20} MB", 2 * self.copy_bytes, lambda: np.copyto(out, source)
+
     def release(self) -> None:
         """Do nothing: the allocator of the host sees to it."""
 
@@ -121,6 +134,7 @@ class Gpu(Device):
     default_dtype = "float16"
     default_rounds = 30
     product_size = 8192
+    copy_bytes = 1 << 30
 
     def __init__(self) -> None:
         import cupy
@@ -183,6 +197,13 @@ class Gpu(Device):
         a, b = (rng.standard_normal((size, size), dtype=cupy.float32).astype(compute) for _ in range(2))
         out = cupy.empty_like(a)
         return f"cupy matmul {size}^3 {compute}", 2 * size**3, lambda: cupy.matmul(a, b, out=out)
+
+    def copy(self) -> tuple[str, int, Call]:
+        """Return CuPy's copy."""
+        cupy = self._cupy
+        source = cupy.ones(self.copy_bytes, cupy.uint8)
+        out = cupy.empty_like(source)
+        return f"cupy copy of {self.copy_bytes >> 20} MB", 2 * self.copy_bytes, lambda: cupy.copyto(out, source)
 
     def release(self) -> None:
         """Empty CuPy's pool, which peers cannot draw from."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .. import info
-from .device import Device
+from .device import Kind
 
 PACKAGES = (
     "distrattn_np",
@@ -37,7 +37,7 @@ SMI_FIELDS = (
 )
 
 
-def describe_environment(device: Device, argv: list[str]) -> dict[str, Any]:
+def describe_environment(kind: Kind, argv: list[str]) -> dict[str, Any]:
     """Return plain values for the head of a report; what cannot be read is None."""
     environment: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -50,7 +50,7 @@ def describe_environment(device: Device, argv: list[str]) -> dict[str, Any]:
         "numpy": np.__version__,
         "packages": {name: _version(name) for name in PACKAGES},
     }
-    if device.kind == "gpu":
+    if kind == "gpu":
         environment |= _cuda_environment()
     return environment
 

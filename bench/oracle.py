@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from .. import reference
 from ..backends import Backend
+from ..grouped_keys import GroupedKeys, KeyBlock
 from ..problem import Grouping, GroupMaps, Problem, Subspace, SubspaceMaps, block_edges
 from ..reference.distr_attention import rows_that_meet
 from .device import to_host
@@ -61,6 +63,19 @@ class Oracle:
                 return self._attend(self._subspace_scores(problem, subspace, maps))
             case _, other:
                 raise WrongResult(f"the maps are {type(other).__name__}, not those of the method")
+
+    def expected_of_cache(self, problem: Problem, keys: GroupedKeys) -> Rows:
+        """Return what a call to grouped keys should give: the definition with their blocks, once these are checked."""
+        if not isinstance(problem.grouping, Subspace) or problem.rank == problem.width:
+            return self.exact
+        self._check_cache(problem, problem.grouping, keys)
+        scores = []
+        for (b, h), (Q, K, _) in zip(self.heads, self._arrays, strict=True):
+            h_kv = h // problem.heads_per_kv_head
+            scores.append(
+                Q @ np.concatenate([*map(partial(rebuilt, b=b, h=h_kv), keys.blocks), K[keys.exact_from :]]).T
+            )
+        return self._attend(scores)
 
     def rows_of(self, out: Any) -> Rows:
         """Return the checked rows of a result (B, H, N, E)."""
@@ -200,10 +215,50 @@ class Oracle:
                     rule = f"the reference's is {expected:.3g}"
                     raise WrongResult(f"the {name} score error of block {c} is {error:.3g}, {rule}")
 
+    def _check_cache(self, problem: Problem, grouping: Subspace, keys: GroupedKeys) -> None:
+        """Check all ranks, and that two blocks of the first head lose as much as the reference's do."""
+        if not (to_host(keys.ranks) == problem.rank).all():
+            raise WrongResult(f"the ranks are not all {problem.rank}")
+        L, blocks = grouping.block_size, keys.blocks
+        if len(blocks) != reference.finished_blocks(problem.keys, L):
+            raise WrongResult(f"{len(blocks)} blocks are finished")
+        k = to_host(self._k[0, 0])
+        for c in sorted({0, len(blocks) - 1} & set(range(len(blocks)))):
+            X = k[c * L : (c + 1) * L]
+            mean = X.mean(axis=0)
+            W, Z, _, errors = reference.group_block(
+                X[np.newaxis, np.newaxis],
+                mean[np.newaxis, np.newaxis],
+                None,
+                0,
+                scale=problem.scale,
+                rank=problem.rank,
+                score_tol=None,
+                refine=grouping.refine,
+            )
+            S = problem.scale * X @ X.T
+            losses = [
+                float(np.sqrt(np.square(problem.scale * X @ K.T - S).mean()))
+                for K in (rebuilt(blocks[c], 0, 0), mean + ((X - mean) @ W[0, 0]) @ Z[0, 0].T)
+            ]
+            tolerance = SCORE_TOLERANCE[np.dtype(problem.dtype).name] * float(np.sqrt(np.square(S).mean()))
+            predicted = float(to_host(blocks[c].score_errors)[0, 0])
+            for name, error, wanted in (("predicted", predicted, errors[0, 0]), ("actual", losses[0], losses[1])):
+                if not abs(error - wanted) <= tolerance:  # a NaN is wrong too
+                    rule = f"the reference's is {wanted:.3g}"
+                    raise WrongResult(f"the {name} score error of block {c} is {error:.3g}, {rule}")
+
     def _first_head(self, problem: Problem, grouping: Grouping | Subspace) -> tuple[Rows, Rows]:
         """Return the queries (heads, N, D) and the keys (M, D) that the maps of the first head come from."""
         shared = problem.heads_per_kv_head if grouping.by == "keys" else 1
         return np.stack([to_host(self._q[0, h]) for h in range(shared)]), to_host(self._k[0, 0])
+
+
+def rebuilt(block: KeyBlock, b: int, h: int) -> Rows:
+    """Return the keys (L, D) that a block of a head stands for (eq. 27)."""
+    sampled, fusion, mean = (to_host(x[b, h]) for x in (block.sampled, block.fusion, block.mean))
+    keys: Rows = mean + sampled @ fusion.T
+    return keys
 
 
 def rows_of_block(q: Rows, k: Rows, problem: Problem, grouping: Grouping | Subspace, c: int) -> tuple[Rows, Rows]:

@@ -136,6 +136,8 @@ COLUMNS: tuple[tuple[str, Cell], ...] = (
     ("exact-eq. TFLOP/s", lambda row: number(row["exact_tflops"], ".3g")),
     ("executed TFLOP/s", lambda row: number(row["executed_tflops"], ".3g")),
     ("% of peak", lambda row: number(row["peak_percent"], ".0f")),
+    ("GB/s", lambda row: number(row["gb_per_s"], ",.0f")),
+    ("% of copy", lambda row: number(row["copy_percent"], ".0f")),
     ("error random", lambda row: number(row["error_random"], ".1e")),
     ("error real", lambda row: number(row["error_sample"], ".3f")),
 )

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from .. import backends, demo, distr_attention
+from .. import backends, demo, distr_attention, group_keys
+from ..grouped_keys import GroupedKeys
 from ..problem import Grouping, Problem, Subspace
-from ..work import work_of
-from .axes import EXACT, Shape
+from ..work import work_of, work_of_cache
+from .axes import EXACT, Shape, is_cached
 from .device import Call, Device
 from .oracle import Oracle, WrongResult
 from .peers import Prepare
@@ -24,6 +25,7 @@ Row = dict[str, Any]
 Say = Callable[[str], None]
 """Takes one line of progress."""
 INPUT_SEED = 0
+SAMPLE_QUERIES = 64
 TIMES = ("cold_us", "burst_us", "sustained_us", "grouping_us", "forward_us")
 
 
@@ -67,16 +69,18 @@ def profile(plan: Plan, say: Say) -> None:
     for shape, variants in plan.points:
         arrays = plan.device.inputs(shape, INPUT_SEED)
         for name, options in product(plan.backends, variants):
-            say(f"{shape.label}: {label_of(name, shape.problem(options))}")
+            say(f"{shape.label}: {label_of(name, shape.problem(options), cached=is_cached(options))}")
             plan.device.start(_own_call(plan.device, shape, name, options, arrays))()
         for name, prepare in plan.peers.items():
             say(f"{shape.label}: {name}")
             plan.device.start(prepare(shape.problem(EXACT), *arrays))()
 
 
-def label_of(name: str, problem: Problem) -> str:
-    """Return the name of one of our contenders."""
+def label_of(name: str, problem: Problem, *, cached: bool = False) -> str:
+    """Return the name of one of our contenders; ``cached``: with keys that were grouped before."""
     match problem.grouping:
+        case Subspace(block_size=L) if cached:
+            return f"{name} cache G={problem.width // problem.rank} L={L}"
         case Grouping(group_size=G, block_size=L, by=by, fusion=fusion):
             return f"{name} lsh/{fusion} G={G} L={L} {by}"
         case Subspace(block_size=L, by=by):
@@ -92,7 +96,10 @@ def run_shape(
     device = plan.device
     exact = shape.problem(EXACT)
     own = [(name, options, shape.problem(options)) for name, options in product(plan.backends, variants)]
-    rows = [_new_row(label_of(name, problem), name, shape, problem, options) for name, options, problem in own]
+    rows = [
+        _new_row(label_of(name, problem, cached=is_cached(options)), name, shape, problem, options)
+        for name, options, problem in own
+    ]
     peer_rows = [_new_row(name, name, shape, exact, EXACT) for name in plan.peers]
     contenders = []
     try:
@@ -131,14 +138,18 @@ def run_shape(
 
 
 def measure_peak(device: Device, dtype: str) -> dict[str, Any]:
-    """Return the rate of a large matrix product in this dtype: what "% of peak" refers to."""
+    """Return the rates of a large matrix product in this dtype and of a large copy: what percentages refer to."""
     name, flop, call = device.matrix_product(dtype)
     device.start(call)()
     estimate = device.start(call)()
+    copy_name, copied, copy = device.copy()
+    device.start(copy)()
     return {
         "product": name,
         "burst_tflops": flop / time_burst(device, call, estimate) / 1e6,
         "sustained_tflops": flop / time_sustained(device, call, estimate) / 1e6,
+        "copy": copy_name,
+        "copy_gb_per_s": copied / time_burst(device, copy, device.start(copy)()) / 1e3,
     }
 
 
@@ -153,6 +164,19 @@ def sample_error(**options: Any) -> float | None:
     return float(demo.relative_error(attend(**options), attend(**EXACT)).mean())
 
 
+@cache
+def sample_error_of_cache(group_size: int, block_size: int) -> float | None:
+    """Return the error of the last queries of the packaged sample, asked through grouped keys; as `sample_error`."""
+    inputs = demo.load_sample()
+    q, k, v = (x.astype(np.float32) for x in (inputs.q, inputs.k, inputs.v))
+    if q.shape[-1] % group_size:
+        return None
+    keys = group_keys(k, group_size=group_size, block_size=block_size, scale=inputs.scale)
+    last = q[:, :, -min(SAMPLE_QUERIES, q.shape[2]) :]
+    exact = distr_attention(last, k, v, causal=inputs.causal, scale=inputs.scale, **EXACT)
+    return float(demo.relative_error(distr_attention(last, keys, v, causal=inputs.causal), exact).mean())
+
+
 def _new_row(label: str, contender: str, shape: Shape, problem: Problem, options: dict[str, Any]) -> Row:
     return {
         "label": label,
@@ -162,12 +186,14 @@ def _new_row(label: str, contender: str, shape: Shape, problem: Problem, options
         "options": options,
         "status": "ok",
         "reason": None,
-        "work": asdict(work_of(problem)),
+        "work": asdict(work_of_cache(problem) if is_cached(options) else work_of(problem)),
         "check_error": None,
         **dict.fromkeys(TIMES),
         "exact_tflops": None,
         "executed_tflops": None,
         "peak_percent": None,
+        "gb_per_s": None,
+        "copy_percent": None,
         "error_random": None,
         "error_sample": None if options is not EXACT else 0.0,
         "speedup": {},
@@ -178,7 +204,16 @@ def _own_call(
     device: Device, shape: Shape, backend: str, options: dict[str, Any], arrays: tuple[Any, Any, Any]
 ) -> Callable[..., Any]:
     q, k, v = (device.native(x, backend) for x in arrays)
+    if is_cached(options):
+        return partial(distr_attention, q, _cache(k, shape.problem(options)), v, causal=shape.causal, backend=backend)
     return partial(distr_attention, q, k, v, causal=shape.causal, backend=backend, **options)
+
+
+def _cache(k: Any, problem: Problem) -> GroupedKeys:
+    """Return all keys grouped, by the keys alone: which maps they are makes no difference to the time."""
+    if not isinstance(problem.grouping, Subspace):
+        raise NotImplementedError("a cache of lsh groups")
+    return group_keys(k, rank=problem.rank, block_size=problem.grouping.block_size)
 
 
 def _check_own(
@@ -193,14 +228,12 @@ def _check_own(
 ) -> Contender:
     """Check one of our backends and return it with its parts; what goes wrong comes as an exception."""
     backend = backends.load_by_name(name)
+    if is_cached(options):
+        return _check_cache(row, name, problem, shape, device, oracle, arrays)
     Q, K, V = (backend.bring_in(device.native(x, name), "bhnd") for x in arrays)
     expected = oracle.expected(backend, problem, Q, K)
     call = _own_call(device, shape, name, options, arrays)
-    out = device.native(device.not_a_number(shape), name)
-    call(out=out)
-    if not device.all_finite(out):
-        raise WrongResult("the result has elements that were not written, or are NaN or infinite")
-    _judge(row, oracle, out, expected)
+    _judge_call(row, call, device, shape, name, oracle, expected)
     contender = Contender(row, call)
     if problem.grouping is not None:
         # blocks of the label's size: the default may be another for the sample's width
@@ -213,6 +246,28 @@ def _check_own(
             "forward_us": partial(backend.attend, problem, Q, K, V, O, lse, maps),
         }
     return contender
+
+
+def _check_cache(
+    row: Row, name: str, problem: Problem, shape: Shape, device: Device, oracle: Oracle, arrays: tuple[Any, Any, Any]
+) -> Contender:
+    """Check a call to keys that were grouped before; what its part "grouping_us" times is no part of it."""
+    q, k, v = (device.native(x, name) for x in arrays)
+    keys = _cache(k, problem)
+    call = partial(distr_attention, q, keys, v, causal=shape.causal, backend=name)
+    _judge_call(row, call, device, shape, name, oracle, oracle.expected_of_cache(problem, keys))
+    row["error_sample"] = sample_error_of_cache(problem.width // problem.rank, keys.block_size)
+    return Contender(row, call, {"grouping_us": partial(_cache, k, problem)})
+
+
+def _judge_call(
+    row: Row, call: Callable[..., Any], device: Device, shape: Shape, name: str, oracle: Oracle, expected: Any
+) -> None:
+    out = device.native(device.not_a_number(shape), name)
+    call(out=out)
+    if not device.all_finite(out):
+        raise WrongResult("the result has elements that were not written, or are NaN or infinite")
+    _judge(row, oracle, out, expected)
 
 
 def _check_peer(
@@ -252,6 +307,8 @@ def _add_rates(row: Row, peak: dict[str, Any]) -> None:
     row["exact_tflops"] = row["work"]["exact_flop"] * tflop_per_us
     row["executed_tflops"] = row["work"]["executed_flop"] * tflop_per_us
     row["peak_percent"] = 100 * row["executed_tflops"] / peak["burst_tflops"]
+    row["gb_per_s"] = row["work"]["minimum_bytes"] / row["cold_us"]["median"] / 1e3
+    row["copy_percent"] = 100 * row["gb_per_s"] / peak["copy_gb_per_s"]
 
 
 def _add_speedups(rows: Sequence[Row]) -> None:

@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from .attention import distr_attention, exact_attention
+from .attention import distr_attention, exact_attention, workspace_size
 from .grouped_keys import GroupedKeys, group_keys
 from .merge import merge
 
@@ -11,4 +11,12 @@ try:
 except PackageNotFoundError:  # an uninstalled source tree
     __version__ = "0+unknown"
 
-__all__ = ["GroupedKeys", "__version__", "distr_attention", "exact_attention", "group_keys", "merge"]
+__all__ = [
+    "GroupedKeys",
+    "__version__",
+    "distr_attention",
+    "exact_attention",
+    "group_keys",
+    "merge",
+    "workspace_size",
+]

@@ -6,9 +6,11 @@ Nothing is imported to tell a kind. CuPy is, where device memory of another pack
 from __future__ import annotations
 
 import ctypes
+import numbers
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -38,10 +40,47 @@ def _kind_of_type(array_type: type) -> Kind | None:
     return None
 
 
-def in_place(array: Any) -> Any:
+class StreamHandle(NamedTuple):
+    """A CUDA stream as other packages take one."""
+
+    handle: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.handle
+
+
+def stream_handle(stream: Any) -> int:
+    """Return the handle of a stream: an integer, or what any package's stream says by ``__cuda_stream__``.
+
+    Raises
+    ------
+    TypeError
+        If it is neither.
+    ValueError
+        If the handle is negative.
+    """
+    if hasattr(stream, "__cuda_stream__"):
+        stream = stream.__cuda_stream__()[1]
+    if isinstance(stream, bool) or not isinstance(stream, numbers.Integral):
+        raise TypeError("must be None, an integer handle or a stream with __cuda_stream__")
+    if stream < 0:
+        raise ValueError("a handle must be at least 0")
+    return int(stream)
+
+
+def on_stream(handle: int | None) -> AbstractContextManager[Any]:
+    """Return a context in which CuPy's current stream is the one with this handle; None: the current one stays."""
+    if handle is None:
+        return nullcontext()
+    stream: AbstractContextManager[Any] = _needed("cupy", "cuda13").cuda.Stream.from_external(StreamHandle(handle))
+    return stream
+
+
+def in_place(array: Any, stream: int | None = None) -> Any:
     """Return the array of a known kind that has the memory of ``array``; what is no array, as it is.
 
-    DLPack goes first: it carries bfloat16, and the producer's stream is made to come before CuPy's current one.
+    DLPack goes first: it carries bfloat16, and the producer's stream is made to come before the one with the handle
+    ``stream``, or CuPy's current one.
 
     Raises
     ------
@@ -55,7 +94,8 @@ def in_place(array: Any) -> Any:
     if hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
         device = array.__dlpack_device__()[0]
         if device in _CUDA:
-            return _needed("cupy", "cuda13").from_dlpack(array)
+            with on_stream(stream):
+                return _needed("cupy", "cuda13").from_dlpack(array)
         if device in _HOST:
             return _host_view(array)
         raise BufferError(f"memory of DLPack device type {int(device)} is neither a CPU's nor a CUDA device's")
@@ -164,6 +204,35 @@ class _Bfloat16Bits:
         return cls(capsule, tensor, read_only=read_only)
 
 
+REGION = 1 << 44
+"""Bytes between the addresses of arrays that are only measured: which of them one is in can be told from an address."""
+
+
+class Unreadable(np.ndarray):
+    """Shape, strides and an address that may be nobody's. Debuggers and tracebacks may show it all the same."""
+
+    def __repr__(self) -> str:
+        return describe(self)
+
+    __str__ = __repr__
+
+
+def array_at(start: int, shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None = None) -> Unreadable:
+    """Return an array at any address; contiguous unless ``strides``, in bytes, say otherwise."""
+
+    class Interface:
+        __array_interface__ = {  # noqa: RUF012
+            "version": 3,
+            "typestr": f"|V{np.dtype(dtype).itemsize}",
+            "data": (start, False),
+            "shape": tuple(shape),
+            "strides": strides,
+        }
+
+    array: Unreadable = np.asarray(Interface()).view(Unreadable).view(dtype)
+    return array
+
+
 def describe(array: Any) -> str:
     """Return what an error message says of an array: kind, shape and dtype; of anything else, its type."""
     kind = kind_of(array)
@@ -200,15 +269,5 @@ def share_memory(a: Any, b: Any) -> bool:
 
 
 def _shape_in_memory(array: Any) -> np.ndarray:
-    """Return a NumPy array at the same addresses, on the device or not. It must not be read."""
-
-    class Interface:
-        __array_interface__ = {  # noqa: RUF012
-            "version": 3,
-            "typestr": f"|V{array.dtype.itemsize}",
-            "data": (address(array), True),
-            "shape": tuple(array.shape),
-            "strides": tuple(array.strides),
-        }
-
-    return np.asarray(Interface())
+    """Return a NumPy array at the same addresses, on the device or not."""
+    return array_at(address(array), array.shape, f"V{array.dtype.itemsize}", tuple(array.strides))

@@ -1,15 +1,21 @@
-"""The two public calls: check the arguments, choose a backend, run it."""
+"""The public calls: check the arguments, choose a backend, run it."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from . import backends, checks
+from .arrays import REGION, array_at
 from .block_size import choose_block_size
 from .grouped_keys import GroupedKeys
-from .problem import AttentionInfo, Problem, Subspace, SubspaceMaps
+from .problem import AttentionInfo, Problem, RaggedProblem, Subspace, SubspaceMaps
 
 NOTHING_GROUPED = AttentionInfo("exact", None, "the rank is the width, so nothing is grouped", None, None)
+
+_MEASURE = object()
+"""Stands for ``workspace`` where only its size is asked for."""
 
 
 def distr_attention(
@@ -32,10 +38,15 @@ def distr_attention(
     softcap: float = 0.0,
     mask: Any = None,
     bias: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
     layout: str = "bhnd",
     out: Any = None,
     return_lse: bool = False,
     return_info: bool = False,
+    lse: Any = None,
+    workspace: Any = None,
+    stream: Any = None,
     backend: str | None = None,
 ) -> Any:
     """Attention over all keys, with scores computed from fewer channels than the queries and keys have.
@@ -91,6 +102,11 @@ def distr_attention(
         True where a query may attend a key. Any strides; never expanded in memory.
     bias : array, broadcasts to (B, H, N, M) in either layout, dtype of ``q`` or float32, kind of ``q``
         Added to the scaled and capped scores. Any strides; never expanded in memory.
+    cu_seqlens_q, cu_seqlens_k : array, shape (B + 1,), int32 or int64, kind of ``q``; given together
+        Packed sequences instead of a batch: q is (N, H, D), k (M, H_kv, D), v (M, H_kv, E) and the result (N, H, E),
+        N and M counting the rows of all. Sequence b has the queries ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1] - 1``
+        and the keys that ``cu_seqlens_k`` says; lengths may be zero. ``mask`` and ``bias`` must be left out, and
+        ``layout`` as it is. Values are checked only where they lie on the host: a device would have to be waited for.
     layout : {"bhnd", "bnhd"}
         Order of the axes of q, k, v and the result; "bnhd" is (B, N, H, D).
     out : array, optional
@@ -100,6 +116,15 @@ def distr_attention(
         Also return the log-sum-exp of each row of the scores that the softmax sees: scaled, capped, with the bias.
     return_info : bool
         Also return the block size with its reason, and the rank and predicted score error of every block.
+    lse : array, shape (B, H, N), float32, optional
+        Where the log-sum-exp is written, as ``out`` for the result, contiguous; and returned with ``return_lse``.
+    workspace : array, shape (bytes,), uint8, kind and device of ``q``, optional
+        Device memory for all that a call needs beside its results; `workspace_size` says how much. It must begin at a
+        multiple of 256 bytes, and holds nothing of worth afterwards. With ``out``, and ``lse`` or no ``return_lse``, a
+        call allocates no device memory. CuPy backend only.
+    stream : int or stream, optional
+        What the call runs on, with device arrays: the handle of a CUDA stream, or any package's stream that has
+        ``__cuda_stream__``. Default: CuPy's current stream; of Numba arrays their own.
     backend : {"numpy", "cupy", "numba"}, optional
         Default: the one of the arrays' kind. NumPy arrays given to a GPU backend are copied there and back.
 
@@ -108,7 +133,7 @@ def distr_attention(
     out : array, shape (B, H, N, E) in ``layout``, dtype, kind and device of ``q``
         Every row lies between the least and the greatest visible value of each column of ``v``. A query that sees no
         key gives zero.
-    lse : array, shape (B, H, N), float32
+    lse : array, shape (B, H, N), (H, N) for packed sequences, float32
         Only with ``return_lse``. Natural logarithm; minus infinity for a query that sees no key.
     info : AttentionInfo
         Only with ``return_info``. Fields ``method``, ``block_size``, ``reason``, ``ranks`` and ``score_errors``.
@@ -133,7 +158,8 @@ def distr_attention(
 
     A score passes through ``scale``, ``softcap``, ``bias`` and ``mask`` in this order, and does not count beyond
     ``window`` or the causal limit. The channels are reduced as if there were only the causal limit: rows that nobody
-    attends to, such as padding, must hold finite numbers.
+    attends to, such as padding, must hold finite numbers. Packed sequences have nothing to do with one another:
+    ``causal``, ``window`` and blocks count from the first row of each (eq. 29).
 
     Equation (4) of docs/math.md; after Jin et al., "DistrAttention" (arXiv:2507.17245), whose grouping this is with
     ``method="lsh", fusion="sum", group_by="queries"``. 16-bit inputs are multiplied on tensor cores with float32
@@ -155,8 +181,20 @@ def distr_attention(
     array([[[16],
             [16]]], dtype=int32)
     """
-    given_out = out
-    q, k, v, mask, bias, out = checks.arrays_in_place(q=q, k=k, v=v, mask=mask, bias=bias, out=out)
+    given_out, given_lse, handle = out, lse, checks.check_stream(stream)
+    q, k, v, mask, bias, cu_seqlens_q, cu_seqlens_k, out, lse, workspace = checks.arrays_in_place(
+        handle,
+        q=q,
+        k=k,
+        v=v,
+        mask=mask,
+        bias=bias,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        out=out,
+        lse=lse,
+        workspace=workspace,
+    )
     keys = k if isinstance(k, GroupedKeys) else None
     if keys is None:
         grouping = checks.check_grouping(
@@ -170,6 +208,7 @@ def distr_attention(
             group_by=group_by,
             block_size=block_size,
             seed=seed,
+            axes=4 if cu_seqlens_q is None and cu_seqlens_k is None else 3,
         )
     else:
         checks.check_options_of_grouped_keys(
@@ -183,13 +222,17 @@ def distr_attention(
             fusion=fusion,
             group_by=group_by,
             block_size=block_size,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
         )
         grouping, scale = None, keys.scale
     checks.check_backend_name(backend)
-    problem = checks.check_attention(
+    problem = checks.check_call(
         q,
         k,
         v,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
         causal=causal,
         window=window,
         scale=scale,
@@ -201,18 +244,37 @@ def distr_attention(
         grouping=grouping,
         keys_are_grouped=keys is not None,
     )
+    lent = backends.Lent(handle, None if workspace is _MEASURE else workspace, lse, return_lse)
+    checks.check_lent(
+        q,
+        stream=stream,
+        workspace=lent.workspace,
+        lse=lse,
+        lse_shape=problem.lse_shape,
+        return_info=return_info,
+        others={"q": q, "k": None if keys is not None else k, "v": v, "mask": mask, "bias": bias, "out": out}
+        | {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k},
+    )
     chosen = backends.load(backend, like=q)
-    if keys is not None and not chosen.attends_grouped_keys:  # before a device is looked for
-        raise NotImplementedError(f"k: GroupedKeys is not built for the {chosen.name} backend yet, got {keys}")
-    result, lse, maps = chosen.attention(problem, q, k, v, out, mask, bias)
-    if given_out is not None:
-        result = given_out
-    results = [result]
+    if keys is not None:  # before a device is looked for
+        checks.check_kind_of_grouped_keys(q, keys, chosen.name, chosen.kinds_of_grouped_keys)
+    tables = backends.ScoreTables(mask, bias)
+    if workspace is _MEASURE:
+        return chosen.workspace_bytes(problem, q, k, v, out, tables, lent)
+    info: AttentionInfo | None = None
+    if isinstance(problem, RaggedProblem):
+        result, lse, blocks = chosen.ragged_attention(problem, q, k, v, out, cu_seqlens_q, cu_seqlens_k, lent)
+        info = _info_of_blocks(problem.packed, blocks or (None, None), block_size)
+    else:
+        result, lse, maps = chosen.attention(problem, q, k, v, out, tables, lent)
+        if return_info:
+            info = _info(problem, chosen, maps, q, block_size) if keys is None else _info_of_grouped_keys(keys)
+    results = [result if given_out is None else given_out]
     if return_lse:
-        results.append(lse)
+        results.append(lse if given_lse is None else given_lse)
     if return_info:
-        results.append(_info(problem, chosen, maps, q, block_size) if keys is None else _info_of_grouped_keys(keys))
-    return tuple(results) if len(results) > 1 else result
+        results.append(info)
+    return tuple(results) if len(results) > 1 else results[0]
 
 
 def exact_attention(
@@ -226,15 +288,20 @@ def exact_attention(
     softcap: float = 0.0,
     mask: Any = None,
     bias: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
     layout: str = "bhnd",
     out: Any = None,
     return_lse: bool = False,
+    lse: Any = None,
+    workspace: Any = None,
+    stream: Any = None,
     backend: str | None = None,
 ) -> Any:
     """Exact attention ``softmax(scale q k^T + bias) v``: what `distr_attention` gives for ``group_size=1``.
 
-    Parameters, results and errors are those of `distr_attention` without the grouping options; equations (1) to (3)
-    and (21) to (24) of docs/math.md.
+    Parameters, results and errors are those of `distr_attention` without the grouping options; equations (1) to (3),
+    (21) to (24) and (29) of docs/math.md.
 
     Examples
     --------
@@ -243,13 +310,27 @@ def exact_attention(
     >>> exact_attention(one, one, one)[0, 0, 0]
     array([1., 1., 1., 1.], dtype=float32)
     """
-    given_out = out
-    q, k, v, mask, bias, out = checks.arrays_in_place(q=q, k=k, v=v, mask=mask, bias=bias, out=out)
+    given_out, given_lse, handle = out, lse, checks.check_stream(stream)
+    q, k, v, mask, bias, cu_seqlens_q, cu_seqlens_k, out, lse, workspace = checks.arrays_in_place(
+        handle,
+        q=q,
+        k=k,
+        v=v,
+        mask=mask,
+        bias=bias,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        out=out,
+        lse=lse,
+        workspace=workspace,
+    )
     checks.check_backend_name(backend)
-    problem = checks.check_attention(
+    problem = checks.check_call(
         q,
         k,
         v,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
         causal=causal,
         window=window,
         scale=scale,
@@ -260,16 +341,96 @@ def exact_attention(
         out=out,
         grouping=None,
     )
-    result, lse, _ = backends.load(backend, like=q).attention(problem, q, k, v, out, mask, bias)
+    checks.check_lent(
+        q,
+        stream=stream,
+        workspace=workspace,
+        lse=lse,
+        lse_shape=problem.lse_shape,
+        others={"q": q, "k": k, "v": v, "mask": mask, "bias": bias, "out": out}
+        | {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k},
+    )
+    lent = backends.Lent(handle, workspace, lse, return_lse)
+    chosen = backends.load(backend, like=q)
+    if isinstance(problem, RaggedProblem):
+        result, lse, _ = chosen.ragged_attention(problem, q, k, v, out, cu_seqlens_q, cu_seqlens_k, lent)
+    else:
+        tables = backends.ScoreTables(mask, bias)
+        result, lse, _ = chosen.attention(problem, q, k, v, out, tables, lent)
     if given_out is not None:
         result = given_out
-    return (result, lse) if return_lse else result
+    return (result, lse if given_lse is None else given_lse) if return_lse else result
+
+
+def workspace_size(q: Any, k: Any, v: Any, *, backend: str | None = None, **options: Any) -> int:
+    """Return the bytes of ``workspace`` that `distr_attention` needs for a call with these arguments.
+
+    Parameters
+    ----------
+    q, k, v : array or description
+        As in the call. Only shapes, strides, dtypes, addresses and the device are read. What has a shape and a dtype
+        and no memory, such as a ``jax.ShapeDtypeStruct``, stands for a contiguous array on the current device.
+    backend : {"numpy", "cupy"}, optional
+        Default: the one of the arrays' kind, "cupy" for descriptions. NumPy arrays with "cupy" are such.
+    **options
+        All others of `distr_attention`, as in the call; with ``group_size=1`` it is `exact_attention` that is measured.
+        ``mask``, ``bias``, ``out`` and ``lse`` may be descriptions too; without ``out`` it is taken for contiguous.
+        ``stream`` and ``workspace`` make no difference.
+
+    Returns
+    -------
+    int
+        The smallest size that the call takes; 0 for NumPy arrays, whose calls take no workspace.
+
+    Raises
+    ------
+    TypeError, ValueError, ImportError, NotImplementedError
+        What the call would raise.
+
+    Notes
+    -----
+    It is the call itself that is run here, with launches left out, so both agree by construction. The size is larger
+    with ``return_lse=False``, where the log-sum-exp has no place of its own. It depends on the device.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> q, k, v = np.ones((3, 1, 2, 64, 32), dtype=np.float32)
+    >>> workspace_size(q, k, v)
+    0
+    """
+    arrays = {name: options.get(name) for name in ("mask", "bias", "out", "lse")} | {"q": q, "k": k, "v": v}
+    arrays = {name: _described(x, place) for place, (name, x) in enumerate(arrays.items())}
+    if backend is None and arrays["q"] is not q:
+        backend = "cupy"
+    size: int = distr_attention(**options | arrays | {"stream": None, "workspace": _MEASURE}, backend=backend)
+    return size
+
+
+def _described(array: Any, place: int) -> Any:
+    """Return ``array``, or where it has no memory, an array like it at an address of its own."""
+    has_memory = ("__dlpack__", "__cuda_array_interface__", "__array_interface__", "__array__")
+    if isinstance(array, GroupedKeys) or any(hasattr(array, name) for name in has_memory):
+        return array
+    try:
+        shape, dtype = tuple(array.shape), np.dtype(array.dtype)
+    except (AttributeError, TypeError):
+        return array  # the call says what it is not
+    return array_at((1 + place) * REGION, shape, dtype)
 
 
 def _info(
     problem: Problem, backend: backends.Backend, maps: backends.Maps, like: Any, block_size: int | None
 ) -> AttentionInfo:
     """Return what a call did; ``block_size`` is what the caller asked for."""
+    ranks = score_errors = None
+    if isinstance(maps, SubspaceMaps):
+        ranks, score_errors = (backend.hand_back(x, None, like=like, out=None) for x in (maps.ranks, maps.score_errors))
+    return _info_of_blocks(problem, (ranks, score_errors), block_size)
+
+
+def _info_of_blocks(problem: Problem, blocks: tuple[Any, Any], block_size: int | None) -> AttentionInfo:
+    """Return what a call did with blocks of these ranks and score errors."""
     grouping = problem.grouping
     if grouping is None:
         return NOTHING_GROUPED
@@ -279,11 +440,8 @@ def _info(
         _, reason = choose_block_size(problem.width, grouping.rank)
     else:
         reason = "the default of lsh"
-    ranks = score_errors = None
-    if isinstance(maps, SubspaceMaps):
-        ranks, score_errors = (backend.hand_back(x, None, like=like, out=None) for x in (maps.ranks, maps.score_errors))
     method = "subspace" if isinstance(grouping, Subspace) else "lsh"
-    return AttentionInfo(method, grouping.block_size, reason, ranks, score_errors)
+    return AttentionInfo(method, grouping.block_size, reason, *blocks)
 
 
 def _info_of_grouped_keys(keys: GroupedKeys) -> AttentionInfo:

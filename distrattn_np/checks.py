@@ -13,25 +13,46 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import address, describe, in_place, is_declared_read_only, kind_of, overlaps_itself, share_memory
+from .arrays import (
+    address,
+    describe,
+    in_place,
+    is_declared_read_only,
+    kind_of,
+    overlaps_itself,
+    share_memory,
+    stream_handle,
+)
 from .block_size import choose_block_size
-from .problem import Grouping, Problem, Subspace, ceil_div
+from .problem import Grouping, Problem, RaggedProblem, Subspace, ceil_div
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 MAX_WIDTH = 256
+WORKSPACE_ALIGNMENT = 256
+"""Bytes that a workspace starts at a multiple of, as CUDA's own allocations do."""
 DEFAULT_BLOCK_SIZE = 1024
 """Rows per block of ``method="lsh"`` where the caller names none; docs/block_size.md says what the choice trades."""
+PACKED = "nhd"
+"""The layout of sequences that are told apart by their lengths: no batch axis. A caller cannot name it."""
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 FLOAT32_TINY = float(np.finfo(np.float32).tiny)
 
 
-def arrays_in_place(**named: Any) -> list[Any]:
-    """Return the arguments as arrays of a known kind, without a copy; what is no array, as it is."""
+WRITTEN = ("out", "lse", "workspace")
+"""Arguments that a call writes to."""
+
+
+def arrays_in_place(stream: int | None = None, /, **named: Any) -> list[Any]:
+    """Return the arguments as arrays of a known kind, without a copy; what is no array, as it is.
+
+    They are ready on the stream with this handle, or on CuPy's current one.
+    """
     arrays = []
     for name, given in named.items():
         try:
-            arrays.append(in_place(given))
-            read_only = name == "out" and is_declared_read_only(given)
+            arrays.append(in_place(given, stream))
+            # NumPy's views say it themselves
+            read_only = name in WRITTEN and kind_of(arrays[-1]) != "numpy" and is_declared_read_only(given)
         except ImportError as error:
             raise ImportError(_message(name, str(error), type(given).__name__)) from error
         except Exception as error:  # another package's own, of any type
@@ -42,6 +63,55 @@ def arrays_in_place(**named: Any) -> list[Any]:
         if read_only:
             raise ValueError(_message(name, "must be writeable", f"read-only {type(given).__name__}"))
     return arrays
+
+
+def check_call(
+    q: Any, k: Any, v: Any, *, cu_seqlens_q: Any, cu_seqlens_k: Any, **options: Any
+) -> Problem | RaggedProblem:
+    """Return the problem that the arguments describe; ``**options`` are those of `check_attention`."""
+    if cu_seqlens_q is None and cu_seqlens_k is None:
+        return check_attention(q, k, v, **options)
+    return check_ragged(q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, **options)
+
+
+def check_ragged(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    causal: bool | str,
+    layout: str,
+    out: Any,
+    mask: Any,
+    bias: Any,
+    **options: Any,
+) -> RaggedProblem:
+    """Return the problem of packed sequences, or raise the first error found.
+
+    The values of the lengths are checked where they lie on the host.
+    """
+    for name, lengths in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if lengths is None:
+            raise ValueError(_message(name, "must be given with the other cu_seqlens", "None"))
+    if not (isinstance(layout, str) and layout == "bhnd"):
+        raise ValueError(_message("layout", "must be 'bhnd', the default, with cu_seqlens_q", _show(layout)))
+    _check_absent("cu_seqlens_q", mask=mask, bias=bias)
+    packed = check_attention(q, k, v, causal=causal, layout=layout, out=out, is_packed=True, **options)
+    _check_lengths("cu_seqlens_q", cu_seqlens_q, q, f"q's {packed.queries} rows", packed.queries)
+    _check_lengths("cu_seqlens_k", cu_seqlens_k, q, f"k's {packed.keys} rows", packed.keys)
+    elements = cu_seqlens_q.shape[0]
+    if cu_seqlens_k.shape[0] != elements:
+        raise ValueError(
+            _message("cu_seqlens_k", f"must have cu_seqlens_q's {elements} elements", describe(cu_seqlens_k))
+        )
+    if cu_seqlens_k.dtype != cu_seqlens_q.dtype:
+        rule = f"must have cu_seqlens_q's dtype {cu_seqlens_q.dtype}"
+        raise TypeError(_message("cu_seqlens_k", rule, describe(cu_seqlens_k)))
+    if out is not None:
+        _check_apart("out", out, {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k})
+    return RaggedProblem(packed, elements - 1, is_top_left=causal == "top-left")
 
 
 def check_attention(
@@ -59,17 +129,22 @@ def check_attention(
     mask: Any = None,
     bias: Any = None,
     keys_are_grouped: bool = False,
+    is_packed: bool = False,
 ) -> Problem:
     """Return the problem that the arguments describe, or raise the first error found.
 
-    ``keys_are_grouped``: ``k`` is a `GroupedKeys`.
+    ``keys_are_grouped``: ``k`` is a `GroupedKeys`. ``is_packed``: q, k, v and out are (rows, heads, width), and the
+    problem is that of a batch of one.
     """
-    _check_choice("layout", layout, "bhnd", "bnhd")
+    if is_packed:
+        layout = PACKED
+    else:
+        _check_choice("layout", layout, "bhnd", "bnhd")
     named = {"q": q, "v": v} if keys_are_grouped else {"q": q, "k": k, "v": v}
     if out is not None:
         named["out"] = out
     for name, array in named.items():
-        _check_array(name, array, q)
+        _check_array(name, array, q, axes=3 if is_packed else 4)
     if keys_are_grouped:
         if k.dtype != q.dtype:
             raise TypeError(_message("k", f"must have q's dtype {q.dtype}", _show(k)))
@@ -113,12 +188,10 @@ def check_attention(
         dtype=q.dtype,
         scale=_check_scale(scale, width),
         causal_offset=_check_causal(causal, queries, keys),
-        layout="bnhd" if layout == "bnhd" else "bhnd",
+        layout="bhnd" if layout == "bhnd" else "bnhd",
         grouping=_shorten_block(grouping, queries, keys),
         window=_check_window(window, queries + keys),
         softcap=_check_softcap(softcap),
-        has_mask=mask is not None,
-        has_bias=bias is not None,
     )
 
 
@@ -135,10 +208,11 @@ def check_grouping(
     block_size: int | None = None,
     seed: int = 0,
     name: str = "q",
+    axes: int = 4,
 ) -> Grouping | Subspace | None:
     """Return the grouping that the options describe, None where they ask for exact attention, or raise.
 
-    ``name`` is the argument that ``q`` came in as.
+    ``name`` is the argument that ``q`` came in as, ``axes`` how many it must have.
     """
     _check_choice("method", method, "subspace", "lsh")
     if group_by is not None:
@@ -147,8 +221,8 @@ def check_grouping(
         block_size = _check_integer("block_size", block_size, at_least=1)
     refine = _check_integer("refine", refine, at_least=0)
     seed = _check_integer("seed", seed, at_least=0)
-    _check_array(name, q, q, name)
-    width = q.shape[3]
+    _check_array(name, q, q, name, axes)
+    width = q.shape[axes - 1]
     if method == "lsh":
         _check_absent("method='lsh'", rank=rank, score_tol=score_tol)
         if fusion is not None:
@@ -219,6 +293,11 @@ def check_appended(k: Any, keys: Any) -> None:
     """Raise unless ``k`` can be appended to the `GroupedKeys`."""
     _check_grouped_kind(k)
     _check_array("k", k, k, "k")
+    if kind_of(k) != keys.kind:
+        raise TypeError(_message("k", f"must be a {keys.kind} array, as the keys so far", describe(k)))
+    if _device_of(k) != keys.device:
+        rule = f"must be on the device {keys.device} of the keys so far"
+        raise ValueError(_message("k", rule, f"{describe(k)} on device {_device_of(k)}"))
     if k.dtype != keys.dtype:
         raise TypeError(_message("k", f"must have the dtype {keys.dtype} of the keys so far", describe(k)))
     rows_axis = 1 if keys.layout == "bnhd" else 2
@@ -238,33 +317,58 @@ def check_saved_keys(file: Any, arrays: dict[str, np.ndarray], fmt: int) -> None
 
     names = {"format", "dtype", "layout", "scale", "tail"}
     require(names <= set(arrays), f"must be one that GroupedKeys.save wrote, with {', '.join(sorted(names))}")
-    require(int(arrays["format"]) == fmt, f"must be of format {fmt}")
-    require(str(arrays["dtype"]) in DTYPES, f"the dtype must be one of {', '.join(DTYPES)}")
-    stored = "uint16" if arrays["dtype"] == "bfloat16" else str(arrays["dtype"])
-    batch, heads, rows, width = arrays["tail"].shape if arrays["tail"].ndim == 4 else (0, 0, 0, 0)
-    shapes: dict[str, tuple[int, ...]] = {"tail": (batch, heads, rows, width)}
     optional = {"query_gram": {"query_rows"}, "rank": {"score_tol", "refine", "block_size"}}
     optional["widths"] = optional["rank"] | {"rank", "sampled", "fusion", "mean", "ranks", "score_errors"}
     for name, others in optional.items():
         require(name not in arrays or others <= set(arrays), f"must hold {', '.join(sorted(others))} with {name}")
+    for scalars, kinds, what in (
+        (("dtype", "layout"), "U", "name"),
+        (("scale", "score_tol"), "f", "number"),
+        (("format", "rank", "refine", "block_size", "query_rows"), "iu", "integer"),
+    ):
+        for name in sorted(set(scalars) & set(arrays)):
+            require(arrays[name].shape == () and arrays[name].dtype.kind in kinds, f"{name} must be one {what}")
+    require(int(arrays["format"]) == fmt, f"must be of format {fmt}")
+    require(str(arrays["dtype"]) in DTYPES, f"the dtype must be one of {', '.join(DTYPES)}")
+    require(str(arrays["layout"]) in ("bhnd", "bnhd"), "the layout must be 'bhnd' or 'bnhd'")
+    require(bool(abs(arrays["scale"]) <= FLOAT32_MAX), "the scale must be a finite number in the range of float32")
+    stored = "uint16" if arrays["dtype"] == "bfloat16" else str(arrays["dtype"])
+    found = arrays["tail"].shape
+    require(len(found) == 4, f"tail must have shape (B, H_kv, rows, D) and not {found}")
+    batch, heads, rows, width = found
+    require(1 <= width <= MAX_WIDTH, f"tail must have 1 to {MAX_WIDTH} columns and not {width}")
+    wanted: dict[str, tuple[tuple[int, ...], str]] = {"tail": ((batch, heads, rows, width), stored)}
     if "query_gram" in arrays:
-        shapes["query_gram"] = (batch, heads, width, width)
+        wanted["query_gram"] = ((batch, heads, width, width), "float64")
+        require(int(arrays["query_rows"]) >= 1, "query_rows must be at least 1")
     if "rank" in arrays:
-        require(rows <= int(arrays["block_size"]), "the tail must be no longer than a block")
+        rank, score_tol, block_size = int(arrays["rank"]), float(arrays["score_tol"]), int(arrays["block_size"])
+        require(block_size >= 1, "block_size must be at least 1")
+        require(rows <= block_size, "the tail must be no longer than a block")
+        require(int(arrays["refine"]) >= 0, "refine must be at least 0")
+        of_rank, of_tolerance = 0 < rank < width and score_tol == 0, rank == 0 and 0 < score_tol <= FLOAT32_MAX
+        require(of_rank or of_tolerance, "must hold a rank less than the width or a score_tol, and 0 for the other")
     if "widths" in arrays:
-        columns, blocks = int(arrays["widths"].sum()), len(arrays["widths"])
-        shapes |= {
-            "sampled": (batch, heads, int(arrays["block_size"]), columns),
-            "fusion": (batch, heads, width, columns),
-            "mean": (batch, heads, width, blocks),
-            "ranks": (batch, heads, blocks),
-            "score_errors": (batch, heads, blocks),
+        widths = arrays["widths"]
+        require(widths.ndim == 1 and widths.dtype.kind in "iu" and len(widths) > 0, "widths must be some integers")
+        require(bool(((widths >= 0) & (widths <= width)).all()), f"widths must be 0 to {width}")
+        columns, blocks = int(widths.sum()), len(widths)
+        wanted |= {
+            "sampled": ((batch, heads, block_size, columns), stored),
+            "fusion": ((batch, heads, width, columns), stored),
+            "mean": ((batch, heads, width, blocks), stored),
+            "ranks": ((batch, heads, blocks), "int32"),
+            "score_errors": ((batch, heads, blocks), "float64"),
         }
-    for name, shape in shapes.items():
-        found = arrays[name]
-        require(found.shape == shape, f"{name} must have shape {shape} and not {found.shape}")
-        if name in ("tail", "sampled", "fusion", "mean"):
-            require(found.dtype == stored, f"{name} must have dtype {stored} and not {found.dtype}")
+    for name, (shape, dtype) in wanted.items():
+        array = arrays[name]
+        require(array.shape == shape, f"{name} must have shape {shape} and not {array.shape}")
+        require(array.dtype == dtype, f"{name} must have dtype {dtype} and not {array.dtype}")
+
+
+def check_kind_to_load(kind: str) -> None:
+    """Raise unless `GroupedKeys` of this kind of arrays can be loaded."""
+    _check_choice("kind", kind, "numpy", "cupy")
 
 
 def check_options_of_grouped_keys(keys: Any, *, method: str, refine: int, scale: float | None, **options: Any) -> None:
@@ -278,7 +382,20 @@ def check_options_of_grouped_keys(keys: Any, *, method: str, refine: int, scale:
         raise ValueError(_message("scale", f"must be None or the {keys.scale} of the keys", _show(scale)))
 
 
-def check_merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, *, layout: str) -> None:
+def check_kind_of_grouped_keys(q: Any, keys: Any, backend: str, kinds: frozenset[str]) -> None:
+    """Raise unless a backend that takes `GroupedKeys` of these kinds can attend to ``keys`` with ``q``."""
+    if not kinds:
+        raise NotImplementedError(_message("k", f"GroupedKeys is not built for the {backend} backend yet", _show(keys)))
+    if keys.kind != kind_of(q):
+        raise TypeError(_message("k", f"must hold {kind_of(q)} arrays, as q is", str(keys)))
+    if keys.kind not in kinds:
+        rule = f"the {backend} backend takes GroupedKeys of {' and '.join(sorted(kinds))} arrays"
+        raise NotImplementedError(_message("k", rule, str(keys)))
+    if keys.device != _device_of(q):
+        raise ValueError(_message("k", f"must be on q's device {_device_of(q)}", f"{keys} on device {keys.device}"))
+
+
+def check_merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, *, layout: str, stream: Any) -> None:
     """Raise the first error found in the arguments of `merge`."""
     _check_choice("layout", layout, "bhnd", "bnhd")
     _check_array("out_a", out_a, out_a, "out_a")
@@ -294,6 +411,65 @@ def check_merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, *, layout: str) 
             raise TypeError(_message(name, "the dtype must be float32", describe(lse)))
         if tuple(lse.shape) != rows:
             raise ValueError(_message(name, f"must have shape (B, H, N) = {rows}", describe(lse)))
+    if stream is not None and kind_of(out_a) == "numpy":
+        raise ValueError(_message("stream", "must be None with NumPy arrays", _show(stream)))
+
+
+def check_stream(stream: Any) -> int | None:
+    """Return the handle of ``stream``; None where the call runs on the current one."""
+    if stream is None:
+        return None
+    try:
+        return stream_handle(stream)
+    except (TypeError, ValueError) as error:
+        raise type(error)(_message("stream", str(error), _show(stream))) from error
+
+
+def check_lent(
+    q: Any,
+    *,
+    stream: Any,
+    workspace: Any,
+    lse: Any,
+    lse_shape: tuple[int, ...],
+    return_info: bool = False,
+    others: dict[str, Any],
+) -> None:
+    """Raise unless the call can run on this stream, in this workspace, and write this lse; ``others`` are its arrays.
+
+    `check_workspace_size` follows, once the backend is known.
+    """
+    others = {name: array for name, array in others.items() if array is not None}
+    if kind_of(q) == "numpy":
+        for name, given in (("stream", stream), ("workspace", workspace)):
+            if given is not None:
+                raise ValueError(_message(name, "must be None with NumPy arrays", _show(given)))
+    if lse is not None:
+        _check_kind("lse", lse, q)
+        if lse.dtype != np.float32:
+            raise TypeError(_message("lse", "the dtype must be float32", describe(lse)))
+        if tuple(lse.shape) != lse_shape:
+            axes = "(B, H, N)" if len(lse_shape) == 3 else "(H, N)"
+            raise ValueError(_message("lse", f"must have shape {axes} = {lse_shape}", describe(lse)))
+        _check_plain_memory("lse", lse, 4)
+        _check_apart("lse", lse, others)
+        others["lse"] = lse
+    if workspace is not None:
+        _check_kind("workspace", workspace, q)
+        if workspace.dtype != np.uint8:
+            raise TypeError(_message("workspace", "the dtype must be uint8", describe(workspace)))
+        if len(workspace.shape) != 1:
+            raise ValueError(_message("workspace", "must have one axis", describe(workspace)))
+        _check_plain_memory("workspace", workspace, WORKSPACE_ALIGNMENT)
+        _check_apart("workspace", workspace, others)
+        if return_info:
+            raise ValueError(_message("return_info", "must be False with workspace, which has no room for it", "True"))
+
+
+def check_workspace_size(workspace: Any, needed: int) -> None:
+    """Raise unless a workspace has as many bytes as its call needs."""
+    if workspace.shape[0] < needed:
+        raise ValueError(_message("workspace", f"must have at least {needed} bytes", describe(workspace)))
 
 
 def check_backend_name(name: str | None) -> None:
@@ -330,24 +506,48 @@ def _check_kind(name: str, array: Any, q: Any, first: str = "q") -> None:
 
 def _check_grouped_kind(k: Any) -> None:
     """Raise where the keys are of a kind that has no `GroupedKeys`."""
-    if kind_of(k) in ("cupy", "numba"):
-        raise NotImplementedError(
-            _message("k", f"GroupedKeys is not built for the {kind_of(k)} backend yet", describe(k))
-        )
+    if kind_of(k) == "numba":
+        raise NotImplementedError(_message("k", "GroupedKeys is not built for the numba backend yet", describe(k)))
 
 
-def _check_array(name: str, array: Any, q: Any, first: str = "q") -> None:
+def _check_array(name: str, array: Any, q: Any, first: str = "q", axes: int = 4) -> None:
     _check_kind(name, array, q, first)
-    if len(array.shape) != 4:
-        raise ValueError(_message(name, "must have 4 axes", describe(array)))
+    if len(array.shape) != axes:
+        raise ValueError(_message(name, f"must have {axes} axes", describe(array)))
     if array.dtype.name not in DTYPES or not np.dtype(array.dtype).isnative:
         raise TypeError(_message(name, f"the dtype must be one of {', '.join(DTYPES)}", describe(array)))
     if array.dtype != q.dtype:
         raise TypeError(_message(name, f"must have {first}'s dtype {q.dtype}", describe(array)))
-    if array.shape[3] > 1 and 0 not in array.shape and array.strides[3] != array.dtype.itemsize:
+    _check_last_axis(name, array)
+    _check_elements(name, array)
+
+
+def _check_last_axis(name: str, array: Any) -> None:
+    last = len(array.shape) - 1  # the shapes of Numba's simulator take no -1
+    if array.shape[last] > 1 and 0 not in array.shape and array.strides[last] != array.dtype.itemsize:
         got = f"{describe(array)} with strides {tuple(array.strides)} bytes"
         raise ValueError(_message(name, "the last axis must be contiguous", got))
-    _check_elements(name, array)
+
+
+def _check_lengths(name: str, lengths: Any, q: Any, rows: str, total: int) -> None:
+    """Raise unless ``lengths`` are cumulative lengths of sequences that hold ``total`` rows, ``rows`` in words."""
+    _check_kind(name, lengths, q)
+    if len(lengths.shape) != 1 or lengths.shape[0] == 0:
+        raise ValueError(_message(name, "must have 1 axis of B + 1 elements", describe(lengths)))
+    if lengths.dtype.name not in ("int32", "int64") or not np.dtype(lengths.dtype).isnative:
+        raise TypeError(_message(name, "the dtype must be int32 or int64", describe(lengths)))
+    _check_last_axis(name, lengths)
+    _check_elements(name, lengths)
+    if kind_of(lengths) != "numpy":  # reading them would make the host wait for the device
+        return
+    if lengths[0] != 0:
+        raise ValueError(_message(name, "must begin with 0", str(lengths[0])))
+    falls = np.flatnonzero(lengths[1:] < lengths[:-1])
+    if len(falls):
+        before, after = lengths[falls[0] : falls[0] + 2]
+        raise ValueError(_message(name, "must not fall", f"{after} after {before}"))
+    if lengths[-1] != total:
+        raise ValueError(_message(name, f"must end with {rows}", str(lengths[-1])))
 
 
 def _check_broadcast(name: str, array: Any, q: Any, shape: tuple[int, ...], *dtypes: str) -> None:
@@ -379,9 +579,28 @@ def _check_out(out: Any, named: dict[str, Any], shape: tuple[int, ...]) -> None:
     if overlaps_itself(out):
         got = f"{describe(out)} with strides {tuple(out.strides)} bytes"
         raise ValueError(_message("out", "elements must not share memory", got))
-    for name, array in named.items():
-        if name != "out" and share_memory(out, array):
-            raise ValueError(_message("out", f"must not share memory with {name}", describe(out)))
+    _check_apart("out", out, {name: array for name, array in named.items() if name != "out"})
+
+
+def _check_plain_memory(name: str, array: Any, alignment: int) -> None:
+    """Raise unless ``array`` is contiguous memory that can be written, from a multiple of ``alignment`` bytes on."""
+    if kind_of(array) == "numpy" and not array.flags.writeable:
+        raise ValueError(_message(name, "must be writeable", f"read-only {describe(array)}"))
+    step = array.dtype.itemsize
+    for size, stride in zip(array.shape[::-1], array.strides[::-1], strict=True):
+        if size > 1 and stride != step:
+            got = f"{describe(array)} with strides {tuple(array.strides)} bytes"
+            raise ValueError(_message(name, "must be contiguous", got))
+        step *= size
+    if address(array) % alignment:
+        got = f"{describe(array)} at address {address(array):#x}"
+        raise ValueError(_message(name, f"the address must be a multiple of {alignment}", got))
+
+
+def _check_apart(name: str, array: Any, others: dict[str, Any]) -> None:
+    for other, given in others.items():
+        if share_memory(array, given):
+            raise ValueError(_message(name, f"must not share memory with {other}", describe(array)))
 
 
 def _check_scale(scale: float | None, width: int) -> float:
@@ -466,12 +685,17 @@ def _shorten_block(grouping: Grouping | Subspace | None, queries: int, keys: int
 
 
 def _bhnd_shape(array: Any, layout: str) -> tuple[int, int, int, int]:
+    if layout == PACKED:
+        n, h, d = array.shape
+        return 1, h, n, d
     b, h, n, d = array.shape
     return (b, n, h, d) if layout == "bnhd" else (b, h, n, d)
 
 
-def _in_layout(shape: tuple[int, int, int, int], layout: str) -> tuple[int, int, int, int]:
+def _in_layout(shape: tuple[int, int, int, int], layout: str) -> tuple[int, ...]:
     b, h, n, d = shape
+    if layout == PACKED:
+        return n, h, d
     return (b, n, h, d) if layout == "bnhd" else shape
 
 

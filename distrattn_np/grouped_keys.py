@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from sys import maxsize
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import numpy as np
 
 from . import checks, reference
+from .arrays import Kind, kind_of
 from .problem import Layout, Subspace
 
 FORMAT = 1
@@ -21,11 +23,11 @@ FORMAT = 1
 class KeyBlock:
     """A finished block of every head (docs/math.md, eq. 27); arrays but the last two have the dtype of the keys."""
 
-    sampled: np.ndarray  # (B, H_kv, L, R): keys less their mean, times W
-    fusion: np.ndarray  # (B, H_kv, D, R): Z
-    mean: np.ndarray  # (B, H_kv, D)
-    ranks: np.ndarray  # (B, H_kv) int32, at most R; what lies beyond is zero
-    score_errors: np.ndarray  # (B, H_kv) float64
+    sampled: Any  # (B, H_kv, L, R): keys less their mean, times W
+    fusion: Any  # (B, H_kv, D, R): Z
+    mean: Any  # (B, H_kv, D)
+    ranks: Any  # (B, H_kv) int32, at most R; what lies beyond is zero
+    score_errors: Any  # (B, H_kv) float64; CuPy: in the type of the sums
 
 
 BLOCK_ARRAYS = [field.name for field in fields(KeyBlock)]
@@ -35,7 +37,7 @@ BLOCK_ARRAYS = [field.name for field in fields(KeyBlock)]
 class QueryStatistics:
     """What is known of the queries that the keys will meet."""
 
-    gram: np.ndarray  # (B, H_kv, D, D) float64
+    gram: Any  # (B, H_kv, D, D) float64; CuPy: in the type of the sums, D padded
     rows: int  # that it is a sum over
 
 
@@ -59,7 +61,8 @@ def group_keys(
     Parameters
     ----------
     k : array, shape (B, H_kv, M, D), float16 | bfloat16 | float32 | float64
-        The first keys, copied: a NumPy array, or what becomes one without a copy. M may be 0.
+        The first keys, copied: a NumPy or CuPy array, or what becomes one without a copy. All that is appended and
+        all arrays of a call must be of its kind, and on its device. M may be 0.
     q : array, shape (B, H, any number of rows, D), dtype of ``k``
         Queries like those that the keys will meet, such as those of a prompt: the maps weigh directions by them and by
         the keys of the block. Without them by the keys alone, which costs accuracy.
@@ -81,7 +84,7 @@ def group_keys(
     ValueError
         If shapes, strides or options break one of the rules above; the text names the argument.
     NotImplementedError
-        If the keys are CuPy or Numba device arrays.
+        If the keys are Numba device arrays.
 
     Notes
     -----
@@ -113,11 +116,11 @@ def group_keys(
         layout=layout,
     )
     order: Layout = "bnhd" if layout == "bnhd" else "bhnd"
-    first = _bhnd(k, order)
-    queries = None
-    if q is not None and grouping is not None:
-        queries = QueryStatistics(*reference.query_statistics(_bhnd(q, order), first.shape[1]))
-    keys = GroupedKeys(first[:, :, :0], [], grouping=grouping, queries=queries, scale=scale, layout=order)
+    first = bhnd(k, order)
+    known = None if q is None or grouping is None else bhnd(q, order)
+    of_kind = _class_for(kind_of(k) or "numpy")
+    queries = None if known is None else of_kind.query_statistics(known, first.shape[1])
+    keys = of_kind(first[:, :, :0], [], grouping=grouping, queries=queries, scale=scale, layout=order)
     keys.append(k)
     return keys
 
@@ -129,6 +132,8 @@ class GroupedKeys:
 
     Attributes
     ----------
+    kind : {"numpy", "cupy"}
+        Of the arrays that they take and hold.
     grouping : Subspace or None
         None where the rank is D: all keys are kept as they are.
     queries : QueryStatistics or None
@@ -137,13 +142,13 @@ class GroupedKeys:
         Of the scores.
     layout : {"bhnd", "bnhd"}
         Of the keys that are appended, and of the arrays of a call.
-    blocks : list of KeyBlock
-        The finished blocks.
     """
+
+    kind: ClassVar[Kind] = "numpy"
 
     def __init__(
         self,
-        tail: np.ndarray,
+        tail: Any,
         blocks: list[KeyBlock],
         *,
         grouping: Subspace | None,
@@ -156,9 +161,15 @@ class GroupedKeys:
         self.queries = queries
         self.scale = scale
         self.layout = layout
-        self.blocks = blocks
-        self._buffer = np.array(tail, order="C")  # its first rows are the tail, the others are room
+        self._blocks = blocks
+        self._buffer = self._empty(tail.shape, tail)  # its first rows are the tail, the others are room
+        self._buffer[...] = tail
         self._tail_rows = tail.shape[2]
+
+    @staticmethod
+    def query_statistics(q: Any, kv_heads: int) -> QueryStatistics:
+        """Return what the maps need of known queries (B, H, rows, D)."""
+        return QueryStatistics(*reference.query_statistics(q, kv_heads))
 
     def __repr__(self) -> str:
         """Return what error messages say of it."""
@@ -174,7 +185,18 @@ class GroupedKeys:
     @property
     def dtype(self) -> np.dtype[Any]:
         """Of the keys."""
-        return self._buffer.dtype
+        dtype: np.dtype[Any] = self._buffer.dtype
+        return dtype
+
+    @property
+    def device(self) -> int:
+        """Number of the device that holds them; 0 for NumPy."""
+        return 0
+
+    @property
+    def blocks(self) -> list[KeyBlock]:
+        """The finished blocks."""
+        return self._blocks
 
     @property
     def block_size(self) -> int:
@@ -187,17 +209,17 @@ class GroupedKeys:
         return len(self.blocks) * self.block_size
 
     @property
-    def tail(self) -> np.ndarray:
+    def tail(self) -> Any:
         """The keys that are kept as they are, a view (B, H_kv, rows, D)."""
         return self._buffer[:, :, : self._tail_rows]
 
     @property
-    def ranks(self) -> np.ndarray:
+    def ranks(self) -> Any:
         """Rank of every finished block, (B, H_kv, F) int32."""
         return self._of_blocks("ranks", np.int32)
 
     @property
-    def score_errors(self) -> np.ndarray:
+    def score_errors(self) -> Any:
         """Predicted root-mean-square error of the scores of every finished block, in nats, (B, H_kv, F) float64.
 
         For queries that weigh as B in eq. (28) does; those to come may have twice or three times as much.
@@ -226,15 +248,16 @@ class GroupedKeys:
         """
         (k,) = checks.arrays_in_place(k=k)
         checks.check_appended(k, self)
-        new = _bhnd(k, self.layout)
+        self._append(bhnd(k, self.layout))
+
+    def _append(self, new: Any) -> None:
+        """Append checked keys (B, H_kv, rows, D)."""
         taken = 0
         while taken < new.shape[2]:
             if self.grouping is not None and self._tail_rows == self.block_size:
                 self._finish_block(self.grouping)
             rows = min(self.block_size - self._tail_rows, new.shape[2] - taken)
-            self._make_room(self._tail_rows + rows)
-            self._buffer[:, :, self._tail_rows : self._tail_rows + rows] = new[:, :, taken : taken + rows]
-            self._tail_rows += rows
+            self._extend_tail(new[:, :, taken : taken + rows])
             taken += rows
 
     def save(self, file: str | Path | IO[bytes]) -> None:
@@ -243,39 +266,48 @@ class GroupedKeys:
             with Path(file).open("wb") as opened:
                 self.save(opened)
             return
+        tail, blocks, queries = self._on_host()
         arrays = {
             "format": FORMAT,
             "dtype": self.dtype.name,
             "layout": self.layout,
             "scale": self.scale,
-            "tail": self.tail,
+            "tail": tail,
         }
         if self.grouping is not None:
             # zero stands for None in the first two
             arrays |= {"rank": self.grouping.rank or 0, "score_tol": self.grouping.score_tol or 0.0}
             arrays |= {"refine": self.grouping.refine, "block_size": self.grouping.block_size}
-        if self.queries is not None:
-            arrays |= {"query_gram": self.queries.gram, "query_rows": self.queries.rows}
-        if self.blocks:
-            arrays["widths"] = [block.sampled.shape[3] for block in self.blocks]
+        if queries is not None:
+            arrays |= {"query_gram": queries.gram, "query_rows": queries.rows}
+        if blocks:
+            arrays["widths"] = [block.sampled.shape[3] for block in blocks]
             for name in BLOCK_ARRAYS:
-                of_blocks = [getattr(block, name) for block in self.blocks]
+                of_blocks = [getattr(block, name) for block in blocks]
                 # what has a column a rank stands side by side: blocks may differ in how many
                 join = np.concatenate if name in ("sampled", "fusion") else np.stack
                 arrays[name] = join(of_blocks, axis=-1)
         np.savez(file, **{name: _as_plain(np.asarray(value)) for name, value in arrays.items()})  # type: ignore[arg-type]
 
-    @classmethod
-    def load(cls, file: str | Path | IO[bytes]) -> GroupedKeys:
+    @staticmethod
+    def load(file: str | Path | IO[bytes], *, kind: Kind = "numpy") -> GroupedKeys:
         """Return keys as `save` wrote them, bit for bit: appending goes on as if they had never been saved.
+
+        Parameters
+        ----------
+        file : path or binary file
+            What `save` wrote, of whatever kind the keys were.
+        kind : {"numpy", "cupy"}
+            Of the keys that are returned; CuPy's are on the current device. Appending goes on bit for bit where they
+            were of this kind.
 
         Raises
         ------
         ValueError
-            If the file holds something else.
+            If the file holds something else, or ``kind`` is another.
         """
-        with np.load(file, allow_pickle=False) as npz:
-            arrays = dict(npz)
+        checks.check_kind_to_load(kind)
+        arrays = _read_arrays(file)
         checks.check_saved_keys(file, arrays, FORMAT)
         dtype = _dtype_of_name(str(arrays["dtype"]))
         grouping = None
@@ -301,7 +333,7 @@ class GroupedKeys:
             blocks = [
                 KeyBlock(*map(np.ascontiguousarray, parts)) for parts in zip(sampled, fusion, *others, strict=True)
             ]
-        return cls(
+        return _class_for(kind)(
             arrays["tail"].view(dtype),
             blocks,
             grouping=grouping,
@@ -330,16 +362,28 @@ class GroupedKeys:
             R = ranks.max(initial=0)
             sampled = (X - mean[:, :, np.newaxis].astype(np.float64)) @ W[..., :R]
             fusion = np.ascontiguousarray(Z[..., :R], dtype)
-            self.blocks.append(KeyBlock(sampled.astype(dtype), fusion, mean, ranks, score_errors))
+            self._blocks.append(KeyBlock(sampled.astype(dtype), fusion, mean, ranks, score_errors))
         self._tail_rows = 0
 
-    def _make_room(self, rows: int) -> None:
-        """Let the tail grow to so many rows, doubling: one key at a time must not copy all of them every time."""
+    def _on_host(self) -> tuple[np.ndarray, list[KeyBlock], QueryStatistics | None]:
+        """Return what a file holds as NumPy arrays."""
+        return self.tail, self.blocks, self.queries
+
+    def _extend_tail(self, new: Any) -> None:
+        """Copy keys (B, H_kv, rows, D) behind the tail, whose room doubles: one at a time must not copy all of them."""
         B, H_kv, room, D = self._buffer.shape
+        rows = self._tail_rows + new.shape[2]
         if rows > room:
-            grown = np.empty((B, H_kv, min(max(rows, 2 * room), self.block_size), D), self.dtype)
+            grown = self._empty((B, H_kv, min(max(rows, 2 * room), self.block_size), D), self._buffer)
             grown[:, :, : self._tail_rows] = self.tail
             self._buffer = grown
+        self._buffer[:, :, self._tail_rows : rows] = new
+        self._tail_rows = rows
+
+    @staticmethod
+    def _empty(shape: tuple[int, ...], like: Any) -> Any:
+        """Return a new contiguous array of the kind and dtype of ``like``."""
+        return np.empty(shape, like.dtype)
 
     def _of_blocks(self, name: str, dtype: Any) -> np.ndarray:
         """Return (B, H_kv, F) numbers of the finished blocks."""
@@ -348,8 +392,28 @@ class GroupedKeys:
         return np.stack([getattr(block, name) for block in self.blocks], axis=-1)
 
 
-def _bhnd(array: np.ndarray, layout: Layout) -> np.ndarray:
+def bhnd(array: Any, layout: Layout) -> Any:
+    """Return a view of the array with the axes (B, H, rows, D)."""
     return array.swapaxes(1, 2) if layout == "bnhd" else array
+
+
+def _class_for(kind: Kind) -> type[GroupedKeys]:
+    """Return the class of `GroupedKeys` of this kind of arrays, importing their package."""
+    if kind == "numpy":
+        return GroupedKeys
+    found: type[GroupedKeys] = importlib.import_module(".backends.cupy_grouped_keys", __package__).CupyGroupedKeys
+    return found
+
+
+def _read_arrays(file: str | Path | IO[bytes]) -> dict[str, np.ndarray]:
+    """Return the arrays of an npz file."""
+    with Path(file).open("rb") if isinstance(file, str | Path) else nullcontext(file) as opened:
+        try:
+            with np.load(opened, allow_pickle=False) as npz:
+                return dict(npz)
+        except Exception as error:  # whatever NumPy raises for a file that is damaged or something else
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"file: must be one that GroupedKeys.save wrote, got {file}: {reason}") from error
 
 
 def _as_plain(array: np.ndarray) -> np.ndarray:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 
 from . import backends, checks
-from .arrays import kind_of
+from .arrays import kind_of, on_stream
 from .reference import merge_results
 
 
-def merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, *, layout: str = "bhnd") -> tuple[Any, Any]:
+def merge(
+    out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, *, layout: str = "bhnd", stream: Any = None
+) -> tuple[Any, Any]:
     """Return attention over all keys from two results over disjoint parts of them.
 
     Associative and commutative up to rounding, so any number of parts can be merged in any order. A part in which a
@@ -25,6 +28,8 @@ def merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, *, layout: str = "bhnd
         Their log-sum-exp, as ``return_lse=True`` gives it.
     layout : {"bhnd", "bnhd"}
         Order of the axes of the results; "bnhd" is (B, N, H, E).
+    stream : int or stream, optional
+        What it runs on, with device arrays; as in `distr_attention`.
 
     Returns
     -------
@@ -54,10 +59,18 @@ def merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, *, layout: str = "bhnd
     >>> np.allclose(out, exact_attention(q, k, v), atol=1e-6)
     True
     """
-    checks.check_merge(out_a, lse_a, out_b, lse_b, layout=layout)
+    handle = checks.check_stream(stream)
+    checks.check_merge(out_a, lse_a, out_b, lse_b, layout=layout, stream=stream)
     if kind_of(out_a) == "numba":
-        merged: tuple[Any, Any] = backends.load_by_name("numba").merge_results(out_a, lse_a, out_b, lse_b, layout)  # type: ignore[attr-defined]
+        merge_on_numba = backends.load_by_name("numba").merge_results  # type: ignore[attr-defined]
+        merged: tuple[Any, Any] = merge_on_numba(out_a, lse_a, out_b, lse_b, layout, handle)
         return merged
+    with out_a.device if kind_of(out_a) == "cupy" else nullcontext(), on_stream(handle):
+        return _merge(out_a, lse_a, out_b, lse_b, layout)
+
+
+def _merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, layout: str) -> tuple[Any, Any]:
+    """Merge NumPy or CuPy arrays."""
     dtype = np.float64 if out_a.dtype == np.float64 else np.float32
     lse_a, lse_b = (x.astype(dtype).swapaxes(1, 2) if layout == "bnhd" else x.astype(dtype) for x in (lse_a, lse_b))
     out, lse = merge_results(out_a.astype(dtype), lse_a, out_b.astype(dtype), lse_b)

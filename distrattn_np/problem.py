@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from .reference.score_options import Window, key_limits
@@ -60,10 +60,6 @@ class Problem:
     """Keys that a query sees before and after its own (eq. 23); None: all on that side."""
     softcap: float = 0.0
     """The scores stay within plus and minus this (eq. 21); zero: no cap."""
-    has_mask: bool = False
-    """Whether a mask comes with q, k and v."""
-    has_bias: bool = False
-    """Whether a bias comes with q, k and v."""
 
     @property
     def key_limits(self) -> tuple[int | None, int | None]:
@@ -71,15 +67,9 @@ class Problem:
         return key_limits(self.queries, self.keys, self.causal_offset, self.window)
 
     @property
-    def score_options(self) -> frozenset[str]:
-        """Names of the options in use, beside the causal limit, that change or hide scores."""
-        in_use = {
-            "window": self.window != (None, None),
-            "softcap": self.softcap != 0,
-            "mask": self.has_mask,
-            "bias": self.has_bias,
-        }
-        return frozenset(name for name, used in in_use.items() if used)
+    def lse_shape(self) -> tuple[int, ...]:
+        """Of the log-sum-exp: (B, H, N)."""
+        return self.batch, self.heads, self.queries
 
     @property
     def heads_per_kv_head(self) -> int:
@@ -139,6 +129,32 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
+class RaggedProblem:
+    """Sequences of lengths of their own, packed one after another; each is a problem of its own (docs/math.md, eq. 29).
+
+    The lengths themselves are not here: on a GPU the host does not know them.
+    """
+
+    packed: Problem
+    """All rows as if they were one sequence."""
+    sequences: int
+    is_top_left: bool
+    """Which corner of each sequence a causal limit and a window are aligned to."""
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        """Of the log-sum-exp: (H, N)."""
+        return self.packed.heads, self.packed.queries
+
+    def sequence(self, queries: int, keys: int) -> Problem:
+        """Return the problem of one sequence of these lengths."""
+        offset = None
+        if self.packed.causal_offset is not None:
+            offset = 0 if self.is_top_left else keys - queries
+        return replace(self.packed, queries=queries, keys=keys, causal_offset=offset)
+
+
+@dataclass(frozen=True, slots=True)
 class GroupMaps:
     """The sampling and fusion maps of every (batch, head, block), in the array kind of the backend that made them.
 
@@ -182,7 +198,10 @@ class AttentionInfo:
     reason: str
     """Why this block size."""
     ranks: Any
-    """(B, H_x, C) int32, of the kind of q: the rank of every block; None unless the method is "subspace"."""
+    """(B, H_x, C) int32, of the kind of q: the rank of every block; None unless the method is "subspace".
+
+    With packed sequences (H_x, C), the blocks of all sequences one after another; 0 in a sequence without queries.
+    """
     score_errors: Any
     """(B, H_x, C), of the kind of q: the predicted root-mean-square error of its scores, in nats; None as above."""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
+from typing import Literal
 
 from .problem import ceil_div
 
@@ -18,6 +20,36 @@ NO_MAP, SAMPLE, FUSE, DENSE = 0, 1, 2, 3
 
 OWN, ALL, UP_TO, FROM = 0, 1, 2, 3
 """Values of -DDIRECTION of sum_segments.cu."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreSwitches:
+    """Which score options a forward is built with (docs/math.md, eq. 21 to 24)."""
+
+    window: bool = False
+    """Whether there are keys that come too early for a query."""
+    softcap: bool = False
+    bias: Literal[0, 1, 2] = 0
+    """1: a bias of the dtype of the elements, 2: one in float32."""
+    mask: bool = False
+
+    @property
+    def changes_scores(self) -> bool:
+        """Whether scores pass through more than the limits of rows."""
+        return self.softcap or self.bias != 0 or self.mask
+
+    @property
+    def defines(self) -> Defines:
+        """The -D options of score_options.cuh."""
+        return {
+            "WINDOW": int(self.window),
+            "SOFTCAP": int(self.softcap),
+            "BIAS": self.bias,
+            "MASK": int(self.mask),
+        }
+
+
+NO_SWITCHES = ScoreSwitches()
 
 
 def pad(width: int) -> int:
@@ -66,16 +98,29 @@ _MMA_TILES = (
 _MAX_ACCUMULATORS = 176
 _FEWER_ACCUMULATORS = 160, 144
 """Where a block has less than 100 KB of shared memory, and there with own blocks: what sm_120 has registers for."""
+_OPTION_TILES = {MmaTiles(128, 64, 8): 192, MmaTiles(64, 32, 4): 288, MmaTiles(64, 16, 4): 512}
+"""Where scores pass through a cap, a bias or a mask; and how wide a key and a value may be together, for registers."""
 
 
 def mma_tiles(
-    width: int, rank: int, value_width: int, query_map: int, shared_limit: int, *, own_block: bool = False
+    width: int,
+    rank: int,
+    value_width: int,
+    query_map: int,
+    shared_limit: int,
+    *,
+    own_block: bool = False,
+    changes_scores: bool = False,
 ) -> MmaTiles:
     """Return the first tiles that fit the registers and the ``shared_limit`` bytes of a block."""
-    most = _FEWER_ACCUMULATORS[own_block] if shared_limit < 100 << 10 else _MAX_ACCUMULATORS
-    for tiles in _MMA_TILES:
-        fits_shared = tiles.shared_bytes(width, rank, value_width, query_map, own_block=own_block) <= shared_limit
-        if fits_shared and tiles.accumulators(value_width) <= most:
+    if changes_scores:
+        key_width = max(pad(rank), pad(width)) if own_block else pad(rank)
+        candidates = [tiles for tiles, widest in _OPTION_TILES.items() if key_width + pad(value_width) <= widest]
+    else:
+        most = _FEWER_ACCUMULATORS[own_block] if shared_limit < 100 << 10 else _MAX_ACCUMULATORS
+        candidates = [tiles for tiles in _MMA_TILES if tiles.accumulators(value_width) <= most]
+    for tiles in candidates:
+        if tiles.shared_bytes(width, rank, value_width, query_map, own_block=own_block) <= shared_limit:
             return tiles
     msg = f"no tiles for D={width}, R={rank}, E={value_width} in {shared_limit} bytes of shared memory"
     raise NotImplementedError(msg)
@@ -95,8 +140,10 @@ def mma_defines(
     causal: bool,
     own_block: bool,
     aligned: bool,
+    switches: ScoreSwitches = NO_SWITCHES,
+    centred: bool = False,
 ) -> Defines:
-    """Return the -D options of forward_mma.cu."""
+    """Return the -D options of forward_mma.cu; ``centred`` matters with switches: whether the keys are."""
     mapped = query_map != NO_MAP
     return {
         "ELEMENT": element,
@@ -110,12 +157,13 @@ def mma_defines(
         "KEYS_PER_ITEM": int(keys_per_item),
         "CAUSAL": int(causal),
         "OWN_BLOCK": int(own_block),
+        "CENTRED": int(centred and switches.changes_scores),
         "ALIGNED": int(aligned),
         "BLOCK_Q": tiles.block_q,
         "BLOCK_KV": tiles.block_kv,
         "NUM_WARPS": tiles.num_warps,
         "LAUNCH_SHARED_BYTES": tiles.shared_bytes(width, rank, value_width, query_map, own_block=own_block),
-    }
+    } | switches.defines
 
 
 SIMT_THREADS = 256
@@ -143,6 +191,7 @@ def simt_defines(
     dense: bool,
     own_block: bool,
     causal: bool,
+    switches: ScoreSwitches = NO_SWITCHES,
 ) -> Defines:
     """Return the -D options of forward_simt.cu; ``dense`` maps have no groups."""
     return {
@@ -157,7 +206,7 @@ def simt_defines(
         "OWN_BLOCK": int(own_block),
         "CAUSAL": int(causal),
         "BLOCK_Q": simt_block_q(element),
-    }
+    } | switches.defines
 
 
 SM90_WIDTHS = (16, 32, 48, 64, 96, 128)
@@ -231,6 +280,121 @@ def sm90_defines(
         "BLOCK_KV": tiles.block_kv,
         "STAGES": tiles.stages,
     }
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTiles:
+    """Tiles of decode.cu."""
+
+    row_warps: int
+    num_warps: int
+    block_kv: int
+    stages: int
+
+    def __post_init__(self) -> None:
+        """Refuse what the kernel's static_asserts would refuse."""
+        if self.num_warps % self.row_warps or self.block_kv % (16 * self.num_warps // self.row_warps):
+            msg = f"a warp takes 16 rows and whole 16-key tiles, got {self}"
+            raise ValueError(msg)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a tile: queries of all heads that share a key head."""
+        return 16 * self.row_warps
+
+    def shared_bytes(self, width: int, rank: int | None, value_width: int) -> int:
+        """Return the dynamic shared memory of a block: Q, Q through a map, and the ring of buffers."""
+        plain_row = pad(width) + 8 + pad(value_width) + 8
+        if rank is None:
+            mapped_q, stage = 0, self.block_kv * plain_row
+        else:
+            mapped_q = self.rows * (pad(rank) + 8)
+            stage = max(self.block_kv * (pad(rank) + 8 + pad(value_width) + 8), 16 * plain_row)
+        return 2 * (self.rows * (pad(width) + 8) + mapped_q + self.stages * stage)
+
+
+_SHARED_BYTES_OF_A_BLOCK = 1 << 10
+"""Shared memory that the system takes for a thread block, and that a multiprocessor has beyond the largest block's."""
+DECODE_BLOCKS_PER_PROCESSOR = 2
+
+
+def decode_tiles(width: int, rank: int | None, value_width: int, rows: int, shared_limit: int) -> DecodeTiles:
+    """Return tiles for ``rows`` rows a key head in ``shared_limit`` bytes of a block; plain keys have no ``rank``.
+
+    The first that let two blocks share a multiprocessor, one copying while the other computes; else the first that fit.
+    """
+    row_warps = min(1 << (ceil_div(rows, 16) - 1).bit_length(), 4)
+    sizes = [(row_warps, 4), (min(row_warps, 2), 2), (1, 2)]
+    all_tiles = [DecodeTiles(of_rows, warps, 16 * warps, stages) for of_rows, warps in sizes for stages in (4, 3, 2)]
+    two_blocks = (shared_limit + _SHARED_BYTES_OF_A_BLOCK) // DECODE_BLOCKS_PER_PROCESSOR - _SHARED_BYTES_OF_A_BLOCK
+    # beside the dynamic shared memory, at most 1 KB for sums of rows
+    for limit in (two_blocks - 1024, shared_limit - 1024):
+        for tiles in all_tiles:
+            if tiles.shared_bytes(width, rank, value_width) <= limit:
+                return tiles
+    msg = f"no tiles for D={width}, R={rank}, E={value_width} in {shared_limit} bytes of shared memory"
+    raise NotImplementedError(msg)
+
+
+_LEAST_TILES = 4
+"""Tiles of keys in a split below which its partial result costs more than another thread block brings."""
+_TILES_TO_START = 2
+"""Tiles that a thread block could read while it starts and ends."""
+
+
+@lru_cache(maxsize=1024)
+def decode_splits(keys: int, block_kv: int, items: int, blocks_at_once: int) -> tuple[int, int]:
+    """Return into how many splits decode.cu cuts the keys of a head, and the keys of each.
+
+    ``items`` thread blocks there are for each split, ``blocks_at_once`` run at a time. Taken is what is done first
+    where every block of a round takes as long as its keys.
+    """
+    tiles = ceil_div(keys, block_kv)
+    most = min(tiles // _LEAST_TILES, 4 * ceil_div(blocks_at_once, items))
+
+    def duration(splits: int) -> int:
+        return ceil_div(items * splits, blocks_at_once) * (ceil_div(tiles, splits) + _TILES_TO_START)
+
+    keys_per_split = ceil_div(tiles, min(range(1, max(most, 1) + 1), key=duration)) * block_kv
+    return ceil_div(keys, keys_per_split), keys_per_split
+
+
+def decode_defines(
+    tiles: DecodeTiles, *, element: int, width: int, rank: int | None, value_width: int, aligned: bool
+) -> Defines:
+    """Return the -D options of decode.cu; ``rank`` is None where all keys are plain."""
+    return {
+        "ELEMENT": element,
+        "D": width,
+        "R": width if rank is None else rank,
+        "E": value_width,
+        "MAPPED": int(rank is not None),
+        "ALIGNED": int(aligned),
+        "ROW_WARPS": tiles.row_warps,
+        "NUM_WARPS": tiles.num_warps,
+        "BLOCK_KV": tiles.block_kv,
+        "STAGES": tiles.stages,
+        "LAUNCH_SHARED_BYTES": tiles.shared_bytes(width, rank, value_width),
+    }
+
+
+def merge_splits_defines(element: int, value_width: int) -> Defines:
+    """Return the -D options of merge_splits.cu."""
+    return {"ELEMENT": element, "E": value_width, "THREADS": 128}
+
+
+def expected_gram_defines(element: int, width: int) -> Defines:
+    """Return the -D options of expected_gram.cu."""
+    return {"ELEMENT": element, "WIDTH": pad(width), "THREADS": 256}
+
+
+REBUILD_TILE = 64
+"""Keys of a block of rebuild_keys.cu."""
+
+
+def rebuild_defines(element: int, width: int, rank: int) -> Defines:
+    """Return the -D options of rebuild_keys.cu."""
+    return {"ELEMENT": element, "D": width, "R": rank}
 
 
 def gram_defines(*, element: int, width: int, centred: bool, aligned: bool) -> Defines:
@@ -366,10 +530,10 @@ def narrow_defines(element: int) -> Defines:
     return {"ELEMENT": element, "THREADS": 256}
 
 
-def mean_scores_defines(element: int, width: int, vector: int) -> Defines:
+def mean_scores_defines(element: int, width: int, vector: int, *, adds: bool = True) -> Defines:
     """Return the -D options of add_mean_scores.cu."""
     lanes = min(32, 1 << (ceil_div(width, vector) - 1).bit_length())
-    return {"ELEMENT": element, "VECTOR": vector, "LANES": lanes, "THREADS": 256}
+    return {"ELEMENT": element, "VECTOR": vector, "LANES": lanes, "THREADS": 256, "ADDS": int(adds)}
 
 
 def hash_defines(element: int, vector: int) -> Defines:
@@ -411,6 +575,15 @@ def compile_cases(stem: str, shared_limit: int) -> list[Defines]:
     return list(_CASES[stem](shared_limit))
 
 
+_SWITCHES = (
+    ScoreSwitches(window=True),
+    ScoreSwitches(mask=True),
+    ScoreSwitches(softcap=True, bias=1),
+    ScoreSwitches(window=True, softcap=True, bias=2, mask=True),
+)
+"""Each score option, and all of them."""
+
+
 def _forward_mma_cases(shared_limit: int) -> Iterator[Defines]:
     # (D, G, E, query map): the widths of real models, then odd, tiny and largest ones
     shapes = [
@@ -435,9 +608,13 @@ def _forward_mma_cases(shared_limit: int) -> Iterator[Defines]:
         (256, 2, 256, DENSE),
     ]
     for number, (width, group_size, value_width, query_map) in enumerate(shapes):
-        for causal in (False, True):
+        options = (NO_SWITCHES, NO_SWITCHES, _SWITCHES[number % 3], _SWITCHES[3])
+        for switches, causal in zip(options, (False, True, number % 2 == 0, number % 4 < 2), strict=True):
             rank, own_block = width // group_size, causal and query_map == DENSE
-            tiles = mma_tiles(width, rank, value_width, query_map, shared_limit, own_block=own_block)
+            changes = switches.changes_scores
+            tiles = mma_tiles(
+                width, rank, value_width, query_map, shared_limit, own_block=own_block, changes_scores=changes
+            )
             yield mma_defines(
                 tiles,
                 element=ELEMENTS["bfloat16" if number % 3 == 1 else "float16"],
@@ -451,6 +628,8 @@ def _forward_mma_cases(shared_limit: int) -> Iterator[Defines]:
                 causal=causal,
                 own_block=own_block,
                 aligned=width % 8 == 0 and value_width % 8 == 0,
+                switches=switches,
+                centred=query_map == DENSE or (query_map == NO_MAP and number % 2 == 1),
             )
 
 
@@ -471,7 +650,9 @@ def _forward_simt_cases() -> Iterator[Defines]:
     ]
     for number, (element, shape) in enumerate(product(ELEMENTS.values(), shapes)):
         width, rank, value_width, group_by, dense = shape
-        for causal in (False, True) if dense and group_by == "keys" else (number % 3 == 0,):
+        usual = (False, True) if dense and group_by == "keys" else (number % 3 == 0,)
+        plain = ((causal, NO_SWITCHES) for causal in usual)
+        for causal, switches in (*plain, (number % 8 < 4, _SWITCHES[number % 4])):
             yield simt_defines(
                 element=element,
                 width=width,
@@ -483,6 +664,7 @@ def _forward_simt_cases() -> Iterator[Defines]:
                 dense=dense,
                 own_block=dense and group_by == "keys" and causal,
                 causal=causal,
+                switches=switches,
             )
 
 
@@ -533,6 +715,35 @@ def _forward_sm90_cases() -> Iterator[Defines]:
                     mapped_width=width,
                     folds_reference=folds_reference,
                 )
+
+
+def _decode_cases(shared_limit: int) -> Iterator[Defines]:
+    # (D, R, E): the widths of real models, then odd, tiny and largest ones
+    shapes = [
+        (128, 64, 128),
+        (128, 32, 128),
+        (128, None, 128),
+        (64, 32, 64),
+        (64, None, 64),
+        (256, 128, 256),
+        (256, 256, 256),
+        (256, None, 256),
+        (80, 40, 80),
+        (33, 11, 7),
+        (256, 16, 16),
+        (96, 48, 192),
+        (1, None, 1),
+    ]
+    for number, (shape, rows) in enumerate(product(shapes, (4, 32, 64))):
+        width, rank, value_width = shape
+        yield decode_defines(
+            decode_tiles(width, rank, value_width, rows, shared_limit),
+            element=1 + number % 2,
+            width=width,
+            rank=rank,
+            value_width=value_width,
+            aligned=width % 8 == 0 and value_width % 8 == 0 and number % 5 != 4,
+        )
 
 
 def _subspace_maps_cases(shared_limit: int) -> Iterator[Defines]:
@@ -595,13 +806,23 @@ _CASES: dict[str, Callable[[int], Iterable[Defines]]] = {
         for direction in (OWN, ALL, UP_TO, FROM)
     ],
     "subspace_maps": _subspace_maps_cases,
-    "narrow_maps": lambda _: [narrow_defines(e) for e in _SIXTEEN_BITS],
+    "narrow_maps": lambda _: [narrow_defines(e) for e in ELEMENTS.values()],
     "reduce_rows": lambda _: _reduce_rows_cases(),
     "reduce_rows_simt": lambda _: _reduce_rows_simt_cases(),
     "add_mean_scores": lambda _: [
-        mean_scores_defines(e, width, vector)
+        mean_scores_defines(e, width, vector, adds=adds)
         for e in ELEMENTS.values()
-        for width, vector in ((128, _widest(e)), (33, 1), (256, _widest(e)))
+        for width, vector, adds in ((128, _widest(e), True), (33, 1, False), (256, _widest(e), True))
+    ],
+    "decode": _decode_cases,
+    "merge_splits": lambda _: [merge_splits_defines(e, width) for e in _SIXTEEN_BITS for width in (1, 64, 128, 256)],
+    "expected_gram": lambda _: [
+        expected_gram_defines(ELEMENTS[name], width) for name in ("float32", "float64") for width in (1, 128, 256)
+    ],
+    "rebuild_keys": lambda _: [
+        rebuild_defines(e, width, rank)
+        for e in ELEMENTS.values()
+        for width, rank in ((128, 64), (64, 32), (33, 11), (2, 1), (256, 256))
     ],
     "forward_simt": lambda _: _forward_simt_cases(),
     "forward_mma": _forward_mma_cases,

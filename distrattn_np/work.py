@@ -9,6 +9,7 @@ import numpy as np
 from .problem import Problem, Subspace, block_edges
 from .reference import HASH_BITS
 from .reference.distr_attention import rows_that_meet
+from .reference.grouped_keys import finished_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class Work:
     executed_flop: int
     """FLOP of the two products as computed, ``2 pairs (R + E)`` (D + E in own blocks), and of hashing and fusion."""
     minimum_bytes: int
-    """q, k and v read once, the result written once."""
+    """q, k and v read once, the result written once; for grouped keys what is kept of them."""
 
 
 def work_of(problem: Problem) -> Work:
@@ -37,6 +38,27 @@ def work_of(problem: Problem) -> Work:
         + grouping_flop(problem)
         + fusion_flop(problem),
         minimum_bytes=_elements(problem) * np.dtype(problem.dtype).itemsize,
+    )
+
+
+def work_of_cache(problem: Problem) -> Work:
+    """Return what a call costs whose keys were grouped before: all blocks but the last have their maps (eq. 26, 27)."""
+    if not isinstance(problem.grouping, Subspace):
+        return work_of(problem)
+    D, E, R, L = problem.width, problem.value_width, problem.rank, problem.grouping.block_size
+    blocks = finished_blocks(problem.keys, L)
+    heads, kv_heads = problem.batch * problem.heads, problem.batch * problem.kv_heads
+    pairs, through_maps = (
+        heads * visible_pairs(problem.queries, keys, problem.causal_offset) for keys in (problem.keys, blocks * L)
+    )
+    fused = 2 * heads * problem.queries * blocks * D * (R + 1)
+    kept = blocks * (L * R + (R + 1) * D) + (problem.keys - blocks * L) * D
+    elements = heads * problem.queries * (D + E) + kv_heads * (kept + problem.keys * E)
+    return Work(
+        pairs=pairs,
+        exact_flop=2 * pairs * (D + E),
+        executed_flop=2 * through_maps * (R + E) + 2 * (pairs - through_maps) * (D + E) + fused,
+        minimum_bytes=elements * np.dtype(problem.dtype).itemsize,
     )
 
 

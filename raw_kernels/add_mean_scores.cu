@@ -22,6 +22,9 @@
 #ifndef THREADS
 #define THREADS 256
 #endif
+#ifndef ADDS
+#define ADDS 1  // 0: nothing is in lse yet, and the kernel writes what it would add
+#endif
 static_assert(LANES >= 1 && LANES <= 32 && (LANES & (LANES - 1)) == 0, "the threads of a row lie in one warp");
 
 extern "C" __global__ __launch_bounds__(THREADS)
@@ -44,5 +47,7 @@ void add_mean_scores(const element_t* __restrict__ Q,        // [B, H, N, D]
   }
 #pragma unroll
   for (int distance = LANES / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-  if (n < N && threadIdx.x % LANES == 0) lse[(static_cast<long long>(b) * H + h) * N + n] += scale * sum;
+  if (n >= N || threadIdx.x % LANES != 0) return;
+  float* const target = lse + (static_cast<long long>(b) * H + h) * N + n;
+  *target = (ADDS ? *target : 0) + scale * sum;
 }

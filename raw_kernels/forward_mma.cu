@@ -8,15 +8,18 @@
 // K holds what stands on the key side of eq. 4: the keys themselves (exact attention), keys fused for one block of
 // queries (KEYS_PER_ITEM), or sampled keys. QUERY_MAP says how a query tile becomes the other side: as it is, sampled
 // once, or anew for every block of keys: fused, or multiplied with a dense map. With OWN_BLOCK (eq. 20), a query and
-// the keys of its own block are multiplied as they are; a tile's other keys come first.
+// the keys of its own block are multiplied as they are; a tile's other keys come first. Scores then pass through what
+// score_options.cuh switches on; tiles of keys that the window or the mask hides from the whole tile of queries are
+// left out, and a warp leaves out the products of those that the mask hides from all of its rows.
 //
 // Grid      : (query tiles of a block * items); an item is a (batch, head, query block), see work_item.cuh
 // Block     : NUM_WARPS * 32 threads; a warp owns WARP_Q query rows from the scores to the output
 // Shared    : SHARED_BYTES below, dynamic: Q (and the unmapped Q) plus two stages of K and V; rows are padded by 16
 //             bytes, an odd number of 16-byte units, so that the eight rows of an ldmatrix fall into different banks
 // Assumes   : scale > 0. ALIGNED: pointers and strides of Q, K, V, O are multiples of 16 bytes, D and E of 8 elements
-// A query that sees no key: O = 0, lse = -inf. lse is that of the keys that K was made from, which are centred where
-// QUERY_MAP is 3; with OWN_BLOCK that of the keys as they are.
+// Query n sees keys n + window_offset <= m <= n + causal_offset, limits that are read only where WINDOW and CAUSAL. One
+// that sees no key: O = 0, lse = -inf. lse is that of the keys that K was made from, which are centred where QUERY_MAP
+// is 3; with OWN_BLOCK, or where CENTRED gives the scores back what that took, of the keys as they are.
 // Alone     : nvcc -cubin -arch=sm_80 raw_kernels/forward_mma.cu
 
 // ---- parameters: the launcher sets these with -D; the defaults let the file compile alone ----
@@ -50,6 +53,9 @@
 #ifndef OWN_BLOCK
 #define OWN_BLOCK 0
 #endif
+#ifndef CENTRED
+#define CENTRED 0  // 1: K's keys were centred, which cap and bias must not see; with score options only
+#endif
 #ifndef ALIGNED
 #define ALIGNED 1
 #endif
@@ -64,6 +70,7 @@
 #endif
 
 #include "operands.cuh"
+#include "score_options.cuh"
 #include "work_item.cuh"
 
 constexpr int NUM_THREADS = NUM_WARPS * WARP_SIZE;
@@ -83,6 +90,7 @@ static_assert(!ALIGNED || (D % CHUNK == 0 && K_COLUMNS % CHUNK == 0 && E % CHUNK
               "ALIGNED rows are whole 16-byte chunks");
 
 static_assert(!OWN_BLOCK || (QUERY_MAP == 3 && CAUSAL), "own blocks are of keys, in causal calls with dense maps");
+static_assert(!CENTRED || CHANGES_SCORES, "other scores of centred keys stay as they are");
 constexpr bool MAPS_FOR_KEY_BLOCKS = QUERY_MAP >= 2;
 constexpr int D_PADDED = QUERY_MAP == 3 ? (D + MMA_K - 1) / MMA_K * MMA_K : (D + CHUNK - 1) / CHUNK * CHUNK;
 constexpr int D_STRIDE = D_PADDED + CHUNK;
@@ -98,9 +106,12 @@ static_assert(SHARED_BYTES <= 227 * 1024, "more shared memory than any device gi
 static_assert(LAUNCH_SHARED_BYTES == SHARED_BYTES, "tiles.py and this file disagree on the shared memory");
 #endif
 
+// Thread blocks of a multiprocessor. With options ptxas spills for occupancy where it is given no number.
+constexpr int MIN_BLOCKS = CHANGES_SCORES || WINDOW ? 1 : 0;
+
 // The maximum may lag behind by this much (log2 units) before sums are rescaled: P stays below 2^8, far from overflow.
 constexpr float RESCALE_THRESHOLD = 8.0f;
-constexpr float LN_2 = 0.6931471805599453f;
+constexpr float LN_2 = 0.6931471805599453f, LOG2_E = 1.4426950408889634f;
 constexpr float LARGEST_OFFSET = 1 << 20;  // of larger ones the product with scale_log2 is too far from exact for exp
 #if QUERY_MAP == 3
 typedef element_t map_t;
@@ -146,6 +157,15 @@ struct KeyTile {
 struct KeyRange {
   int mapped_end, own_begin, end;
 };
+
+// The tile in which the first key that some query sees lies, of those that `key_tile` counts.
+__device__ inline int tile_of_key(int key, int key_block_size, const KeyRange& range) {
+  if (!MAPS_FOR_KEY_BLOCKS) return key / BLOCK_KV;
+  const int tiles_per_block = (key_block_size + BLOCK_KV - 1) / BLOCK_KV;
+  const int mapped_key = min(key, range.mapped_end);
+  const int begin = mapped_key / key_block_size * tiles_per_block, rest = mapped_key % key_block_size;
+  return begin + (key < range.mapped_end ? rest : rest + BLOCK_KV - 1) / BLOCK_KV;
+}
 
 // Key tile t of those a query tile visits; tiles never straddle key blocks. Past the last one, begin is not below end.
 __device__ inline KeyTile key_tile(int t, int key_block_size, const KeyRange& range) {
@@ -271,7 +291,47 @@ __device__ inline void add_mean_scores(float (&row_max)[ROWS], const element_t* 
   }
 }
 
-extern "C" __global__ __launch_bounds__(NUM_THREADS)
+// Within 2e-6 of its value; tanh.approx would round scores as much as 16 bits do, and lse with them.
+__device__ inline float tanh_approximate(float x) {
+  const float decay = exp2_approximate(-2 * LOG2_E * fabsf(x)), square = x * x;
+  const float far_from_zero = copysignf(__fdividef(1 - decay, 1 + decay), x);
+  const float near_zero = x * fmaf(square, fmaf(square, fmaf(square, -17.0f / 315, 2.0f / 15), -1.0f / 3), 1.0f);
+  return fabsf(x) < 0.25f ? near_zero : far_from_zero;
+}
+
+// Which scores of a tile the mask shows, of those that a lane holds: a bit for each, row by row.
+struct ShownScores {
+  unsigned words[(ROWS * 2 * KV_TILES + 31) / 32];
+
+  __device__ bool any() const {
+    unsigned bits = 0;
+#pragma unroll
+    for (unsigned word : words) bits |= word;
+    return bits != 0;
+  }
+  __device__ bool at(int i, int j) const {
+    const int bit = i * 2 * KV_TILES + j;
+    return words[bit / 32] >> bit % 32 & 1;
+  }
+  // `mask_tile` is that of the tile of queries; key j is in column j * stride_m of its rows.
+  __device__ void read(const mask_t* mask_tile, long long stride_n, long long stride_m, const KeyTile& tile, int rows) {
+    const int thread = thread_index_anew(), first_row = thread / WARP_SIZE * WARP_Q + thread % WARP_SIZE / 4;
+    const int keys = tile.end - tile.begin;
+#pragma unroll
+    for (unsigned& word : words) word = 0;
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+      const mask_t* const mask_row = mask_tile + min(first_row + i * 8, rows - 1) * stride_n + tile.begin * stride_m;
+#pragma unroll
+      for (int j = 0; j < 2 * KV_TILES; ++j) {
+        const int key = j / 2 * MMA_N + thread % 4 * 2 + j % 2, bit = i * 2 * KV_TILES + j;
+        if (key < keys && mask_row[key * stride_m]) words[bit / 32] |= 1u << bit % 32;
+      }
+    }
+  }
+};
+
+extern "C" __global__ __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
 void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
                  const element_t* __restrict__ K,     // [B, H_kv, M, K_COLUMNS], or as KEYS_PER_ITEM says
                  const element_t* __restrict__ V,     // [B, H_kv, M, E]
@@ -290,7 +350,9 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
                  long long stride_k_b, long long stride_k_h, long long stride_k_m,
                  long long stride_own_b, long long stride_own_h, long long stride_own_m,
                  long long stride_v_b, long long stride_v_h, long long stride_v_m,
-                 long long stride_o_b, long long stride_o_h, long long stride_o_n) {
+                 long long stride_o_b, long long stride_o_h, long long stride_o_n,
+                 int window_offset, float softcap, Table<mask_t> mask, Table<bias_t> bias,
+                 const float* __restrict__ mean_scores) {  // [B, H, N], scale * q . mean; unused without CENTRED
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   element_t* const raw_Q_smem = reinterpret_cast<element_t*>(shared_bytes);  // [BLOCK_Q, D_STRIDE], with QUERY_MAP
   element_t* const Q_smem = raw_Q_smem + RAW_Q_ELEMENTS;                     // [BLOCK_Q, R_STRIDE]
@@ -311,6 +373,12 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
     range.mapped_end = min(range.end, own_block_begin(work.query_end - 1, causal_offset, key_block_size));
     range.own_begin = own_block_begin(work.query_begin, causal_offset, key_block_size);
   }
+  int first_tile = 0;
+  if (WINDOW) {
+    const int key_begin = visible_key_begin(work.query_begin, window_offset);
+    first_tile = tile_of_key(key_begin, key_block_size, range);
+    if (OWN_BLOCK) range.own_begin = max(range.own_begin, key_begin);
+  }
   const element_t* const Q_tile = Q + work.b * stride_q_b + work.h * stride_q_h + work.query_begin * stride_q_n;
   const element_t* K_head = KEYS_PER_ITEM ? K + (long long)work.launch_item * M * K_COLUMNS
                                                 : K + work.b * stride_k_b + h_kv * stride_k_h;
@@ -327,11 +395,13 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
     const WorkItem item = find_work_anew();
     return mean + ((long long)item.b * (H / heads_per_kv_head) + item.h / heads_per_kv_head) * D;
   };
+  int loads = 0;  // where the mask leaves tiles out, those that were loaded take turns
   auto load_keys_and_values = [&](int t) {
+    const int stage = MASK ? loads++ % 2 : t % 2;
     KeyTile tile = key_tile_anew(t);
     if (tile.begin >= tile.end) return;
     asm volatile("" : "+r"(tile.begin));  // or the compiler keeps pointers that walk with the loop
-    element_t* const K_smem = stages_smem + t % 2 * STAGE_ELEMENTS;
+    element_t* const K_smem = stages_smem + stage * STAGE_ELEMENTS;
     if (OWN_BLOCK && tile.is_own)
       load_rows<BLOCK_KV, D_PADDED, D, D_STRIDE>(K_smem, own_K_head + tile.begin * stride_own_m, stride_own_m,
                                                  tile.end - tile.begin);
@@ -344,38 +414,64 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
 
   // ---- load the Q tile [BLOCK_Q, D] and the first K and V tiles ----
   const int rows_valid = work.query_end - work.query_begin;
+  const mask_t* mask_tile = mask.row(work.b, work.h, work.query_begin);
+  const bias_t* bias_tile = bias.row(work.b, work.h, work.query_begin);
+  const float* mean_scores_tile = mean_scores + ((long long)work.b * H + work.h) * N + work.query_begin;
+  ShownScores shown, shown_next;
+  int next_tile = 0;
+  // The first tile from t on of which the mask shows some thread something. Its barriers stand for the main loop's.
+  auto find_shown_tile = [&](int t) {
+    for (;; ++t) {
+      const KeyTile tile = key_tile_anew(t);
+      const bool is_past = tile.begin >= tile.end;
+      if (!is_past) shown_next.read(mask_tile, mask.stride_n, mask.stride_m, tile, rows_valid);
+      if (__syncthreads_or(is_past || shown_next.any())) return t;
+    }
+  };
   if (QUERY_MAP == 0)
     load_rows<BLOCK_Q, R_PADDED, D, R_STRIDE>(Q_smem, Q_tile, stride_q_n, rows_valid);
   else
     load_rows<BLOCK_Q, D_PADDED, D, D_STRIDE>(raw_Q_smem, Q_tile, stride_q_n, rows_valid);
-  load_keys_and_values(0);
+  if (MASK) first_tile = find_shown_tile(first_tile);
+  load_keys_and_values(first_tile);
   copy_async_commit();
 
   const int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
   float O_rmem[M_TILES][E_TILES][4] = {};
-  float row_max[ROWS], row_sum[ROWS];  // the maximum is of unscaled scores and may lag
+  float row_max[ROWS], row_sum[ROWS];  // the maximum is of S as it stands then, unscaled or changed, and may lag
 #pragma unroll
   for (int i = 0; i < ROWS; ++i) row_max[i] = LOWEST, row_sum[i] = 0.0f;
   bool has_large_offset = true;  // some row's maximum, scaled; the same in the whole warp
+  // What makes log2 units of a score: cap and bias take natural ones, in which their largest numbers are finite.
+  const float factor_log2 = CHANGES_SCORES ? LOG2_E : scale_log2;
 
   const unsigned Q_address = shared_address(Q_smem + warp * WARP_Q * R_STRIDE) + left_offset(lane, R_STRIDE);
   // Made anew for each tile: registers are dearer.
   auto K_lane_offset = [] { return right_offset(thread_index_anew() % WARP_SIZE, R_STRIDE); };
   auto V_lane_offset = [] { return BLOCK_KV * K_STRIDE * 2 + left_offset(thread_index_anew() % WARP_SIZE, E_STRIDE); };
 
+  int mapped_block = -1;  // whose map the warp's queries went through
+
 #pragma unroll 1
-  for (int t = 0;; ++t) {
+  for (int t = first_tile;; t = MASK ? next_tile : t + 1) {
     const KeyTile tile = key_tile_anew(t);
     if (tile.begin >= tile.end) break;
     copy_async_wait_all();
-    __syncthreads();  // tile t has arrived for all threads, and no warp still reads the stage that is filled next
-    load_keys_and_values(t + 1);
+    shown = shown_next;
+    if (MASK)
+      next_tile = find_shown_tile(t + 1);
+    else
+      __syncthreads();  // tile t has arrived for all threads, and no warp still reads the stage that is filled next
+    load_keys_and_values(MASK ? next_tile : t + 1);
     copy_async_commit();
-    if (OWN_BLOCK && tile.is_own && tile.begin == range.own_begin) {  // from here on scores are q . mean larger
+    if (MASK && !__any_sync(~0u, shown.any())) continue;
+    if (OWN_BLOCK && !CHANGES_SCORES && tile.is_own && tile.begin == range.own_begin) {
+      // from here on scores are q . mean larger
       add_mean_scores(row_max, raw_Q_smem, mean_of_head());
       has_large_offset = true;
     }
-    if (QUERY_MAP != 0 && tile.is_first_of_block) {
+    if (QUERY_MAP != 0 && (WINDOW || MASK ? !tile.is_own && tile.block != mapped_block : tile.is_first_of_block)) {
+      mapped_block = tile.block;
       const WorkItem item = find_work_anew();
       const int H_x = MAPS_FOR_KEY_BLOCKS ? H / heads_per_kv_head : H;
       const int h_x = MAPS_FOR_KEY_BLOCKS ? item.h / heads_per_kv_head : item.h;
@@ -384,7 +480,7 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
       const long long map_offset = (((long long)item.b * H_x + h_x) * C + c) * MAP_ELEMENTS;
       map_queries(Q_smem, raw_Q_smem, maps + map_offset, gains + map_offset);
     }
-    const unsigned stage_address = shared_address(stages_smem + t % 2 * STAGE_ELEMENTS);
+    const unsigned stage_address = shared_address(stages_smem + (MASK ? loads % 2 : t % 2) * STAGE_ELEMENTS);
 
     // ---- S = Q K^T  [WARP_Q, BLOCK_KV] ----
     float S_rmem[M_TILES][KV_TILES][4] = {};
@@ -398,12 +494,35 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
       multiply_tile<R_PADDED, R_STRIDE>(S_rmem, Q_address, stage_address + K_lane_offset());
     }
 
-    // ---- minus infinity where a key is past the tile's end, behind the causal limit or scored with other tiles ----
+    // ---- S = cap(scale * S + mean score) + bias, minus infinity where the mask hides (eq. 12, 21, 22, 24) ----
+    if (CHANGES_SCORES) {
+      const int anew = thread_index_anew(), lane_row = anew / WARP_SIZE * WARP_Q + anew % WARP_SIZE / 4;
+      const bool is_centred = CENTRED && !tile.is_own;
+      const float scale = scale_log2 * LN_2, inverse_softcap = SOFTCAP ? 1 / softcap : 0;
+#pragma unroll
+      for (int i = 0; i < ROWS; ++i) {
+        const int row = min(lane_row + i * 8, rows_valid - 1);
+        const float mean_score = is_centred ? mean_scores_tile[row] : 0.0f;
+        const bias_t* const bias_row = bias_tile + row * bias.stride_n + tile.begin * bias.stride_m;
+#pragma unroll
+        for (int j = 0; j < 2 * KV_TILES; ++j) {
+          const int key = j / 2 * MMA_N + anew % 4 * 2 + j % 2;
+          float& score = S_rmem[i / 2][j / 2][i % 2 * 2 + j % 2];
+          score = fmaf(score, scale, mean_score);
+          if (SOFTCAP) score = softcap * tanh_approximate(score * inverse_softcap);
+          if (BIAS && tile.begin + key < tile.end) score += bias_to_accumulate(bias_row[key * bias.stride_m]);
+          if (MASK && !shown.at(i, j)) score = minus_infinity();
+        }
+      }
+    }
+
+    // ---- minus infinity where a key is past the tile's end, out of the row's limits or scored with other tiles ----
     const int first_query = work.query_begin + warp * WARP_Q;
     auto own_begin_of = [&](int query) { return own_block_begin(query, causal_offset, key_block_size); };
     bool is_masked = tile.begin + BLOCK_KV > tile.end;
     if (CAUSAL && (!OWN_BLOCK || tile.is_own))
       is_masked = is_masked || tile.begin + BLOCK_KV - 1 > first_query + causal_offset;
+    if (WINDOW) is_masked = is_masked || tile.begin < first_query + WARP_Q - 1 + window_offset;
     if (OWN_BLOCK)
       is_masked = is_masked || (tile.is_own ? own_begin_of(first_query + WARP_Q - 1) > tile.begin
                                             : tile.begin + BLOCK_KV > own_begin_of(first_query));
@@ -413,7 +532,8 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
       for (int i = 0; i < ROWS; ++i) {
         const int query = first_query + anew / 4 + i * 8;
         const int own_begin = OWN_BLOCK ? own_begin_of(query) : 0;
-        const int first = OWN_BLOCK && tile.is_own ? own_begin : 0;
+        const int own_first = OWN_BLOCK && tile.is_own ? own_begin : 0;
+        const int first = WINDOW ? max(own_first, query + window_offset) : own_first;
         const int end = !CAUSAL                      ? tile.end
                         : OWN_BLOCK && !tile.is_own ? min(tile.end, own_begin)
                                                     : min(tile.end, query + causal_offset + 1);
@@ -434,7 +554,7 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
 #pragma unroll
       for (int j = 0; j < KV_TILES; ++j)
         tile_max[i] = fmaxf(tile_max[i], fmaxf(S_rmem[i / 2][j][i % 2 * 2], S_rmem[i / 2][j][i % 2 * 2 + 1]));
-      has_grown = has_grown || (tile_max[i] - row_max[i]) * scale_log2 > RESCALE_THRESHOLD;
+      has_grown = has_grown || (tile_max[i] - row_max[i]) * factor_log2 > RESCALE_THRESHOLD;
     }
     if (__any_sync(~0u, has_grown)) {
       bool is_large = false;
@@ -443,9 +563,9 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
         float new_max = fmaxf(tile_max[i], __shfl_xor_sync(~0u, tile_max[i], 1));
         new_max = fmaxf(new_max, __shfl_xor_sync(~0u, new_max, 2));
         new_max = fmaxf(new_max, row_max[i]);
-        const float rescale = exp2_approximate((row_max[i] - new_max) * scale_log2);
+        const float rescale = exp2_approximate((row_max[i] - new_max) * factor_log2);
         row_max[i] = new_max;
-        is_large = is_large || fabsf(new_max * scale_log2) > LARGEST_OFFSET;
+        is_large = is_large || fabsf(new_max * factor_log2) > LARGEST_OFFSET;
         row_sum[i] *= rescale;
 #pragma unroll
         for (int j = 0; j < E_TILES; ++j) {
@@ -469,7 +589,7 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
     const unsigned V_address = stage_address + V_lane_offset();
     float offset_log2[ROWS];
 #pragma unroll
-    for (int i = 0; i < ROWS; ++i) offset_log2[i] = has_large_offset ? 0.0f : row_max[i] * scale_log2;
+    for (int i = 0; i < ROWS; ++i) offset_log2[i] = has_large_offset ? 0.0f : row_max[i] * factor_log2;
 #pragma unroll
     for (int k = 0; k < BLOCK_KV / MMA_K; ++k) {
       unsigned P_rmem[M_TILES][4];
@@ -478,8 +598,8 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
 #pragma unroll
         for (int part = 0; part < 4; ++part) {  // row half part % 2 of accumulator tile 2 k + part / 2
           const float* const S_pair = S_rmem[i][2 * k + part / 2] + part % 2 * 2;
-          const float low = exp2_approximate(fmaf(S_pair[0], scale_log2, -offset_log2[2 * i + part % 2]));
-          const float high = exp2_approximate(fmaf(S_pair[1], scale_log2, -offset_log2[2 * i + part % 2]));
+          const float low = exp2_approximate(fmaf(S_pair[0], factor_log2, -offset_log2[2 * i + part % 2]));
+          const float high = exp2_approximate(fmaf(S_pair[1], factor_log2, -offset_log2[2 * i + part % 2]));
           row_sum[2 * i + part % 2] += low + high;
           P_rmem[i][part] = pack(low, high);
         }
@@ -496,7 +616,8 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
     }
   }
 
-  if (OWN_BLOCK && range.own_begin >= range.end) add_mean_scores(row_max, raw_Q_smem, mean_of_head());
+  if (OWN_BLOCK && !CHANGES_SCORES && range.own_begin >= range.end)
+    add_mean_scores(row_max, raw_Q_smem, mean_of_head());
 
   // ---- O / row_sum and lse, rows n < query_end ----
   const int thread = thread_index_anew(), member = thread % 4;
@@ -522,6 +643,8 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
     }
     if (member == 0)
       lse[((long long)done.b * H + done.h) * N + n] =
-          sum == 0.0f ? minus_infinity() : LN_2 * (row_max[i] * scale_log2 + log2f(sum));
+          sum == 0.0f      ? minus_infinity()
+          : CHANGES_SCORES ? row_max[i] + LN_2 * log2f(sum)  // biases may be too large for log2 units
+                           : LN_2 * (row_max[i] * scale_log2 + log2f(sum));
   }
 }

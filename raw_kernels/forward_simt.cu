@@ -13,7 +13,9 @@
 //   DENSE, GROUP_BY = 2     A = Q Z,              C = reduced_K = (K - mean) W
 //
 // Q Z is made anew for every block of keys, and kept in reduced_Q meanwhile. With OWN_BLOCK (eq. 20), a query and the
-// keys of its own block are multiplied as they are, centred; the tile's other keys come first.
+// keys of its own block are multiplied as they are, centred; the tile's other keys come first. Scores then pass through
+// what score_options.cuh switches on; tiles of keys that the window or the mask hides from the whole tile of queries
+// are left out.
 //
 // Reference : reference/exact_attention.py, reference/distr_attention.py, reference/subspace_attention.py
 // Launcher  : distrattn_np/backends/cupy_backend.py
@@ -22,10 +24,12 @@
 // Block     : 16 x 16 = 256 threads as (row, column) of the score tile, in one dimension
 // Shared    : under 48 KB, static
 // Assumes   : GROUP_SIZE divides D; heads_per_kv_head divides H. Sums and softmax run in float32 (float64 for float64).
-//             causal_offset is read only where CAUSAL; a query that sees no key gives O = 0 and lse = -inf. lse is that
-//             of the centred keys where DENSE. What is reduced or dense is contiguous, in the type of the sums.
+//             Query n sees keys n + window_offset <= m <= n + causal_offset, limits that are read only where WINDOW and
+//             CAUSAL; one that sees no key gives O = 0 and lse = -inf. lse is that of the centred keys where DENSE,
+//             but for CHANGES_SCORES. What is reduced or dense is contiguous, in the type of the sums.
 // Alone     : nvcc -cubin -arch=sm_80 raw_kernels/forward_simt.cu
 
+#include "score_options.cuh"
 #include "simt.cuh"
 #include "work_item.cuh"
 
@@ -75,7 +79,10 @@ constexpr int VALUES = (E + SIDE - 1) / SIDE < WIDEST_READ ? (E + SIDE - 1) / SI
 constexpr int VALUE_STRIPS = (E + SIDE * VALUES - 1) / (SIDE * VALUES);
 constexpr int E_PADDED = VALUE_STRIPS * SIDE * VALUES;
 constexpr int R_PADDED = (R + 15) / 16 * 16;
-constexpr int MIN_BLOCKS = E <= 128 && sizeof(accumulate_t) == 4 ? 2 : 1;  // two leave 128 registers per thread
+constexpr bool ADDS_MEAN_SCORES = DENSE && CHANGES_SCORES;  // cap and bias act on scores of keys as they are
+// two leave 128 registers per thread
+constexpr bool NEEDS_FEW_REGISTERS = E <= 128 && sizeof(accumulate_t) == 4 && !CHANGES_SCORES && !(OWN_BLOCK && WINDOW);
+constexpr int MIN_BLOCKS = NEEDS_FEW_REGISTERS ? 2 : 1;
 static_assert(BLOCK_Q % SIDE == 0, "every thread owns the same number of queries");
 
 // ---- shared memory: A and C pass through in chunks of channels, then V, in the same place, in chunks of rows ----
@@ -113,7 +120,7 @@ void forward_simt(const element_t* __restrict__ Q,   // [B, H, N, D]
                   const int* __restrict__ channels,  // [B, H, C, D] or, by keys, [B, H_kv, C, D]; of groups
                   const float* __restrict__ gains,   // as channels; read only where WITH_GAINS
                   const accumulate_t* __restrict__ fusion,     // [B, H_kv, C, R, D], Z transposed; by keys, where DENSE
-                  const accumulate_t* __restrict__ mean,       // [B, H_kv, D]; read only where OWN_BLOCK
+                  const accumulate_t* __restrict__ mean,       // [B, H_kv, D]; with OWN_BLOCK or ADDS_MEAN_SCORES
                   accumulate_t* reduced_Q,                     // [B, H, N, R_PADDED]; by keys: room for it; where DENSE
                   const accumulate_t* __restrict__ reduced_K,  // [items, M, R_PADDED]; by keys: [B, H_kv, M, R_PADDED]
                   element_t* __restrict__ O,         // [B, H, N, E]
@@ -123,11 +130,13 @@ void forward_simt(const element_t* __restrict__ Q,   // [B, H, N, D]
                   long long stride_q_b, long long stride_q_h, long long stride_q_n,
                   long long stride_k_b, long long stride_k_h, long long stride_k_m,
                   long long stride_v_b, long long stride_v_h, long long stride_v_m,
-                  long long stride_o_b, long long stride_o_h, long long stride_o_n) {
+                  long long stride_o_b, long long stride_o_h, long long stride_o_n,
+                  int window_offset, accumulate_t softcap, Table<mask_t> mask, Table<bias_t> bias) {
   __shared__ alignas(16) accumulate_t operands_smem[OPERANDS];
   __shared__ alignas(16) accumulate_t P_smem[BLOCK_KV][P_PITCH];  // transposed: a thread's queries are neighbours
   __shared__ int channels_smem[GROUP_BY == EXACT ? 1 : D];
   __shared__ float gains_smem[WITH_GAINS ? D : 1];
+  __shared__ accumulate_t mean_scores_smem[ADDS_MEAN_SCORES ? BLOCK_Q : 1];
   accumulate_t* V_smem = operands_smem;  // [VALUE_ROWS, E_PADDED]
   const Maps maps = {channels_smem, gains_smem};
   const int ty = threadIdx.x / SIDE, tx = threadIdx.x % SIDE;
@@ -136,6 +145,7 @@ void forward_simt(const element_t* __restrict__ Q,   // [B, H, N, D]
   const WorkItem work = find_work(BLOCK_Q, H, N, query_blocks, query_block_size, first_item, CAUSAL);
   if (work.query_begin >= work.query_end) return;
   const int queries = work.query_end - work.query_begin;
+  const int key_begin = WINDOW ? visible_key_begin(work.query_begin, window_offset) : 0;
   const int key_end = CAUSAL ? visible_key_end(work.query_end, M, causal_offset) : M;
   const int h_kv = work.h / heads_per_kv_head, H_kv = H / heads_per_kv_head;
   Q += work.b * stride_q_b + work.h * stride_q_h + work.query_begin * stride_q_n;
@@ -165,22 +175,35 @@ void forward_simt(const element_t* __restrict__ Q,   // [B, H, N, D]
   }
 
   auto query = [&](int row, int d) { return row < queries ? to_accumulate(Q[row * stride_q_n + d]) : 0; };
+  auto row_or_last = [&](int row) { return min(work.query_begin + row, work.query_end - 1); };
   auto reduced_query = [&](int row, int r) { return row < queries ? reduced_Q[row * R_PADDED + r] : 0; };
+
+  if (ADDS_MEAN_SCORES) {  // the barriers of the first product come before they are read
+#pragma unroll
+    for (int i = 0; i < ROWS; i++) {
+      accumulate_t sum = 0;
+      for (int d = tx; d < D; d += SIDE) sum += query(ty * ROWS + i, d) * mean[d];
+#pragma unroll
+      for (int lanes = SIDE / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+      if (tx == 0) mean_scores_smem[ty * ROWS + i] = scale * sum;
+    }
+  }
+  const accumulate_t inverse_softcap = SOFTCAP ? 1 / softcap : 0;
 
   // Keys below mapped_end are scored through maps; those of the rows' own blocks, from own_begin on, are not.
   const int mapped_end =
       OWN_BLOCK ? min(key_end, own_block_begin(work.query_end - 1, causal_offset, key_block_size)) : key_end;
   const int own_begin = OWN_BLOCK ? own_block_begin(work.query_begin, causal_offset, key_block_size) : key_end;
   bool is_own = false;
-  for (int key = 0, keys = 0;; key += keys) {
-    if (!is_own && key >= mapped_end) is_own = true, key = own_begin;
+  for (int key = key_begin, keys = 0;; key += keys) {
+    if (!is_own && key >= mapped_end) is_own = true, key = WINDOW ? max(own_begin, key_begin) : own_begin;
     if (key >= key_end) break;
     // ---- the next tile: `keys` keys from `key` on; blocks over keys: none of them in another block ----
     keys = min(BLOCK_KV, (is_own ? key_end : mapped_end) - key);
     if (GROUP_BY == KEYS && !is_own) {
       const int block_key = key % key_block_size;
       keys = min(keys, key_block_size - block_key);
-      if (block_key == 0) {
+      if (block_key == 0 || (WINDOW && key == key_begin)) {
         const int C = (M - 1) / key_block_size + 1;
         const long long map = kv_head * C + key / key_block_size;
 #if DENSE
@@ -203,6 +226,20 @@ void forward_simt(const element_t* __restrict__ Q,   // [B, H, N, D]
         load_maps(map);  // those of the block before were last read ahead of the barriers around the values
 #endif
       }
+    }
+
+    unsigned shown = 0;  // bit i * COLUMNS + j: whether the mask shows the score that this thread has there
+    if (MASK) {
+#pragma unroll
+      for (int i = 0; i < ROWS; i++) {
+        const mask_t* const row = mask.row(work.b, work.h, row_or_last(ty * ROWS + i)) + key * mask.stride_m;
+#pragma unroll
+        for (int j = 0; j < COLUMNS; j++) {
+          const int m = tx * COLUMNS + j;
+          if (m < keys && row[m * mask.stride_m]) shown |= 1u << (i * COLUMNS + j);
+        }
+      }
+      if (!__syncthreads_or(shown)) continue;  // all threads go the same way
     }
 
     // ---- S = A C^T [BLOCK_Q, BLOCK_KV] ----
@@ -231,13 +268,21 @@ void forward_simt(const element_t* __restrict__ Q,   // [B, H, N, D]
     for (int i = 0; i < ROWS; i++) {
       const int n = work.query_begin + ty * ROWS + i;
       const int own = OWN_BLOCK ? own_block_begin(n, causal_offset, key_block_size) - key : 0;
-      const int first = OWN_BLOCK && is_own ? own : 0;  // of the keys that the row scores
+      const int own_first = OWN_BLOCK && is_own ? own : 0;
+      const int first = WINDOW ? max(own_first, n + window_offset - key) : own_first;  // of the keys that it scores
       const int end = OWN_BLOCK && !is_own ? min(keys, own) : CAUSAL ? min(keys, n + causal_offset + 1 - key) : keys;
+      const bias_t* const bias_row = bias.row(work.b, work.h, row_or_last(ty * ROWS + i)) + key * bias.stride_m;
       accumulate_t new_max = row_max[i];
 #pragma unroll
       for (int j = 0; j < COLUMNS; j++) {
-        const bool is_scored = tx * COLUMNS + j >= first && tx * COLUMNS + j < end;
+        bool is_scored = tx * COLUMNS + j >= first && tx * COLUMNS + j < end;
+        if (MASK) is_scored = is_scored && (shown >> (i * COLUMNS + j) & 1);
         S[i][j] = is_scored ? scale * S[i][j] : minus_infinity();
+        if (CHANGES_SCORES && is_scored) {
+          if (ADDS_MEAN_SCORES) S[i][j] += mean_scores_smem[ty * ROWS + i];
+          if (SOFTCAP) S[i][j] = softcap * tanh(S[i][j] * inverse_softcap);
+          if (BIAS) S[i][j] += bias_to_accumulate(bias_row[(tx * COLUMNS + j) * bias.stride_m]);
+        }
         new_max = max(new_max, S[i][j]);
       }
 #pragma unroll

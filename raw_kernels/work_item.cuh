@@ -43,6 +43,11 @@ __device__ __forceinline__ int visible_key_end(int query_end, int M, int causal_
   return max(0, min(M, query_end + causal_offset));
 }
 
+// First key that a row from query_begin on sees: query n sees m >= n + window_offset (eq. 23).
+__device__ __forceinline__ int visible_key_begin(int query_begin, int window_offset) {
+  return max(0, query_begin + window_offset);
+}
+
 // First key that a query scores exactly where own blocks are: that of the block in which its last visible key lies.
 __device__ __forceinline__ int own_block_begin(int query, int causal_offset, int key_block_size) {
   return max(0, query + causal_offset) / key_block_size * key_block_size;

@@ -23,6 +23,7 @@ from .grouped_keys import (
 )
 from .hash_channels import HASH_BITS, hash_channels, hyperplanes
 from .merge_results import merge_results
+from .ragged_attention import Attend, ragged_attention
 from .score_options import ScoreOptions, Window, cap_scores, key_limits, of_head, visible_keys
 from .subspace_attention import (
     Maps,
@@ -48,6 +49,7 @@ from .subspace_maps import (
 __all__ = [
     "HASH_BITS",
     "RANK_STEP",
+    "Attend",
     "Maps",
     "ScoreOptions",
     "Window",
@@ -83,6 +85,7 @@ __all__ = [
     "of_head",
     "own_block_begin",
     "query_statistics",
+    "ragged_attention",
     "rounding",
     "sample_channels",
     "score_errors",

@@ -12,14 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from distrattn_np.bench import cli, device, runner, table
-from distrattn_np.bench.axes import EXACT, PRESETS, Axes, Shape, multiply_out
+from distrattn_np.bench.axes import EXACT, PRESETS, Axes, Shape, is_cached, multiply_out
 from distrattn_np.bench.oracle import Oracle, WrongResult
 from distrattn_np.bench.timing import time_cold
 
 from distrattn_np import backends, bench, reference
 from distrattn_np.block_size import choose_block_size
+from distrattn_np.grouped_keys import GroupedKeys
 from distrattn_np.problem import Grouping, GroupMaps, Problem, Subspace
-from distrattn_np.work import own_pairs, visible_pairs, work_of
+from distrattn_np.work import own_pairs, visible_pairs, work_of, work_of_cache
 
 ROOT = Path(__file__).parents[1]
 NUMPY = type(backends.load_by_name("numpy"))
@@ -31,6 +32,7 @@ METHODS = ("lsh", "subspace")
 @pytest.fixture(autouse=True)
 def _small_yardstick(monkeypatch):
     monkeypatch.setattr(device.Cpu, "product_size", 64)
+    monkeypatch.setattr(device.Cpu, "copy_bytes", 1 << 16)
 
 
 def run(*extra: str, path: Path) -> tuple[int, dict]:
@@ -104,6 +106,40 @@ class TestWork:
             found = sum(seen[n, m] and m // 4 == (n + offset) // 4 for n in range(11) for m in range(13))
         assert own_pairs(problem) == 2 * 4 * found
 
+    @pytest.mark.parametrize("M", [0, 1, 12, 13, 31])
+    @pytest.mark.parametrize("offset", [None, 28])
+    def test_counts_of_a_cache_are_those_of_the_loops(self, M, offset):
+        D, E, R, L, N = 8, 6, 2, 4, 3
+        problem = Problem(
+            batch=2,
+            heads=4,
+            kv_heads=2,
+            queries=N,
+            keys=M,
+            width=D,
+            value_width=E,
+            dtype=np.dtype(np.float16),
+            scale=1.0,
+            causal_offset=offset,
+            layout="bhnd",
+            grouping=Subspace(rank=R, score_tol=None, refine=1, block_size=L, by="keys"),
+        )
+        finished = [c for c in range(M) if (c + 1) * L < M]
+        seen = reference.visible_keys(N, M, offset)
+        executed = numbers = 0
+        for m in range(M):
+            is_finished = m // L in finished
+            executed += 2 * 4 * 2 * seen[:, m].sum() * ((R if is_finished else D) + E)
+            numbers += 2 * 2 * ((R if is_finished else D) + E)
+        for _block in finished:  # q Z and q mean, of every query
+            executed += 2 * 4 * 2 * N * D * (R + 1)
+            numbers += 2 * 2 * (R + 1) * D
+        numbers += 2 * 4 * N * (D + E)
+        work = work_of_cache(problem)
+        assert work.executed_flop == executed
+        assert work.minimum_bytes == 2 * numbers
+        assert work.exact_flop == work_of(problem).exact_flop
+
     def test_exact_attention_executes_what_it_counts(self):
         work = work_of(Shape(B=1, H=2, kv_heads=2, N=8, M=8, D=4, E=4, dtype="float32", causal=True).problem(EXACT))
         assert work.executed_flop == work.exact_flop == 2 * work.pairs * 8
@@ -144,7 +180,7 @@ class TestAxes:
         for name, preset in PRESETS.items():
             points = multiply_out(preset.axes, "float32")
             methods = {options.get("method") for _, variants in points for options in variants}
-            assert methods == ({None, "lsh"} if name == "paper" else {None, *METHODS})
+            assert methods == {"paper": {None, "lsh"}, "decode": {None, "subspace"}}.get(name, {None, *METHODS})
             for shape, variants in points:
                 assert {shape.problem(options).queries for options in variants} == {shape.N}
 
@@ -152,6 +188,22 @@ class TestAxes:
         shapes = [shape for shape, _ in multiply_out(PRESETS["serving"].axes, "float16")]
         assert {(s.B, s.N, s.causal) for s in shapes} == {(b, n, c) for b, n in ((4, 4096), (1, 16384)) for c in (0, 1)}
         assert {(s.H, s.kv_heads, s.D) for s in shapes} == {(32, 8, 128)}
+
+    def test_decode_is_a_step_of_full_caches(self):
+        ((shape, variants),) = multiply_out(PRESETS["decode"].axes, "float16")
+        assert (shape.B, shape.H, shape.kv_heads, shape.N, shape.M, shape.D) == (8, 32, 8, 1, 32768, 128)
+        problems = [shape.problem(options) for options in variants]
+        labels = [
+            runner.label_of("cupy", problem, cached=is_cached(options))
+            for problem, options in zip(problems, variants, strict=True)
+        ]
+        assert labels == ["cupy exact", *(f"cupy cache G={G} L={L}" for G in (2, 4) for L in (128, 512, 1024))]
+
+    def test_a_cache_beside_the_plain_call_is_another_variant(self):
+        axes = Axes(N=(8,), D=(64,), G=(1, 2), L=(32,), cached=(False, True))
+        ((_, variants),) = multiply_out([axes], "float32")
+        assert [options.get("method") for options in variants] == [None, "lsh", "subspace", "subspace"]
+        assert [is_cached(options) for options in variants] == [False, False, False, True]
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -214,6 +266,64 @@ class TestRun:
         assert "B=1 H=3 N=70 D=16 float16 causal" in capsys.readouterr().out
         sample = {row["label"].split()[1]: row["error_sample"] for row in rows}
         assert sample["subspace"] < sample["lsh/lstsq"] < sample["lsh/sum"]  # a model's channels do have
+
+    def test_keys_that_were_grouped_before_are_timed_beside_plain_ones(self, tmp_path):
+        options = [
+            "-N",
+            "2",
+            "-M",
+            "150",
+            "-H",
+            "4",
+            "--kv-heads",
+            "2",
+            "-G",
+            "1,2",
+            "--method",
+            "subspace",
+            "--cached",
+        ]
+        # longer blocks than half of the sample's width: shorter ones are exact at that rank
+        code, measured = run(*options, "-L", "48", path=tmp_path / "report.json")
+        assert code == 0
+        exact, cache = measured["rows"]
+        assert (exact["label"], cache["label"]) == ("numpy exact", "numpy cache G=2 L=48")
+        # 144 keys through maps of R = 8, 6 as they are; v, and q and out of every query head
+        numbers = 3 * (8 * 48 + 9 * 16) + 6 * 16 + 150 * 16
+        assert cache["work"]["minimum_bytes"] == 4 * (2 * numbers + 4 * 2 * 32)
+        assert cache["error_random"] > 0.02
+        assert 1e-3 < cache["error_sample"] < 0.5
+        assert cache["grouping_us"]["median"] > 0
+        assert cache["forward_us"] is None
+        for row in (exact, cache):
+            rate = row["work"]["minimum_bytes"] / row["cold_us"]["median"] / 1e3
+            assert row["gb_per_s"] == pytest.approx(rate)
+            assert row["copy_percent"] == pytest.approx(100 * rate / measured["peaks"]["float32"]["copy_gb_per_s"])
+        assert cache["speedup"] == {"numpy exact": exact["cold_us"]["median"] / cache["cold_us"]["median"]}
+
+    @pytest.mark.parametrize(
+        ("name", "factor", "reason"),
+        [
+            ("fusion", 1.2, "the actual score error of block 0"),
+            ("score_errors", 1.2, "the predicted score error of block 0"),
+            ("ranks", 2, "the ranks are not all 8"),
+        ],
+    )
+    def test_a_cache_other_than_the_methods_is_wrong(self, name, factor, reason, tmp_path, monkeypatch):
+        finish = GroupedKeys._finish_block
+
+        def off(self, grouping):
+            finish(self, grouping)
+            block = self.blocks[-1]
+            changed = (factor * getattr(block, name)).astype(getattr(block, name).dtype)
+            self._blocks[-1] = replace(block, **{name: changed})
+
+        monkeypatch.setattr(GroupedKeys, "_finish_block", off)
+        options = ["-N", "2", "-M", "150", "-G", "2", "--method", "subspace", "--cached"]
+        code, measured = run(*options, path=tmp_path / "report.json")
+        assert code == 1
+        assert reason in measured["rows"][0]["reason"]
+        assert measured["rows"][0]["cold_us"] is None
 
     def test_grouped_query_heads_and_other_widths_pass_the_check(self, tmp_path):
         code, measured = run(*SHARED_HEADS.split(), path=tmp_path / "report.json")

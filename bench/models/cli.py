@@ -103,7 +103,7 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> report.Report:
                 step(f"{task.model}, {task.input}: {method.label}")
                 rows.append(measure(task, method, arguments.backend, arguments.dtype, rounds))
     device = open_device("cpu" if arguments.backend == "numpy" else "gpu")
-    facts = environment.describe_environment(device, ["models", *argv])
+    facts = environment.describe_environment(device.kind, ["models", *argv])
     return {"environment": facts | {"dtype": arguments.dtype, "rounds": rounds}, "rows": rows}
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
 
@@ -11,7 +13,7 @@ import numpy as np
 
 from ..arrays import Kind, describe, kind_of
 from ..grouped_keys import GroupedKeys
-from ..problem import GroupMaps, Layout, Problem, Subspace, SubspaceMaps
+from ..problem import GroupMaps, Layout, Problem, RaggedProblem, Subspace, SubspaceMaps
 
 NAMES = ("numpy", "cupy", "numba")
 
@@ -25,6 +27,40 @@ Maps = GroupMaps | SubspaceMaps | None
 """What a backend makes of a problem's queries and keys before it attends; None for exact attention."""
 
 
+@dataclass(frozen=True, slots=True)
+class ScoreTables:
+    """What a call adds to its scores and hides of them; both broadcast to (B, H, N, M)."""
+
+    mask: Any = None
+    """Bool: True where a query may attend (eq. 24)."""
+    bias: Any = None
+    """Of the dtype of the queries or float32 (eq. 22)."""
+
+    def map(self, change: Callable[[Any], Any]) -> ScoreTables:
+        """Return both changed, but for what is not there."""
+        return ScoreTables(*(None if x is None else change(x) for x in (self.mask, self.bias)))
+
+
+NO_TABLES = ScoreTables()
+
+
+@dataclass(frozen=True, slots=True)
+class Lent:
+    """What the caller brings along for a call, beside its arrays and ``out``."""
+
+    stream: int | None = None
+    """Handle of the stream that it runs on; None: the current one."""
+    workspace: Any = None
+    """Device memory that the call may use; None: the backend allocates."""
+    lse: Any = None
+    """Where the log-sum-exp goes; None: new memory."""
+    wants_lse: bool = True
+    """Whether the log-sum-exp leaves the call."""
+
+
+NOTHING_LENT = Lent()
+
+
 class Backend(ABC):
     """One implementation of the method. Its arrays ("native") are (B, H, rows, width) views, whatever the layout."""
 
@@ -33,13 +69,20 @@ class Backend(ABC):
     """Array kinds that it takes."""
     builds_subspace: ClassVar[bool] = False
     """Whether it covers ``method="subspace"``."""
-    score_options: ClassVar[frozenset[str]] = frozenset()
-    """Which of "window", "softcap", "mask" and "bias" it covers."""
-    attends_grouped_keys: ClassVar[bool] = False
-    """Whether it takes `GroupedKeys` in the place of keys."""
+    kinds_of_grouped_keys: ClassVar[frozenset[Kind]] = frozenset()
+    """Array kinds of the `GroupedKeys` that it takes in the place of keys."""
+    attends_ragged: ClassVar[bool] = False
+    """Whether it takes packed sequences; `ragged_attention` is its own then."""
 
     def attention(
-        self, problem: Problem, q: Any, k: Any, v: Any, out: Any, mask: Any = None, bias: Any = None
+        self,
+        problem: Problem,
+        q: Any,
+        k: Any,
+        v: Any,
+        out: Any,
+        tables: ScoreTables = NO_TABLES,
+        lent: Lent = NOTHING_LENT,
     ) -> tuple[Any, Any, Maps]:
         """Compute one checked call.
 
@@ -49,30 +92,93 @@ class Backend(ABC):
         lse : array, shape (B, H, N), in the caller's kind
         maps : native arrays
         """
-        if kind_of(q) not in self.kinds:
-            rule = f"the {self.name} backend takes {' and '.join(sorted(self.kinds))} arrays"
-            raise TypeError(f"q: {rule}, got {describe(q)}")
-        if isinstance(problem.grouping, Subspace) and not self.builds_subspace:
-            rule = f"'subspace' is not built for the {self.name} backend yet"
-            raise NotImplementedError(f"method: {rule}, got {describe(q)}")
-        keys_are_grouped = isinstance(k, GroupedKeys)
-        for name in sorted(problem.score_options - self.score_options):
-            rule = f"is not built for the {self.name} backend yet"
-            raise NotImplementedError(f"{name}: {rule}, got {describe(q)}")
+        self.refuse(problem, q)
         Q, V = (self.bring_in(x, problem.layout) for x in (q, v))
-        K = k if keys_are_grouped else self.bring_in(k, problem.layout)
-        mask, bias = (None if x is None else self.bring_in(x, "bhnd") for x in (mask, bias))
+        K = k if isinstance(k, GroupedKeys) else self.bring_in(k, problem.layout)
+        tables = tables.map(lambda table: self.bring_in(_written_once(table), "bhnd"))
         if out is not None and self.shares_memory(out):
             O = self.bring_in(out, problem.layout)
         else:
             O = self.empty((problem.batch, problem.heads, problem.queries, problem.value_width), Q, problem.layout)
-        lse = self.empty_lse((problem.batch, problem.heads, problem.queries), Q)
-        maps = None
-        if 0 not in O.shape:
-            maps = None if keys_are_grouped else self.group_maps(problem, Q, K)
-            self.attend(problem, Q, K, V, O, lse, maps, mask, bias)
+        if lent.lse is not None and self.shares_memory(lent.lse):
+            lse = self.bring_in(lent.lse, "bhnd")
+        else:
+            lse = self.empty_lse((problem.batch, problem.heads, problem.queries), Q, is_kept=lent.wants_lse)
+        maps = self.compute(problem, Q, K, V, O, lse, tables)
         result = self.hand_back(O, problem.layout, like=q, out=out)
-        return result, self.hand_back(lse, None, like=q, out=None), maps
+        return result, self.hand_back(lse, None, like=q, out=lent.lse), maps
+
+    def refuse(self, problem: Problem | RaggedProblem, q: Any) -> None:
+        """Raise where the backend has no kernel for a problem."""
+        if kind_of(q) not in self.kinds:
+            rule = f"the {self.name} backend takes {' and '.join(sorted(self.kinds))} arrays"
+            raise TypeError(f"q: {rule}, got {describe(q)}")
+        if isinstance(problem, RaggedProblem):
+            if not self.attends_ragged:
+                raise NotImplementedError(
+                    f"cu_seqlens_q: is not built for the {self.name} backend yet, got {describe(q)}"
+                )
+            problem = problem.packed
+        if isinstance(problem.grouping, Subspace) and not self.builds_subspace:
+            rule = f"'subspace' is not built for the {self.name} backend yet"
+            raise NotImplementedError(f"method: {rule}, got {describe(q)}")
+
+    def compute(
+        self,
+        problem: Problem,
+        Q: Any,
+        K: Any,
+        V: Any,
+        O: Any,
+        lse: Any,
+        tables: ScoreTables = NO_TABLES,
+    ) -> Maps:
+        """Write attention into O and lse, native arrays, and return the maps that were made for it."""
+        if 0 in O.shape:
+            return None
+        maps = None if isinstance(K, GroupedKeys) else self.group_maps(problem, Q, K)
+        self.attend(problem, Q, K, V, O, lse, maps, tables)
+        return maps
+
+    @abstractmethod
+    def workspace_bytes(
+        self,
+        problem: Problem | RaggedProblem,
+        q: Any,
+        k: Any,
+        v: Any,
+        out: Any,
+        tables: ScoreTables = NO_TABLES,
+        lent: Lent = NOTHING_LENT,
+    ) -> int:
+        """Return the bytes of workspace that a call needs; of its arrays only shapes, strides, addresses count."""
+
+    def ragged_attention(
+        self,
+        problem: RaggedProblem,
+        q: Any,
+        k: Any,  # noqa: ARG002
+        v: Any,  # noqa: ARG002
+        out: Any,  # noqa: ARG002
+        cu_seqlens_q: Any,  # noqa: ARG002
+        cu_seqlens_k: Any,  # noqa: ARG002
+        lent: Lent = NOTHING_LENT,  # noqa: ARG002
+    ) -> tuple[Any, Any, tuple[Any, Any] | None]:
+        """Compute one checked call with packed sequences.
+
+        On a GPU without reading the lengths on the host: B sequences with N queries in all have at most
+        ``N // BLOCK_Q + B`` tiles of queries, and grouping blocks likewise. So many work items are launched. Each finds
+        its sequence in a running sum of ``ceil(length / BLOCK_Q)`` over ``cu_seqlens_q``; one that finds none exits.
+
+        Returns
+        -------
+        result : array, shape (N, H, E), in the caller's kind
+        lse : array, shape (H, N), in the caller's kind
+        blocks : (ranks, score_errors), each of shape (H_x, C), in the caller's kind
+            As in `AttentionInfo`; None unless the method is "subspace".
+        """
+        self.refuse(problem, q)
+        raise NotImplementedError  # a backend that attends them has a method of its own
 
     @abstractmethod
     def group_maps(self, problem: Problem, Q: Any, K: Any) -> Maps:
@@ -88,13 +194,11 @@ class Backend(ABC):
         O: Any,
         lse: Any,
         maps: Any,
-        mask: Any = None,
-        bias: Any = None,
+        tables: ScoreTables = NO_TABLES,
     ) -> None:
         """Write attention into O (B, H, N, E) and its log-sum-exp into lse (B, H, N); no axis of O is empty.
 
-        K is a `GroupedKeys` where the call got one. ``mask`` and ``bias`` broadcast to (B, H, N, M); they are None
-        where `score_options` does not name them.
+        K is a `GroupedKeys` where the call got one.
         """
 
     @abstractmethod
@@ -110,8 +214,8 @@ class Backend(ABC):
         """Return a new (B, H, rows, width) array of ``like``'s dtype whose memory is ordered as ``layout``."""
 
     @abstractmethod
-    def empty_lse(self, shape: tuple[int, int, int], like: Any) -> Any:
-        """Return a new float32 (B, H, N) array on ``like``'s device."""
+    def empty_lse(self, shape: tuple[int, int, int], like: Any, *, is_kept: bool = True) -> Any:
+        """Return a new float32 (B, H, N) array on ``like``'s device; ``is_kept``: it outlives the call."""
 
     @abstractmethod
     def hand_back(self, array: Any, layout: Layout | None, *, like: Any, out: Any) -> Any:
@@ -127,12 +231,20 @@ def load(name: str | None, *, like: Any) -> Backend:
 def load_by_name(name: str) -> Backend:
     """Return one backend, importing its package."""
     try:
+        importlib.import_module(name)
         module = importlib.import_module(f".{name}_backend", __name__)
     except ImportError as error:
         hint = INSTALL.get(name, "")
         raise ImportError(f"backend: {name!r} needs a package that is not installed: {hint}") from error
     backend: Backend = module.BACKEND
     return backend
+
+
+def _written_once(table: Any) -> Any:
+    """Return ``table`` with one entry on the axes that repeat it, so that no copy to a device writes it out."""
+    axes = zip(table.shape, table.strides, strict=True)
+    parts = tuple(slice(0, 1) if stride == 0 and size > 1 else slice(None) for size, stride in axes)
+    return table[parts] if slice(0, 1) in parts else table
 
 
 def host_copy_back(host: np.ndarray, layout: Layout | None, out: Any) -> np.ndarray:

@@ -1,26 +1,29 @@
-"""CuPy: compiles raw_kernels/ on first use and launches on the current stream of the device that holds the arrays.
+"""CuPy: what the CUDA C++ kernels compute, on the device that holds the arrays.
 
-The only file that knows RawModule. RawKernel checks neither the number nor the types of its arguments and ignores
-strides, so every launch goes through `_launch`, with explicit 4- and 8-byte scalars and strides in elements.
+Memory and launches go through `device_work`: for real, or into a plan, which needs no CuPy. Every launch goes through
+`_launch`, with explicit 4- and 8-byte scalars and strides in elements.
 """
 
 from __future__ import annotations
 
 import math
-import re
-import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from importlib import resources
 from typing import Any, ClassVar
 
-import cupy
 import numpy as np
 
-from ..arrays import Kind, kind_of
-from ..problem import Grouping, GroupMaps, Layout, Problem, Subspace, SubspaceMaps, ceil_div
+try:
+    import cupy
+except ImportError:  # `load_by_name` says so before a call; plans do without
+    cupy = None
+
+from .. import checks
+from ..arrays import Kind, kind_of, on_stream
+from ..grouped_keys import GroupedKeys
+from ..problem import Grouping, GroupMaps, Layout, Problem, RaggedProblem, Subspace, SubspaceMaps, ceil_div
 from ..reference import hyperplanes, keys_of_mean
 from ..tiles import (
     ALL,
@@ -31,6 +34,7 @@ from ..tiles import (
     GRAM_SM90_ROW_TILE,
     GRAM_SM90_WIDTHS,
     NO_MAP,
+    NO_SWITCHES,
     OWN,
     REDUCE_ROW_TILE,
     REDUCE_SIMT_ROW_TILE,
@@ -40,6 +44,7 @@ from ..tiles import (
     SM90_WIDTHS,
     UP_TO,
     Defines,
+    ScoreSwitches,
     Sm90Tiles,
     fuse_defines,
     gains_defines,
@@ -67,8 +72,9 @@ from ..tiles import (
     sm90_tiles,
     sum_defines,
 )
-from . import Backend, Maps, host_copy_back
-from .tensor_map import Box, can_be_mapped, encode_tensor_map, forward_sm90_launch, panel_columns
+from . import NO_TABLES, NOTHING_LENT, Backend, Lent, Maps, ScoreTables, host_copy_back
+from .device_work import DeviceFacts, Placed, Plan, PlannedArray, Work, doing, work
+from .tensor_map import Box, can_be_mapped, forward_sm90_launch, panel_columns
 
 WORKSPACE_BYTES = 256 << 20
 """Most that the fused keys of one launch take; longer calls go through (head, block) pairs in several launches."""
@@ -84,13 +90,82 @@ class CupyBackend(Backend):
     name: ClassVar[str] = "cupy"
     kinds: ClassVar[frozenset[Kind]] = frozenset({"cupy", "numba", "numpy"})
     builds_subspace: ClassVar[bool] = True
+    kinds_of_grouped_keys: ClassVar[frozenset[Kind]] = frozenset({"cupy"})
 
     def attention(
-        self, problem: Problem, q: Any, k: Any, v: Any, out: Any, mask: Any = None, bias: Any = None
+        self,
+        problem: Problem,
+        q: Any,
+        k: Any,
+        v: Any,
+        out: Any,
+        tables: ScoreTables = NO_TABLES,
+        lent: Lent = NOTHING_LENT,
     ) -> tuple[Any, Any, Maps]:
         """Compute one call on the device that holds ``q`` (the current one for NumPy arrays)."""
-        with _device_of(q):
-            return super().attention(problem, q, k, v, out, mask, bias)
+        with ExitStack() as stack:
+            if kind_of(q) == "cupy":
+                stack.enter_context(q.device)
+            stack.enter_context(on_stream(lent.stream))
+            if lent.workspace is not None:
+                needed = self.workspace_bytes(problem, q, k, v, out, tables, lent)
+                checks.check_workspace_size(lent.workspace, needed)
+                stack.enter_context(doing(_in_workspace(lent.workspace)))
+            return super().attention(problem, q, k, v, out, tables, lent)
+
+    def workspace_bytes(
+        self,
+        problem: Problem | RaggedProblem,
+        q: Any,
+        k: Any,
+        v: Any,
+        out: Any,
+        tables: ScoreTables = NO_TABLES,
+        lent: Lent = NOTHING_LENT,
+    ) -> int:
+        self.refuse(problem, q)
+        assert isinstance(problem, Problem)
+        if isinstance(k, GroupedKeys):
+            raise NotImplementedError(f"workspace: is not built for GroupedKeys yet, got {k}")
+        with q.device if kind_of(q) == "cupy" else nullcontext():
+            device = replace(work().device, capability=capability(), runs_sm90a=hopper_is_usable())
+        batch, heads, queries = problem.batch, problem.heads, problem.queries
+        O = Placed.contiguous((batch, heads, queries, problem.value_width), problem.dtype, problem.layout)
+        lse = Placed.contiguous((batch, heads, queries), np.dtype(np.float32))
+        keeps_lse = lent.lse is not None or lent.wants_lse
+        placed = tables.map(lambda table: Placed.of(table, "bhnd"))
+        return _planned_bytes(
+            problem,
+            device,
+            *(Placed.of(x, problem.layout) for x in (q, k, v)),
+            O if out is None else Placed.of(out, problem.layout),
+            lse if keeps_lse else None,
+            placed.mask,
+            placed.bias,
+        )
+
+    def plan(
+        self,
+        problem: Problem,
+        device: DeviceFacts,
+        Q: Any,
+        K: Any,
+        V: Any,
+        O: Any,
+        lse: Any = None,
+        mask: Any = None,
+        bias: Any = None,
+    ) -> Plan:
+        """Return what a call with these planned arrays, in native order, would do on ``device``.
+
+        Without ``lse`` it takes a place in the workspace.
+        """
+        plan = Plan(device)
+        with doing(plan):
+            if lse is None:
+                lse = self.empty_lse((problem.batch, problem.heads, problem.queries), Q, is_kept=False)
+            self.compute(problem, Q, K, V, O, lse, ScoreTables(mask, bias))
+        return plan
 
     # ---- arrays ----
 
@@ -104,11 +179,11 @@ class CupyBackend(Backend):
     def empty(self, shape: tuple[int, int, int, int], like: Any, layout: Layout) -> Any:
         b, h, n, d = shape
         if layout == "bnhd":
-            return cupy.empty((b, n, h, d), like.dtype).transpose(0, 2, 1, 3)
-        return cupy.empty(shape, like.dtype)
+            return work().new((b, n, h, d), like.dtype).transpose(0, 2, 1, 3)
+        return work().new(shape, like.dtype)
 
-    def empty_lse(self, shape: tuple[int, int, int], like: Any) -> Any:  # noqa: ARG002  the current device is like's
-        return cupy.empty(shape, np.float32)
+    def empty_lse(self, shape: tuple[int, int, int], like: Any, *, is_kept: bool = True) -> Any:  # noqa: ARG002
+        return work().new(shape, np.float32) if is_kept else _empty(shape, np.float32)
 
     def hand_back(self, array: Any, layout: Layout | None, *, like: Any, out: Any) -> Any:
         if kind_of(like) == "numpy":
@@ -127,7 +202,7 @@ class CupyBackend(Backend):
     def hash_channels(self, x: Any, planes: Any, block_size: int) -> Any:
         """Return the words (B, H, C, D) uint16 of eq. 5 for x (B, H, rows, D) and planes (L, 16) float32."""
         batch, heads, rows, width = x.shape
-        words = cupy.empty((batch, heads, ceil_div(rows, block_size), width), np.uint16)
+        words = _empty((batch, heads, ceil_div(rows, block_size), width), np.uint16)
         defines = hash_defines(_element(x), _vector(x))
         _launch(
             "hash_channels",
@@ -141,7 +216,7 @@ class CupyBackend(Backend):
 
     def group_channels(self, words: Any) -> Any:
         """Return the channels (B, H, C, D) int32 in the order of eq. 7."""
-        channels = cupy.empty(words.shape, np.int32)
+        channels = _empty(words.shape, np.int32)
         _launch("group_channels", {}, words.size // words.shape[3], 256, words, channels, words.shape[3])
         return channels
 
@@ -159,13 +234,13 @@ class CupyBackend(Backend):
     def _lsh_maps(self, problem: Problem, grouping: Grouping, Q: Any, K: Any) -> GroupMaps:
         X, Y = (Q, K) if grouping.by == "queries" else (K, Q)
         block_size = min(grouping.block_size, problem.grouped_rows)
-        planes = _planes(grouping.seed, block_size, X.device.id)
+        planes = _planes(grouping.seed, block_size)
         channels = self.group_channels(self.hash_channels(X, planes, block_size))
         if grouping.fusion == "sum":
             return GroupMaps(channels, None)
         segments = _segments_that_meet(problem, Y.shape[2])
         norms = _channel_sums(Y, segments, power=2)
-        gains = cupy.empty(channels.shape, np.float32)
+        gains = _empty(channels.shape, np.float32)
         rows, width = X.shape[2:]
         _launch(
             "fusion_gains",
@@ -200,19 +275,18 @@ class CupyBackend(Backend):
         room = {"per_processor": 1, "row_tile": GRAM_SM90_ROW_TILE} if on_hopper else {}
         parts = segments.split(count, **room)
         shape = (batch, heads // heads_per_gram, parts.count, pad(width), pad(width))
-        sums = cupy.empty(shape, _sum_type(X.dtype))
+        sums = _empty(shape, _sum_type(X.dtype))
         sizes = (heads // heads_per_gram, heads_per_gram, parts.count, min(parts.rows, _NO_LIMIT))
         edges = (parts.shift, parts.lower, parts.upper)
         if on_hopper:
             defines = gram_sm90_defines(_element(X), width)
             box = Box(GRAM_SM90_ROW_TILE, panel_columns(width))
-            x_map = encode_tensor_map(X.data.ptr, X.shape, X.strides, X.dtype.name, box)
             _launch(
                 "gram_sm90",
                 defines,
                 count * parts.count,
                 gram_sm90_threads(width),
-                *(x_map, sums, *sizes, *edges),
+                *(work().tensor_map(X, box), sums, *sizes, *edges),
                 shared=defines["LAUNCH_SHARED_BYTES"],
             )
             return _sum_segments(sums, parts)
@@ -234,32 +308,49 @@ class CupyBackend(Backend):
         return _sum_segments(sums, parts)
 
     def _subspace_maps(self, problem: Problem, grouping: Subspace, Q: Any, K: Any) -> SubspaceMaps:
-        batch, heads, blocks = problem.batch, problem.grouped_heads, problem.blocks
+        blocks = problem.blocks
         block_size = min(grouping.block_size, problem.grouped_rows)
         by_keys = grouping.by == "keys"
         X, Y = (K, Q) if by_keys else (Q, K)
         heads_per_gram = problem.heads_per_kv_head if by_keys else 1
         meeting = _segments_that_meet(problem, Y.shape[2])
         own = _Segments(blocks, block_size, 0, 0, X.shape[2], OWN)
-        with _SecondStream() as beside:  # queries are not centred, so they do not wait for the mean
+        with work().beside() as beside:  # queries are not centred, so they do not wait for the mean
             q_grams = self.grams(Q, None, *((meeting, heads_per_gram) if by_keys else (own,)))
         mean = self.key_mean(K)
         k_grams = self.grams(K, mean, own if by_keys else meeting)
         beside.join()
         x_grams, y_grams = (k_grams, q_grams) if by_keys else (q_grams, k_grams)
 
-        columns, width = problem.rank, problem.width
-        real = _sum_type(Q.dtype)
-        narrow_type = Q.dtype if uses_tensor_cores(problem, capability()) else None
-        element = _element(Q) if narrow_type else ELEMENTS[real.__name__]
-        defines = maps_defines(element, width, columns, _shared_memory_limit(Q.device.id))
-        shape = (batch, heads, blocks, pad(columns), pad(width))
-        sampling, fusion = (cupy.empty(shape, real) for _ in range(2))
-        narrow = (
-            _DenseMaps(cupy.empty(shape, narrow_type), cupy.empty(shape, narrow_type), mean) if narrow_type else None
+        rows = _MapRows(
+            X.shape[2], block_size, Y.shape[2], heads_per_gram, meeting.direction, problem.meeting_offset or 0
         )
-        ranks = cupy.empty((batch, heads, blocks), np.int32)
-        score_errors = cupy.empty(ranks.shape, real)
+        narrows = uses_tensor_cores(problem, capability())
+        return self.solve_maps(x_grams, y_grams, grouping, rows, mean, X, scale=problem.scale, narrows=narrows)
+
+    def solve_maps(
+        self,
+        x_grams: Any,
+        y_grams: Any,
+        grouping: Subspace,
+        rows: _MapRows,
+        mean: Any,
+        like: Any,
+        *,
+        scale: float,
+        narrows: bool,
+    ) -> _OwnSubspaceMaps:
+        """Return the maps of the blocks of ``like`` from Gram matrices of `grams`; ``narrows``: in 16 bits too."""
+        width, real = like.shape[3], _sum_type(like.dtype)
+        columns = grouping.rank or width
+        narrow_type = like.dtype if narrows else None
+        element = _element(like) if narrow_type else ELEMENTS[real.__name__]
+        defines = maps_defines(element, width, columns, work().device.shared_limit)
+        shape = (*x_grams.shape[:3], pad(columns), pad(width))
+        sampling, fusion = (_empty(shape, real) for _ in range(2))
+        narrow = _DenseMaps(_empty(shape, narrow_type), _empty(shape, narrow_type), mean) if narrow_type else None
+        ranks = _empty(shape[:3], np.int32)
+        score_errors = _empty(ranks.shape, real)
         workspace_size = 0 if defines["IN_SHARED"] else ranks.size * pad(columns) * maps_pitch(width, columns)
         _launch(
             "subspace_maps",
@@ -268,10 +359,10 @@ class CupyBackend(Backend):
             None,
             *(x_grams, y_grams, sampling, fusion),
             *((narrow.sampling, narrow.fusion) if narrow else (_NULL, _NULL)),
-            *(ranks, score_errors, cupy.empty(workspace_size, real)),
+            *(ranks, score_errors, _empty((workspace_size,), real)),
             *(grouping.refine, real(-1 if grouping.score_tol is None else grouping.score_tol)),
-            *(real(problem.scale), heads, y_grams.shape[1], blocks, X.shape[2], block_size),
-            *(Y.shape[2], heads_per_gram, _SIGNS[meeting.direction], problem.meeting_offset or 0),
+            *(real(scale), shape[1], y_grams.shape[1], shape[2], rows.x_rows, rows.block_size),
+            *(rows.y_rows, rows.heads_per_gram, _SIGNS[rows.direction], rows.offset),
             shared=defines["LAUNCH_SHARED_BYTES"],
         )
         sampling, fusion = (x[..., :columns, :width].swapaxes(-1, -2) for x in (sampling, fusion))
@@ -288,16 +379,26 @@ class CupyBackend(Backend):
         O: Any,
         lse: Any,
         maps: Maps,
-        mask: Any = None,  # noqa: ARG002
-        bias: Any = None,  # noqa: ARG002
+        tables: ScoreTables = NO_TABLES,
     ) -> None:
+        from . import cupy_decode  # which launches through this module
+
+        if isinstance(K, GroupedKeys):
+            from .cupy_grouped_keys import CupyGroupedKeys  # which needs CuPy, as plans do not
+
+            assert isinstance(K, CupyGroupedKeys)
+            K.attend(problem, Q, V, O, lse, tables)
+            return
+        if cupy_decode.suits_plain_keys(problem, tables):
+            cupy_decode.decode(problem, Q, K, V, O, lse)
+            return
         on_tensor_cores = uses_tensor_cores(problem, capability())
         ready: GroupMaps | _DenseMaps | None = None
         if isinstance(maps, GroupMaps):
             ready = GroupMaps(_contiguous(maps.channels), None if maps.gains is None else _contiguous(maps.gains))
         elif isinstance(maps, SubspaceMaps):
             ready = _DenseMaps.narrowed(maps, K) if on_tensor_cores else _DenseMaps.widened(maps, K)
-        forward = _Forward(problem, Q, K, V, O, lse, ready)
+        forward = _Forward(problem, Q, K, V, O, lse, ready, tables)
         if on_tensor_cores:
             forward.on_tensor_cores()
         else:
@@ -321,40 +422,12 @@ def _copy_engine_reads(x: Any) -> bool:
 
 def hopper_is_usable() -> bool:
     """Whether the current device runs sm_90a code and NVRTC, from 12.9 on, accepts that target beside CuPy's own."""
-    return capability() == 90 and cupy.cuda.nvrtc.getVersion() >= (12, 9)
+    return work().device.runs_sm90a
 
 
 def capability() -> int:
     """Return the compute capability of the current device: 90 for an H100."""
-    return int(cupy.cuda.Device().compute_capability)
-
-
-class _SecondStream:
-    """Launches within it need not wait for later ones of the current stream, which waits for them at `join`.
-
-    Threads and streams have one each, and so their own part of CuPy's memory pool: what is freed there is used again
-    only by a later call, behind what this one does with it.
-    """
-
-    _streams = threading.local()
-
-    def __init__(self) -> None:
-        self._main = cupy.cuda.get_current_stream()
-        streams = self._streams.__dict__
-        key = f"{cupy.cuda.Device().id}:{self._main.ptr}"
-        self._stream = streams.get(key) or streams.setdefault(key, cupy.cuda.Stream(non_blocking=True))
-
-    def __enter__(self) -> _SecondStream:
-        self._stream.wait_event(self._main.record())
-        self._stream.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stream.__exit__(*error)
-
-    def join(self) -> None:
-        """Let what follows on the current stream wait for what was launched within."""
-        self._main.wait_event(self._stream.record())
+    return work().device.capability
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,7 +464,7 @@ def _equal_segments(rows: int, sums: int, per_processor: int = 2, row_tile: int 
 
     ``sums`` says how many such sums a launch makes, ``per_processor`` how many thread blocks a multiprocessor runs.
     """
-    wanted = max(per_processor * _multiprocessors(cupy.cuda.Device().id) // max(sums, 1), 1)
+    wanted = max(per_processor * work().device.multiprocessors // max(sums, 1), 1)
     size = max(ceil_div(ceil_div(rows, wanted), row_tile) * row_tile, _LEAST_SEGMENT_ROWS)
     return _Segments(ceil_div(rows, size), size, 0, 0, rows, ALL)
 
@@ -422,7 +495,7 @@ _SIGNS = {ALL: 0, UP_TO: 1, FROM: -1}
 def _channel_sums(Y: Any, segments: _Segments, power: int) -> Any:
     """Return sums of powers of Y's channels by segments, (B, H_y, S, D)."""
     batch, heads, rows, width = Y.shape
-    sums = cupy.empty((batch, heads, segments.count, width), _sum_type(Y.dtype))
+    sums = _empty((batch, heads, segments.count, width), _sum_type(Y.dtype))
     _launch(
         "channel_norms",
         norms_defines(_element(Y), _vector(Y), power),
@@ -443,7 +516,7 @@ def _sum_segments(sums: Any, segments: _Segments, factor: float = 1, element: in
         return sums
     batch, heads = sums.shape[:2]
     width = math.prod(sums.shape[3:])
-    out = cupy.empty((batch, heads, blocks, *sums.shape[3:]), sums.dtype)
+    out = _empty((batch, heads, blocks, *sums.shape[3:]), sums.dtype)
     defines = sum_defines(element or _element(sums), segments.direction, to_element=element is not None)
     _launch(
         "sum_segments",
@@ -478,24 +551,36 @@ class _DenseMaps:
     @classmethod
     def widened(cls, maps: SubspaceMaps, K: Any) -> _DenseMaps:
         """Return ``maps`` for CUDA cores."""
+        real = _sum_type(K.dtype)
+        if isinstance(maps, _OwnSubspaceMaps):
+            sampling, fusion = (cls._packed(x, real, *x.shape[:-3:-1]) for x in (maps.sampling, maps.fusion))
+            return cls(sampling, fusion, maps.key_mean)
         transposed = (cupy.asarray(x).swapaxes(-1, -2) for x in (maps.sampling, maps.fusion))
-        return cls(*(_contiguous(x).astype(_sum_type(K.dtype), copy=False) for x in (*transposed, maps.key_mean)))
+        return cls(*(_contiguous(x).astype(real, copy=False) for x in (*transposed, maps.key_mean)))
+
+    @classmethod
+    def _narrow(cls, maps: Any, like: Any) -> Any:
+        width, rank = maps.shape[3:]
+        return cls._packed(cupy.asarray(maps).astype(np.float32, copy=False), like.dtype, pad(rank), pad(width))
 
     @staticmethod
-    def _narrow(maps: Any, like: Any) -> Any:
+    def _packed(maps: Any, dtype: Any, rows: int, columns: int) -> Any:
+        """Return maps (B, H, C, D, R) as contiguous (B, H, C, rows, columns) of ``dtype``, zero beyond R and D."""
         *blocks, width, rank = maps.shape
-        flat = cupy.asarray(maps).astype(np.float32, copy=False).reshape(-1, width, rank)
-        narrow = cupy.empty((*blocks, pad(rank), pad(width)), like.dtype)
-        defines = narrow_defines(_element(like))
+        if maps.dtype == dtype and maps.swapaxes(-1, -2).flags.c_contiguous and (rows, columns) == (rank, width):
+            return maps.swapaxes(-1, -2)
+        flat = maps.reshape(-1, width, rank)
+        packed = _empty((*blocks, rows, columns), dtype)
+        defines = narrow_defines(_element(packed))
         _launch(
             "narrow_maps",
             defines,
-            len(flat) * ceil_div(pad(rank) * pad(width), defines["THREADS"]),
+            len(flat) * ceil_div(rows * columns, defines["THREADS"]),
             None,
-            *(flat, narrow, width, rank, pad(rank), pad(width)),
+            *(flat, packed, width, rank, rows, columns),
             *_strides(flat),
         )
-        return narrow
+        return packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -503,6 +588,21 @@ class _OwnSubspaceMaps(SubspaceMaps):
     """Maps that were made here, with what subspace_maps.cu wrote for tensor cores at once."""
 
     narrow: _DenseMaps | None
+
+
+@dataclass(frozen=True, slots=True)
+class _MapRows:
+    """How many rows maps are made for, as subspace_maps.cu takes it."""
+
+    x_rows: int
+    """Of a head of the side that is cut into blocks."""
+    block_size: int
+    y_rows: int
+    """Of a head of the other side."""
+    heads_per_gram: int
+    direction: int
+    """Which of them meet a block, as in sum_segments.cu."""
+    offset: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -516,6 +616,28 @@ class _Forward:
     O: Any
     lse: Any
     maps: GroupMaps | _DenseMaps | None
+    tables: ScoreTables
+
+    @property
+    def key_limits(self) -> tuple[int | None, int | None]:
+        """Those of the problem that hide a key from a query, and any causal one, which says what own blocks are."""
+        low, high = self.problem.key_limits
+        if low is not None and low <= 1 - self.problem.queries:
+            low = None
+        if self.problem.causal_offset is None and high is not None and high >= self.problem.keys - 1:
+            high = None
+        return low, high
+
+    @property
+    def switches(self) -> ScoreSwitches:
+        """What the portable forwards are built with."""
+        bias = self.tables.bias
+        return ScoreSwitches(
+            window=self.key_limits[0] is not None,
+            softcap=self.problem.softcap > 0,
+            bias=0 if bias is None else 1 if bias.dtype == self.problem.dtype else 2,
+            mask=self.tables.mask is not None,
+        )
 
     @property
     def by(self) -> str | None:
@@ -566,8 +688,15 @@ class _Forward:
             self.block_size if by_queries else problem.queries,
             self.block_size if by_keys else max(problem.keys, 1),
             first_item,
-            problem.causal_offset or 0,
+            self.key_limits[1] or 0,
         )
+
+    def option_arguments(self) -> tuple[Any, ...]:
+        """Return window_offset to bias of the portable forwards' arguments."""
+        # tanh(x) is x where it is this small, and quotients do not leave the range of float32
+        softcap = min(self.problem.softcap, 2.0**60)
+        tables = (_table(table, self.problem) for table in (self.tables.mask, self.tables.bias))
+        return (self.key_limits[0] or 0, _sum_type(self.problem.dtype)(softcap), *tables)
 
     @property
     def folds_reference(self) -> bool:
@@ -591,14 +720,19 @@ class _Forward:
             for first, count, K in self._fused_keys(on_hopper=False):
                 self._launch_simt(Q, K, first, count)
         else:
-            room = cupy.empty((*self.Q.shape[:3], pad(self.rank)), maps.fusion.dtype)
+            room = _empty((*self.Q.shape[:3], pad(self.rank)), maps.fusion.dtype)
             self._launch_simt(room, self._sample(self.K), 0, heads)
-        self._add_mean_scores(maps.mean)
+        if not self.switches.changes_scores:  # otherwise the forward did
+            self._add_mean_scores(maps.mean, self.lse)
 
     def on_tensor_cores(self) -> None:
         """Launch forward_sm90.cu or forward_mma.cu; for blocks over queries in turns with the fusion of their keys."""
         heads = self.problem.batch * self.problem.heads
         on_hopper, is_dense = self._runs_on_hopper(), self.dense_maps is not None
+        changes_scores, mean_scores = self.switches.changes_scores, _NULL
+        if self.dense_maps is not None and changes_scores:
+            mean_scores = _empty(self.lse.shape, np.float32)
+            self._add_mean_scores(self.dense_maps.mean, mean_scores, is_new=True)
         if self.by == "queries":
             is_sampled = on_hopper or is_dense
             Q = self._sample(self.Q) if is_sampled else self.Q
@@ -606,31 +740,35 @@ class _Forward:
                 if on_hopper:
                     self._launch_sm90(Q, K[None], first, count)
                 else:
-                    self._launch_mma(Q, K, NO_MAP if is_sampled else SAMPLE, first, count)
+                    self._launch_mma(Q, K, NO_MAP if is_sampled else SAMPLE, first, count, mean_scores)
         elif self.by == "keys":
             K = self._sample(self.K, with_ones=on_hopper and self.folds_reference)
             if on_hopper:
                 self._launch_sm90(self.Q, K, 0, heads)
             else:
-                self._launch_mma(self.Q, K, DENSE if is_dense else FUSE, 0, heads)
+                self._launch_mma(self.Q, K, DENSE if is_dense else FUSE, 0, heads, mean_scores)
         elif on_hopper:
             self._launch_sm90(self.Q, self.K, 0, heads)
         else:
-            self._launch_mma(self.Q, self.K, NO_MAP, 0, heads)
+            self._launch_mma(self.Q, self.K, NO_MAP, 0, heads, mean_scores)
         # where queries are mapped on Hopper or meet keys as they are, the forward knows the mean of the keys
-        adds_mean_scores = self.scores_own_blocks or (on_hopper and self.by == "keys")
+        adds_mean_scores = changes_scores or self.scores_own_blocks or (on_hopper and self.by == "keys")
         if self.dense_maps is not None and not adds_mean_scores:
-            self._add_mean_scores(self.dense_maps.mean)
+            self._add_mean_scores(self.dense_maps.mean, self.lse)
 
     def _fused_keys(self, *, on_hopper: bool) -> Iterator[tuple[int, int, Any]]:
         """Yield (first item, items, fused keys (items, M, R padded)) in turns with the launches that read them."""
         items = self.problem.batch * self.problem.heads * self.problem.blocks
         launch_items = self._items_per_launch(items, on_hopper)
-        workspace = cupy.empty((launch_items, self.problem.keys, pad(self.rank)), self._reduced_type)
+        workspace = _empty((launch_items, self.problem.keys, pad(self.rank)), self._reduced_type)
         for first in range(0, items, launch_items):
             count = min(launch_items, items - first)
             self._fuse(self.K, workspace, first, count)
             yield first, count, workspace
+
+    def sample_keys(self) -> Any:
+        """Return K W of blocks over keys."""
+        return self._sample(self.K)
 
     @property
     def _reduced_type(self) -> Any:
@@ -643,7 +781,7 @@ class _Forward:
         fitting = max(1, WORKSPACE_BYTES // max(item_bytes, 1))
         if fitting >= items:
             return items
-        blocks_at_once = _multiprocessors(cupy.cuda.Device().id) * (1 if on_hopper else 2)
+        blocks_at_once = work().device.multiprocessors * (1 if on_hopper else 2)
         blocks_per_item = ceil_div(self.block_size, 128)
         waves = fitting * blocks_per_item // blocks_at_once
         return max(1, waves * blocks_at_once // blocks_per_item) if waves else fitting
@@ -653,6 +791,8 @@ class _Forward:
         read_by_copies = (self.V,) if self.by == "queries" else (self.Q, self.K, self.V)
         return (
             hopper_is_usable()
+            and self.switches == NO_SWITCHES
+            and (self.key_limits[1] is None or self.problem.causal_offset is not None)
             and (self.by != "keys" or self._maps_queries_on_hopper())
             and self.problem.keys > 0
             and pad(self.rank) in SM90_WIDTHS
@@ -672,7 +812,7 @@ class _Forward:
     def _launch_sm90(self, Q: Any, K: Any, first_item: int, items: int) -> None:
         """Launch forward_sm90.cu; K is (B, H_kv, M, R), or (1, items of this launch, M, R) where fused for items."""
         problem = self.problem
-        rank, dtype = K.shape[3], problem.dtype.name
+        rank = K.shape[3]
         sizes = self.sizes(first_item)
         # the queries of blocks over keys come as they are, and the kernel maps them for each block
         by_keys = self.dense_maps if self.by == "keys" else None
@@ -704,7 +844,7 @@ class _Forward:
             shown.append((by_keys.fusion.reshape(batch, kv_heads, blocks * rank, problem.width), launch.z_box))
         if launch.own_box:
             shown.append((self.K, launch.own_box))
-        maps = [encode_tensor_map(x.data.ptr, x.shape, x.strides, dtype, box) for x, box in shown]
+        maps = [work().tensor_map(x, box) for x, box in shown]
         _launch(
             "forward_sm90",
             defines,
@@ -722,7 +862,7 @@ class _Forward:
 
         ``with_ones``, of dense maps: the last two columns are ones.
         """
-        sampled = cupy.empty((*X.shape[:3], pad(self.rank)), self._reduced_type)
+        sampled = _empty((*X.shape[:3], pad(self.rank)), self._reduced_type)
         items = X.shape[0] * X.shape[1] * self.problem.blocks
         if self.dense_maps is None:
             self._launch_fuse(X, sampled, 0, items, sample=True)
@@ -777,17 +917,20 @@ class _Forward:
             shared=defines.get("LAUNCH_SHARED_BYTES", 0),
         )
 
-    def _add_mean_scores(self, mean: Any) -> None:
-        """Give lse back what centring the keys took (eq. 12)."""
+    def _add_mean_scores(self, mean: Any, sums: Any, *, is_new: bool = False) -> None:
+        """Add what centring the keys took from the scores of a query to sums (B, H, N) float32 (eq. 12).
+
+        ``is_new``: nothing is in them yet.
+        """
         problem = self.problem
-        defines = mean_scores_defines(_element(self.Q), problem.width, _vector(self.Q))
+        defines = mean_scores_defines(_element(self.Q), problem.width, _vector(self.Q), adds=not is_new)
         rows = defines["THREADS"] // defines["LANES"]
         _launch(
             "add_mean_scores",
             defines,
             problem.batch * problem.heads * ceil_div(problem.queries, rows),
             None,
-            *(self.Q, mean, self.lse, problem.heads, problem.kv_heads, problem.queries, problem.width),
+            *(self.Q, mean, sums, problem.heads, problem.kv_heads, problem.queries, problem.width),
             _sum_type(problem.dtype)(problem.scale),
             *_strides(self.Q),
         )
@@ -830,7 +973,8 @@ class _Forward:
             with_gains=self.gains is not None,
             dense=maps is not None,
             own_block=self.scores_own_blocks,
-            causal=problem.causal_offset is not None,
+            causal=self.key_limits[1] is not None,
+            switches=self.switches,
         )
         sizes = self.sizes(first_item)
         _launch(
@@ -844,16 +988,25 @@ class _Forward:
             *sizes,
             _sum_type(problem.dtype)(problem.scale),
             *(stride for x in (self.Q, self.K, self.V, self.O) for stride in _strides(x)),
+            *self.option_arguments(),
         )
 
-    def _launch_mma(self, Q: Any, K: Any, query_map: int, first_item: int, items: int) -> None:
+    def _launch_mma(self, Q: Any, K: Any, query_map: int, first_item: int, items: int, mean_scores: Any) -> None:
         """Launch forward_mma.cu; without a query map, Q is as wide as what stands for the keys."""
         problem = self.problem
-        limit = _shared_memory_limit(cupy.cuda.Device().id)
+        limit = work().device.shared_limit
         width = Q.shape[3]
         rank = width if query_map == NO_MAP else self.rank
         own_block = self.scores_own_blocks
-        tiles = mma_tiles(width, rank, problem.value_width, query_map, limit, own_block=own_block)
+        tiles = mma_tiles(
+            width,
+            rank,
+            problem.value_width,
+            query_map,
+            limit,
+            own_block=own_block,
+            changes_scores=self.switches.changes_scores,
+        )
         user_arrays = (Q, self.V, self.O) if self.by and not own_block else (Q, self.K, self.V, self.O)
         defines = mma_defines(
             tiles,
@@ -865,8 +1018,10 @@ class _Forward:
             group_size=self.group_size,
             with_gains=self.gains is not None,
             keys_per_item=self.by == "queries",
-            causal=problem.causal_offset is not None,
+            causal=self.key_limits[1] is not None,
             own_block=own_block,
+            switches=self.switches,
+            centred=self.dense_maps is not None,
             aligned=all(_vector(x) == 8 for x in user_arrays),
         )
         sizes = self.sizes(first_item)
@@ -881,6 +1036,8 @@ class _Forward:
             np.float32(problem.scale * math.log2(math.e)),
             # K's strides mean nothing where it is a workspace
             *(stride for x in (Q, K if K.ndim == 4 else self.K, self.K, self.V, self.O) for stride in _strides(x)),
+            *self.option_arguments(),
+            mean_scores,
             shared=defines["LAUNCH_SHARED_BYTES"],
         )
 
@@ -898,28 +1055,9 @@ class _Forward:
 _NULL = np.uint64(0)
 
 
-@cache
-def _multiprocessors(device: int) -> int:
-    """Return how many thread blocks the device can at least run side by side."""
-    count: int = cupy.cuda.Device(device).attributes["MultiProcessorCount"]
-    return count
-
-
 def _thread_blocks() -> int:
     """Return how many thread blocks keep the current device busy with reading memory: two a multiprocessor."""
-    return 2 * _multiprocessors(cupy.cuda.Device().id)
-
-
-@cache
-def _shared_memory_limit(device: int) -> int:
-    """Return the most bytes of shared memory that a block of the device can ask for."""
-    limit: int = cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"]
-    return limit
-
-
-def _device_of(array: Any) -> AbstractContextManager[Any]:
-    device: AbstractContextManager[Any] = array.device if kind_of(array) == "cupy" else cupy.cuda.Device()
-    return device
+    return 2 * work().device.multiprocessors
 
 
 def _sum_type(dtype: Any) -> Any:
@@ -928,12 +1066,23 @@ def _sum_type(dtype: Any) -> Any:
 
 
 def _contiguous(array: Any) -> Any:
-    return cupy.ascontiguousarray(cupy.asarray(array))
+    """Return maps, which a caller of `attend` may have made, as the kernels read them."""
+    return array if isinstance(array, PlannedArray) else cupy.ascontiguousarray(cupy.asarray(array))
 
 
 def _strides(array: Any) -> tuple[np.int64, ...]:
     """Return the strides of the first three axes in elements, as the 64-bit integers that the kernels take."""
     return tuple(np.int64(stride // array.itemsize) for stride in array.strides[:3])
+
+
+def _table(array: Any | None, problem: Problem) -> np.ndarray:
+    """Return what broadcasts to (B, H, N, M) as a Table of score_options.cuh: one element of five 64-bit numbers."""
+    shape = (problem.batch, problem.heads, problem.queries, problem.keys)
+    numbers = [0] * 5
+    if array is not None:
+        steps = [stride if size > 1 else 0 for stride, size in zip(array.strides, array.shape, strict=True)]
+        numbers = [array.data.ptr, *[0] * (len(shape) - len(steps)), *(step // array.itemsize for step in steps)]
+    return np.array(numbers, np.int64).view("V40")
 
 
 def _vector(array: Any) -> int:
@@ -952,57 +1101,32 @@ def _element_of_type(dtype: Any) -> int:
     return ELEMENTS[dtype.name]
 
 
-@lru_cache(maxsize=64)
-def _planes(seed: int, block_size: int, device: int) -> Any:
-    """Return the hyperplanes on one device; kept, because drawing them takes longer than hashing with them."""
-    with cupy.cuda.Device(device):
-        return cupy.asarray(hyperplanes(seed, block_size))
+def _planes(seed: int, block_size: int) -> Any:
+    """Return the hyperplanes of one block, drawn once: that takes longer than hashing with them.
 
-
-# ---- kernels ----
-
-
-def kernel_source(stem: str) -> str:
-    """Return the text of a kernel with our headers spliced in.
-
-    CuPy's cache on disk is keyed by the source text and does not read headers found through -I: with the headers inside
-    the text, an edit of one can never meet a stale binary.
+    A draw of fewer rows is the start of a draw of more, so blocks of similar sizes share one.
     """
-    spliced: set[str] = set()
-
-    def splice(name: str) -> str:
-        if name in spliced:  # what #pragma once does for files
-            return ""
-        spliced.add(name)
-        text = resources.files("distrattn_np.raw_kernels").joinpath(name).read_text(encoding="utf-8")
-        text = text.replace("#pragma once\n", "")
-        return re.sub(r'^#include "([\w.]+)".*$', lambda match: splice(match[1]), text, flags=re.MULTILINE)
-
-    return splice(f"{stem}.cu")
+    rows = max(1024, 1 << (block_size - 1).bit_length())
+    planes = work().constant(("hyperplanes", seed, rows), lambda: hyperplanes(seed, rows))
+    return planes[:block_size]
 
 
-_build_lock = threading.Lock()
-_kernels: dict[Any, Any] = {}
+def _empty(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Return memory for the length of a call. All of it is taken here, so that a workspace can hold it."""
+    return work().empty(shape, dtype)
 
 
-def _kernel(stem: str, defines: Defines, shared: int) -> Any:
-    """Return one kernel that may use ``shared`` bytes, built for the current device on first use."""
-    key = (stem, *defines.items(), shared, cupy.cuda.Device().id)
-    kernel = _kernels.get(key)
-    if kernel is None:
-        with _build_lock:  # two threads that build one RawKernel race
-            kernel = _kernels.get(key) or _kernels.setdefault(key, _build(stem, defines, shared))
-    return kernel
+def _in_workspace(workspace: Any) -> Work:
+    from .cupy_device import WorkspaceWork
+
+    return WorkspaceWork(cupy.asarray(workspace))
 
 
-def _build(stem: str, defines: Defines, shared: int) -> Any:
-    options = ["--std=c++17", *(f"-D{name}={value}" for name, value in defines.items())]
-    if stem.endswith("_sm90"):
-        options.append("-arch=sm_90a")  # CuPy adds -arch=sm_90; NVRTC takes the more specific of the two
-    kernel = cupy.RawModule(code=kernel_source(stem), options=tuple(options)).get_function(stem)
-    if shared > 48 << 10:
-        kernel.max_dynamic_shared_size_bytes = shared
-    return kernel
+@lru_cache(maxsize=256)
+def _planned_bytes(problem: Problem, device: DeviceFacts, *arrays: Placed | None) -> int:
+    """Return what a call takes of a workspace; ``arrays`` as in `CupyBackend.plan`."""
+    planned = (None if x is None else x.planned(place) for place, x in enumerate(arrays))
+    return BACKEND.plan(problem, device, *planned).memory.bytes
 
 
 def _launch(stem: str, defines: Defines, blocks: int, threads: int | None, *arguments: Any, shared: int = 0) -> None:
@@ -1013,7 +1137,7 @@ def _launch(stem: str, defines: Defines, blocks: int, threads: int | None, *argu
     if blocks == 0:
         return
     typed = tuple(np.int32(x) if isinstance(x, int) else x for x in arguments)
-    _kernel(stem, defines, shared)((blocks,), (threads or defines["THREADS"],), typed, shared_mem=shared)
+    work().launch(stem, defines, blocks, threads or defines["THREADS"], typed, shared)
 
 
 BACKEND = CupyBackend()

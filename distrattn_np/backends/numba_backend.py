@@ -18,7 +18,7 @@ import numpy as np
 from numba import cuda
 from numba.cuda.cudadrv import devicearray
 
-from ..arrays import describe, kind_of
+from ..arrays import StreamHandle, describe, kind_of, on_stream
 from ..numba_kernels.channel_norms import make_channel_norms
 from ..numba_kernels.forward import choose_tiles, make_forward
 from ..numba_kernels.fusion_gains import make_fusion_gains
@@ -30,10 +30,11 @@ from ..numba_kernels.merge_results import make_merge_results
 from ..numba_kernels.reduce_rows import make_reduce_rows
 from ..numba_kernels.subspace_maps import SQUARE_BUFFERS, WIDE_BUFFERS, make_subspace_maps
 from ..numba_kernels.sum_segments import make_sum_segments
-from ..problem import Grouping, GroupMaps, Layout, Problem, Subspace, SubspaceMaps, block_edges, ceil_div
+from ..problem import Grouping, GroupMaps, Layout, Problem, RaggedProblem, Subspace, SubspaceMaps, block_edges, ceil_div
 from ..reference import hyperplanes, keys_of_mean
 from ..reference.distr_attention import rows_that_meet
-from . import Backend, Maps, host_copy_back
+from ..tiles import ScoreSwitches
+from . import NO_TABLES, NOTHING_LENT, Backend, Lent, Maps, ScoreTables, host_copy_back
 
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 """Whether kernels run in Numba's simulator, where a CUDA thread is an operating-system thread: few threads then."""
@@ -89,14 +90,28 @@ class NumbaBackend(Backend):
     builds_subspace: ClassVar[bool] = True
 
     def attention(
-        self, problem: Problem, q: Any, k: Any, v: Any, out: Any, mask: Any = None, bias: Any = None
+        self,
+        problem: Problem,
+        q: Any,
+        k: Any,
+        v: Any,
+        out: Any,
+        tables: ScoreTables = NO_TABLES,
+        lent: Lent = NOTHING_LENT,
     ) -> tuple[Any, Any, Maps]:
         """Compute one checked call on the device of its arrays."""
         if problem.dtype not in (np.float16, np.float32, np.float64):
             rule = "the numba backend takes float16, float32 and float64"
             raise NotImplementedError(f"q: {rule}, got {describe(q)}")
-        with _on_device_of(q):
-            return super().attention(problem, q, k, v, out, mask, bias)
+        if lent.workspace is not None:
+            self.workspace_bytes(problem, q)
+        with _on_device_of(q), on_stream(lent.stream if kind_of(q) == "cupy" else None):
+            return super().attention(problem, _bound(q, lent.stream), k, v, out, tables, lent)
+
+    def workspace_bytes(self, problem: Problem | RaggedProblem, q: Any, *_others: Any) -> int:
+        """Refuse: the kernels' memory is allocated where it is needed."""
+        self.refuse(problem, q)
+        raise NotImplementedError(f"workspace: is not built for the numba backend yet, got q: {describe(q)}")
 
     def group_maps(self, problem: Problem, Q: Any, K: Any) -> Maps:
         """Return the maps of every block as native arrays; all floats have the type of the sums."""
@@ -255,14 +270,22 @@ class NumbaBackend(Backend):
         O: Any,
         lse: Any,
         maps: Maps,
-        mask: Any = None,  # noqa: ARG002
-        bias: Any = None,  # noqa: ARG002
+        tables: ScoreTables = NO_TABLES,
     ) -> None:
         """Write attention into O and its log-sum-exp into lse."""
         grouping = problem.grouping
         accumulator = _accumulator(problem.dtype)
         # the keys of an own block are met in their full width
         inner_width = problem.width if problem.own_block_is_exact else problem.rank
+        low, high = problem.key_limits
+        switches = ScoreSwitches(
+            window=low is not None,
+            softcap=problem.softcap > 0,
+            bias=0 if tables.bias is None else 1,
+            mask=tables.mask is not None,
+        )
+        shape = (problem.batch, problem.heads, problem.queries, problem.keys)
+        tables = tables.map(lambda table: _broadcast(table, shape))
         tiles = choose_tiles(problem.width, inner_width, problem.value_width, accumulator, SIMULATED)
         kernel = make_forward(
             accumulator,
@@ -272,7 +295,9 @@ class NumbaBackend(Backend):
             None if grouping is None else grouping.by,
             isinstance(maps, GroupMaps) and maps.gains is not None,
             isinstance(maps, SubspaceMaps),
-            problem.causal_offset is not None,
+            problem.own_block_is_exact and maps is not None,
+            high is not None,
+            switches,
             tiles,
         )
         query_block, key_block = problem.queries, max(problem.keys, 1)
@@ -294,8 +319,11 @@ class NumbaBackend(Backend):
             lse,
             query_block,
             key_block,
-            problem.causal_offset or 0,
+            low or 0,
+            high or 0,
             accumulator(problem.scale),
+            accumulator(problem.softcap),
+            *(lse if table is None else table for table in (tables.bias, tables.mask)),
         )
 
     def _map_arrays(self, problem: Problem, Q: Any, K: Any, maps: Maps, absent: Any) -> tuple[Any, ...]:
@@ -316,10 +344,12 @@ class NumbaBackend(Backend):
             case _:
                 return (absent,) * 6
 
-    def merge_results(self, out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, layout: Layout) -> tuple[Any, Any]:
+    def merge_results(
+        self, out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, layout: Layout, stream: int | None = None
+    ) -> tuple[Any, Any]:
         """Merge two results over disjoint keys and their lse, Numba arrays in ``layout`` (eq. 25)."""
         with _on_device_of(out_a):
-            O_a, O_b = (self.bring_in(x, layout) for x in (out_a, out_b))
+            O_a, O_b = (self.bring_in(x, layout) for x in (_bound(out_a, stream), out_b))
             O, lse = self.empty(tuple(O_a.shape), O_a, layout), self.empty_lse(tuple(O_a.shape[:3]), O_a)
             kernel = make_merge_results(_accumulator(O.dtype))
             _launch(kernel, ceil_div(math.prod(O.shape), THREADS.group), THREADS.group, O_a, lse_a, O_b, lse_b, O, lse)
@@ -344,7 +374,7 @@ class NumbaBackend(Backend):
         b, h, n, d = shape
         return _swap_rows_and_heads(_empty((b, n, h, d), like.dtype, like))
 
-    def empty_lse(self, shape: tuple[int, int, int], like: Any) -> Any:
+    def empty_lse(self, shape: tuple[int, int, int], like: Any, *, is_kept: bool = True) -> Any:  # noqa: ARG002
         """Return a new float32 native array."""
         return _empty(shape, np.float32, like)
 
@@ -461,6 +491,13 @@ def _on_device_of(array: Any) -> AbstractContextManager[Any]:
     return stack
 
 
+def _bound(array: Any, stream: int | None) -> Any:
+    """Return a Numba array bound to the stream, which all launches with it go to; any other array as it is."""
+    if stream is None or SIMULATED or kind_of(array) != "numba":
+        return array
+    return array.bind(cuda.external_stream(stream) if stream else 0)
+
+
 def _swap_rows_and_heads(array: Any) -> Any:
     """Return a view of a native (B, N, H, D) array as (B, H, N, D), or back."""
     order = (0, 2, 1, 3)
@@ -470,6 +507,21 @@ def _swap_rows_and_heads(array: Any) -> Any:
     return devicearray.DeviceNDArray(
         shape=tuple(array.shape[axis] for axis in order),
         strides=tuple(array.strides[axis] for axis in order),
+        dtype=array.dtype,
+        stream=array.stream,
+        gpu_data=array.gpu_data,
+    )
+
+
+def _broadcast(array: Any, shape: tuple[int, ...]) -> Any:
+    """Return a view of a native array in a shape that it broadcasts to."""
+    if SIMULATED:
+        return type(array)(np.broadcast_to(array._ary, shape), array.stream)
+    missing = len(shape) - len(array.shape)
+    steps = [step if size > 1 else 0 for size, step in zip(array.shape, array.strides, strict=True)]
+    return devicearray.DeviceNDArray(
+        shape=shape,
+        strides=(*[0] * missing, *steps),
         dtype=array.dtype,
         stream=array.stream,
         gpu_data=array.gpu_data,
@@ -494,19 +546,10 @@ def _copy_in(host: np.ndarray, like: Any) -> Any:
     return cuda.to_device(host, stream=like.stream)
 
 
-class _StreamHandle(NamedTuple):
-    """A stream as CuPy takes one from another library."""
-
-    handle: int
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self.handle
-
-
 def _cupy_stream(array: Any) -> Any:
     import cupy
 
-    return cupy.cuda.Stream.from_external(_StreamHandle(int(array.stream)))
+    return cupy.cuda.Stream.from_external(StreamHandle(int(array.stream)))
 
 
 def _from_cupy(array: Any) -> Any:

@@ -23,10 +23,21 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .. import reference
+from ..arrays import Kind
 from ..grouped_keys import GroupedKeys
-from ..problem import Grouping, GroupMaps, Layout, Problem, Subspace, SubspaceMaps, block_edges, ceil_div
+from ..problem import (
+    Grouping,
+    GroupMaps,
+    Layout,
+    Problem,
+    RaggedProblem,
+    Subspace,
+    SubspaceMaps,
+    block_edges,
+    ceil_div,
+)
 from ..reference.distr_attention import rows_that_meet
-from . import Backend, Maps
+from . import NO_TABLES, NOTHING_LENT, Backend, Lent, Maps, ScoreTables
 
 QUERY_TILE = 512
 KEY_TILE = 512
@@ -44,8 +55,8 @@ class NumpyBackend(Backend):
     name = "numpy"
     kinds = frozenset({"numpy"})
     builds_subspace: ClassVar[bool] = True
-    score_options: ClassVar[frozenset[str]] = frozenset({"window", "softcap", "mask", "bias"})
-    attends_grouped_keys: ClassVar[bool] = True
+    kinds_of_grouped_keys: ClassVar[frozenset[Kind]] = frozenset({"numpy"})
+    attends_ragged: ClassVar[bool] = True
 
     def group_maps(self, problem: Problem, Q: np.ndarray, K: np.ndarray) -> Maps:
         """Return the maps of every block; what multiplies has the precision of the scores."""
@@ -159,8 +170,7 @@ class NumpyBackend(Backend):
         O: np.ndarray,
         lse: np.ndarray,
         maps: Maps,
-        mask: np.ndarray | None = None,
-        bias: np.ndarray | None = None,
+        tables: ScoreTables = NO_TABLES,
     ) -> None:
         """Write attention into O (B, H, N, E) and its log-sum-exp into lse (B, H, N), a tile of queries at a time."""
         N, grouping = problem.queries, problem.grouping
@@ -179,8 +189,7 @@ class NumpyBackend(Backend):
                 O[b, h],
                 lse[b, h],
                 _maps_of_head(problem, maps, b, h, h_kv),
-                None if mask is None else reference.of_head(mask, b, h),
-                None if bias is None else reference.of_head(bias, b, h),
+                tables.map(lambda table: reference.of_head(table, b, h)),
             ).attend(*tiles[t])
 
         rows = max(stop - start for start, stop in tiles)
@@ -191,6 +200,39 @@ class NumpyBackend(Backend):
             work=rows * problem.keys * (problem.rank + problem.value_width),
         )
 
+    def ragged_attention(
+        self,
+        problem: RaggedProblem,
+        q: np.ndarray,
+        k: np.ndarray,
+        v: np.ndarray,
+        out: np.ndarray | None,
+        cu_seqlens_q: np.ndarray,
+        cu_seqlens_k: np.ndarray,
+        lent: Lent = NOTHING_LENT,
+    ) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray] | None]:
+        """Compute one checked call with packed sequences: each as a call of its own would, on views."""
+        self.refuse(problem, q)
+        packed = problem.packed
+        result = np.empty((packed.queries, packed.heads, packed.value_width), q.dtype) if out is None else out
+        lse = np.empty(problem.lse_shape, np.float32) if lent.lse is None else lent.lse
+        ranks, score_errors = ([x] for x in _no_blocks(packed, 0))
+        for queries, keys in zip(*map(_row_slices, (cu_seqlens_q, cu_seqlens_k)), strict=True):
+            sequence = problem.sequence(queries.stop - queries.start, keys.stop - keys.start)
+            Q, O = (_as_batch(x, queries) for x in (q, result))
+            K, V = (_as_batch(x, keys) for x in (k, v))
+            maps = None
+            if 0 not in O.shape:
+                maps = self.group_maps(sequence, Q, K)
+                self.attend(sequence, Q, K, V, O, lse[np.newaxis, :, queries], maps)
+            of_blocks = _no_blocks(packed, sequence.blocks)
+            if isinstance(maps, SubspaceMaps):
+                of_blocks = maps.ranks[0], maps.score_errors[0]
+            for told, new in zip((ranks, score_errors), of_blocks, strict=True):
+                told.append(new)
+        blocks = (np.hstack(ranks), np.hstack(score_errors)) if isinstance(packed.grouping, Subspace) else None
+        return result, lse, blocks
+
     def bring_in(self, array: np.ndarray, layout: Layout) -> np.ndarray:
         """Return ``array`` as a (B, H, rows, width) view."""
         host = np.asarray(array)
@@ -200,12 +242,16 @@ class NumpyBackend(Backend):
         """Return True: `bring_in` never copies."""
         return True
 
+    def workspace_bytes(self, *_call: Any) -> int:
+        """Return 0: host memory is not planned."""
+        return 0
+
     def empty(self, shape: tuple[int, int, int, int], like: np.ndarray, layout: Layout) -> np.ndarray:
         """Return a new (B, H, rows, width) array of ``like``'s dtype whose memory is ordered as ``layout``."""
         B, H, rows, width = shape
         return self.bring_in(np.empty((B, rows, H, width) if layout == "bnhd" else shape, dtype=like.dtype), layout)
 
-    def empty_lse(self, shape: tuple[int, int, int], like: np.ndarray) -> np.ndarray:  # noqa: ARG002
+    def empty_lse(self, shape: tuple[int, int, int], like: np.ndarray, *, is_kept: bool = True) -> np.ndarray:  # noqa: ARG002
         """Return a new float32 (B, H, N) array."""
         return np.empty(shape, dtype=np.float32)
 
@@ -214,6 +260,22 @@ class NumpyBackend(Backend):
         if out is not None:
             return out
         return array.transpose(0, 2, 1, 3) if layout == "bnhd" else array
+
+
+def _row_slices(cu_seqlens: np.ndarray) -> Iterator[slice]:
+    """Yield the rows of every sequence."""
+    yield from itertools.starmap(slice, itertools.pairwise(cu_seqlens.tolist()))
+
+
+def _as_batch(packed: np.ndarray, rows: slice) -> np.ndarray:
+    """Return some rows of (rows, H, width) as a batch of one sequence, (1, H, rows, width)."""
+    return np.asarray(packed)[np.newaxis, rows].swapaxes(1, 2)
+
+
+def _no_blocks(problem: Problem, blocks: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return ranks and score errors (H_x, C) of blocks that nobody made maps for."""
+    shape = (problem.grouped_heads, blocks)
+    return np.zeros(shape, np.int32), np.zeros(shape, _compute_dtype(problem))
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,12 +366,11 @@ class _Head:
     O: np.ndarray  # (N, E)
     lse: np.ndarray  # (N,)
     maps: _HeadMaps | None  # None: exact
-    mask: np.ndarray | None  # broadcasts to (N, M)
-    bias: np.ndarray | None  # broadcasts to (N, M)
+    tables: ScoreTables  # broadcast to (N, M)
 
     def attend(self, start: int, stop: int) -> None:
         """Write O and lse of the queries ``start`` to ``stop - 1``, all of one block."""
-        problem = self.problem
+        problem, mask, bias = self.problem, self.tables.mask, self.tables.bias
         low, high = problem.key_limits
         dtype = _compute_dtype(problem)
         # from the first key that the first of these queries sees to the last that the last sees (eq. 3 and 23)
@@ -330,7 +391,7 @@ class _Head:
             # the queries that see a key of this tile
             n = start if high is None else max(start, m - high)
             n_stop = stop if low is None else min(stop, m_stop - low)
-            shown = None if self.mask is None else _part(self.mask, n, n_stop, m, m_stop)
+            shown = None if mask is None else _part(mask, n, n_stop, m, m_stop)
             if shown is not None and not shown.any():
                 continue
             rows = slice(n - start, n_stop - start)
@@ -344,8 +405,8 @@ class _Head:
                 if row_shift is not None:
                     S += row_shift[rows, np.newaxis]
                 _cap_scores(S, problem.softcap)
-            if self.bias is not None:
-                S += _part(self.bias, n, n_stop, m, m_stop)
+            if bias is not None:
+                S += _part(bias, n, n_stop, m, m_stop)
             if shown is not None and not shown.all():
                 np.copyto(S, -np.inf, where=~shown)
             _hide_beyond_limits(S, n, m, low, high)

@@ -103,6 +103,41 @@ def can_be_mapped(address: int, shape: tuple[int, ...], strides: tuple[int, ...]
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """Arguments of cuTensorMapEncodeTiled beside the address; the driver counts axes from the inner one."""
+
+    data_type: int
+    rank: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    """Bytes, without the inner axis."""
+    box: tuple[int, ...]
+    element_strides: tuple[int, ...]
+    interleave: int
+    swizzle: int
+    l2_promotion: int
+    fill: int
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, box: Box) -> Encoding:
+        """Return how an array that `can_be_mapped` is described; ``strides`` are in bytes."""
+        # the driver checks the strides of axes of one element too, which mean nothing
+        steps = [stride if size > 1 else ALIGNMENT for size, stride in zip(shape[:3], strides[:3], strict=True)]
+        return cls(
+            data_type=_DATA_TYPES[dtype],
+            rank=4,
+            sizes=tuple(shape[::-1]),
+            strides=tuple(steps[::-1]),
+            box=(box.columns, box.rows, 1, 1),
+            element_strides=(1, 1, 1, 1),
+            interleave=_NO_INTERLEAVE,
+            swizzle=_SWIZZLES[_ITEM_BYTES * box.columns],
+            l2_promotion=_L2_PROMOTION_256_BYTES,
+            fill=_ZEROS_OUTSIDE,
+        )
+
+
 @lru_cache(maxsize=256)
 def encode_tensor_map(
     address: int, shape: tuple[int, int, int, int], strides: tuple[int, int, int, int], dtype: str, box: Box
@@ -113,22 +148,20 @@ def encode_tensor_map(
     """
     storage = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
     encoded = ctypes.addressof(storage) + -ctypes.addressof(storage) % _MAP_ALIGNMENT
-    # The driver counts axes from the inner one. It checks the strides of axes of one element too, which mean nothing.
-    sizes = (ctypes.c_uint64 * 4)(*shape[::-1])
-    steps = [stride if size > 1 else ALIGNMENT for size, stride in zip(shape[:3], strides[:3], strict=True)]
+    how = Encoding.of(shape, strides, dtype, box)
     error = _encoder()(
         ctypes.c_void_p(encoded),
-        ctypes.c_int(_DATA_TYPES[dtype]),
-        ctypes.c_uint32(4),
+        ctypes.c_int(how.data_type),
+        ctypes.c_uint32(how.rank),
         ctypes.c_void_p(address),
-        sizes,
-        (ctypes.c_uint64 * 3)(*steps[::-1]),
-        (ctypes.c_uint32 * 4)(box.columns, box.rows, 1, 1),
-        (ctypes.c_uint32 * 4)(1, 1, 1, 1),
-        ctypes.c_int(_NO_INTERLEAVE),
-        ctypes.c_int(_SWIZZLES[_ITEM_BYTES * box.columns]),
-        ctypes.c_int(_L2_PROMOTION_256_BYTES),
-        ctypes.c_int(_ZEROS_OUTSIDE),
+        (ctypes.c_uint64 * 4)(*how.sizes),
+        (ctypes.c_uint64 * 3)(*how.strides),
+        (ctypes.c_uint32 * 4)(*how.box),
+        (ctypes.c_uint32 * 4)(*how.element_strides),
+        ctypes.c_int(how.interleave),
+        ctypes.c_int(how.swizzle),
+        ctypes.c_int(how.l2_promotion),
+        ctypes.c_int(how.fill),
     )
     if error:
         raise RuntimeError(

@@ -2,7 +2,11 @@
 
     S = scale * (X W) (Y Z)^T,   O = softmax(S) V,   lse = log sum exp S        docs/math.md (eq. 1 to 4, 10, 12, 20)
 
-Reference : reference/distr_attention.py, reference/exact_attention.py, reference/subspace_attention.py
+with S capped, plus a bias, and minus infinity where a window or a mask hides it (eq. 21 to 24). Tiles of keys that
+those hide from the whole tile of queries are left out.
+
+Reference : reference/distr_attention.py, reference/exact_attention.py, reference/subspace_attention.py,
+            reference/score_options.py
 CUDA C++  : raw_kernels/forward_simt.cu
 Launcher  : distrattn_np/backends/numba_backend.py
 
@@ -26,6 +30,7 @@ import numpy as np
 from numba import cuda
 
 from ..problem import GroupBy, ceil_div
+from ..tiles import ScoreSwitches
 from .fuse_channels import make_fuse_channels, make_sample_channels
 from .reduce_rows import make_load_rows, make_reduce_tile
 
@@ -84,13 +89,16 @@ def make_forward(
     group_by: GroupBy | None,
     has_gains: bool,
     in_subspace: bool,
-    causal: bool,
+    own_block_is_exact: bool,
+    has_last: bool,
+    switches: ScoreSwitches,
     tiles: Tiles,
 ) -> Any:
     """Return the kernel for one choice of widths, method and tiles; ``group_by=None`` is exact attention.
 
     In a subspace the side that is cut into blocks comes sampled, and tiles of the other are fused here for every block
     that they meet; own blocks are taken as they are, in their full width, which ``tiles`` must have room for.
+    ``has_last`` says whether there are keys that come too late for a query (eq. 3 and 23).
     """
     BLOCK_Q, BLOCK_KV = tiles.block_q, tiles.block_kv
     THREAD_ROWS, THREAD_COLUMNS = tiles.thread_rows, tiles.thread_columns
@@ -101,7 +109,8 @@ def make_forward(
     VALUE_COLUMNS = VALUES_PER_THREAD * THREAD_COLUMNS
     is_grouped = group_by is not None and not in_subspace
     by_keys = group_by == "keys"
-    own_block_is_exact = in_subspace and by_keys and causal
+    HAS_FIRST, HAS_LAST = switches.window, has_last
+    SOFTCAP, BIAS, MASK = switches.softcap, switches.bias != 0, switches.mask
     INNER_WIDTH = width if own_block_is_exact else rank
     Q_SHAPE = (BLOCK_Q, odd(INNER_WIDTH))
     KV_SHAPE = (BLOCK_KV, tiles.key_value_stride(INNER_WIDTH, value_width))
@@ -134,8 +143,12 @@ def make_forward(
         lse: Any,  # [B, H, N]
         query_block: int,  # rows per grouping block, or N
         key_block: int,  # rows per grouping block, or M (1 where there are no keys)
-        causal_offset: int,
+        first_offset: int,  # query n sees keys n + first_offset to n + last_offset; each where there is one
+        last_offset: int,
         scale: Any,
+        softcap: Any,
+        bias: Any,  # [B, H, N, M]; read only with a bias
+        mask: Any,  # [B, H, N, M]; read only with a mask
     ) -> None:
         Q_smem = cuda.shared.array(Q_SHAPE, accumulator)
         KV_smem = cuda.shared.array(KV_SHAPE, accumulator)
@@ -147,6 +160,7 @@ def make_forward(
         O_rmem = cuda.local.array(O_SHAPE, accumulator)
         row_max = cuda.local.array(ROWS_PER_THREAD, accumulator)
         row_sum = cuda.local.array(ROWS_PER_THREAD, accumulator)
+        mean_scores = cuda.local.array(ROWS_PER_THREAD, accumulator)
         tx = cuda.threadIdx.x
         ty = cuda.threadIdx.y
 
@@ -165,16 +179,19 @@ def make_forward(
         query_stop = min(query_start + BLOCK_Q, (query_c + 1) * query_block, N)
         if query_start >= query_stop:
             return  # beyond the end of a short last block
+        key_begin = 0
+        if HAS_FIRST:
+            key_begin = max(query_start + first_offset, 0)
         key_stop = M
-        if causal:
-            key_stop = min(max(query_stop + causal_offset, 0), M)
+        if HAS_LAST:
+            key_stop = min(max(query_stop + last_offset, 0), M)
 
         # ---- which keys go through maps, block by block, and which are in own blocks (eq. 20) ----
         mapped_stop = key_stop
         own_start = key_stop
         if own_block_is_exact:
-            own_start = min(max((query_start + causal_offset) // key_block * key_block, 0), M)
-            mapped_stop = min(max((query_stop - 1 + causal_offset) // key_block * key_block, 0), M)
+            own_start = min(max((query_start + last_offset) // key_block * key_block, 0), M)
+            mapped_stop = min(max((query_stop - 1 + last_offset) // key_block * key_block, 0), M)
         mapped_blocks = (mapped_stop + key_block - 1) // key_block
 
         for i in range(ROWS_PER_THREAD):
@@ -182,12 +199,19 @@ def make_forward(
             row_sum[i] = ZERO
             for e in range(VALUES_PER_THREAD):
                 O_rmem[i, e] = ZERO
+            # what centring the keys takes from every score of the row (eq. 12)
+            mean_scores[i] = ZERO
+            n = query_start + ty + i * THREAD_ROWS
+            if in_subspace and n < query_stop:
+                for d in range(width):
+                    mean_scores[i] += accumulator(Q[b, h, n, d]) * key_mean[b, h_kv, d]
+                mean_scores[i] *= scale
 
-        for step in range(mapped_blocks + (1 if own_block_is_exact else 0)):
+        for step in range(min(key_begin // key_block, mapped_blocks), mapped_blocks + (1 if own_block_is_exact else 0)):
             # ---- the keys of this step and the queries as they meet them, [BLOCK_Q, depth] ----
             is_own = step == mapped_blocks
-            block_start = own_start if is_own else step * key_block
-            block_stop = key_stop if is_own else min(block_start + key_block, mapped_stop)
+            block_start = max(own_start if is_own else step * key_block, key_begin)
+            block_stop = key_stop if is_own else min((step + 1) * key_block, mapped_stop)
             c = query_c + step  # only one side has more than one block, the other's index is 0
             depth = rank
             if in_subspace:
@@ -213,6 +237,17 @@ def make_forward(
                 load_queries(Q, b, h, query_start, query_stop, channels_smem, gains_smem, Q_smem, ty, tx)
 
             for key_start in range(block_start, block_stop, BLOCK_KV):
+                if MASK:
+                    shows_any = 0
+                    for i in range(ROWS_PER_THREAD):
+                        n = query_start + ty + i * THREAD_ROWS
+                        for j in range(KEYS_PER_THREAD):
+                            m = key_start + tx + j * THREAD_COLUMNS
+                            if n < query_stop and m < block_stop and mask[b, h, n, m]:
+                                shows_any = 1
+                    if not cuda.syncthreads_or(shows_any):
+                        continue
+
                 # ---- keys [BLOCK_KV, depth] ----
                 if in_subspace:
                     if own_block_is_exact and is_own:
@@ -235,26 +270,37 @@ def make_forward(
                         for j in range(KEYS_PER_THREAD):
                             S_rmem[i, j] += q * KV_smem[tx + j * THREAD_COLUMNS, r]
 
-                # ---- scores out of sight, and this thread's share of the row maxima ----
+                # ---- scores as the softmax sees them, and this thread's share of the row maxima ----
                 for i in range(ROWS_PER_THREAD):
                     row = ty + i * THREAD_ROWS
+                    n = query_start + row
                     row_start = 0
                     row_stop = block_stop
-                    if causal:
-                        seen_stop = query_start + row + causal_offset + 1
-                        row_stop = min(block_stop, seen_stop)
+                    if HAS_FIRST:
+                        row_start = n + first_offset
+                    if HAS_LAST:
+                        row_stop = min(block_stop, n + last_offset + 1)
                         if own_block_is_exact:
-                            own_begin = (seen_stop - 1) // key_block * key_block
+                            own_begin = (n + last_offset) // key_block * key_block
                             if is_own:
-                                row_start = own_begin
+                                row_start = max(row_start, own_begin)
                             else:
                                 row_stop = min(block_stop, own_begin)
+                    if n >= query_stop:
+                        row_stop = 0
                     largest = MINUS_INFINITY
                     for j in range(KEYS_PER_THREAD):
                         score = MINUS_INFINITY
                         m = key_start + tx + j * THREAD_COLUMNS
-                        if row_start <= m < row_stop:
+                        is_seen = row_start <= m < row_stop
+                        if MASK and is_seen:
+                            is_seen = mask[b, h, n, m]
+                        if is_seen:
                             score = scale * S_rmem[i, j]
+                            if SOFTCAP:
+                                score = softcap * math.tanh((score + mean_scores[i]) / softcap)
+                            if BIAS:
+                                score += accumulator(bias[b, h, n, m])
                         S_rmem[i, j] = score
                         if score > largest:
                             largest = score
@@ -294,7 +340,7 @@ def make_forward(
                             O_rmem[i, e] += p * KV_smem[m, tx + e * THREAD_COLUMNS]
                 cuda.syncthreads()  # P, the values and, at the end of a block, its queries and maps are used up
 
-        # ---- write rows query_start to query_stop - 1; every score was lowered by that of the mean (eq. 12) ----
+        # ---- write rows query_start to query_stop - 1 ----
         for i in range(ROWS_PER_THREAD):
             n = query_start + ty + i * THREAD_ROWS
             if n < query_stop:
@@ -305,10 +351,8 @@ def make_forward(
                     if column < value_width:
                         O[b, h, n, column] = O_rmem[i, e] / total if has_seen else ZERO
                 if tx == 0:
-                    mean_score = ZERO
-                    if in_subspace:
-                        for d in range(width):
-                            mean_score += accumulator(Q[b, h, n, d]) * key_mean[b, h_kv, d]
-                    lse[b, h, n] = row_max[i] + math.log(total) + scale * mean_score if has_seen else MINUS_INFINITY
+                    # a cap has them back already
+                    mean_score = ZERO if SOFTCAP else mean_scores[i]
+                    lse[b, h, n] = row_max[i] + math.log(total) + mean_score if has_seen else MINUS_INFINITY
 
     return cuda.jit(forward)

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 from kit.agreement import assert_computes, poison, to_bhnd
-from kit.backends import to_kind
+from kit.backends import options_to_kind, to_kind
 from kit.cases import Case, in_memory, make_inputs, reference_maps
 from kit.compare import assert_same_bits, to_host
-from kit.lists import ALL, FEATURES, FEW, SMALL
+from kit.lists import ALL, FEATURES, FEW, FEW_SCORE_OPTIONS, SCORE_OPTIONS, SMALL
 
 from distrattn_np import backends, distr_attention
 from distrattn_np.problem import GroupMaps
@@ -25,10 +25,11 @@ pytestmark = pytest.mark.gpu
 def assert_call_computes(case: Case, kind: Any, backend: str) -> None:
     inputs = make_inputs(case)
     given = [to_kind(in_memory(x, case), kind) for x in inputs]
+    options = options_to_kind(case.options, kind)
     results = []
     for _ in range(2):
         out = to_kind(poison(case), kind)
-        result, lse = distr_attention(*given, **case.options, backend=backend, out=out, return_lse=True)
+        result, lse = distr_attention(*given, **options, backend=backend, out=out, return_lse=True)
         assert result is out
         results.append((to_host(out), to_host(lse)))
     for first, second in zip(*results, strict=True):
@@ -40,7 +41,7 @@ def assert_call_computes(case: Case, kind: Any, backend: str) -> None:
     assert_computes(case, inputs, maps, to_bhnd(case, out), lse, own_gains=maps is not None and maps.gains is not None)
 
 
-@pytest.mark.parametrize("case", ALL, ids=str)
+@pytest.mark.parametrize("case", [*ALL, *SCORE_OPTIONS], ids=str)
 def test_cupy_call_computes_the_reference(case: Case) -> None:
     assert_call_computes(case, "cupy", "cupy")
 
@@ -61,7 +62,7 @@ def test_small_case(case: Case, on_hopper: bool, monkeypatch: pytest.MonkeyPatch
     assert_call_computes(case, "cupy", "cupy")
 
 
-@pytest.mark.parametrize("case", FEW, ids=str)
+@pytest.mark.parametrize("case", [*FEW, *FEW_SCORE_OPTIONS], ids=str)
 def test_numba_call_computes_the_reference(case: Case) -> None:
     assert_call_computes(case, "numba", "numba")
 

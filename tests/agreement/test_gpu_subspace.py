@@ -15,10 +15,18 @@ import numpy as np
 import pytest
 from distrattn_np.reference.distr_attention import rows_that_meet
 from kit.agreement import assert_computes, poison, to_bhnd
-from kit.backends import to_kind
+from kit.backends import options_to_kind, to_kind
 from kit.cases import Case, Inputs, dense_maps, in_memory, make_inputs, reference_maps
 from kit.compare import assert_agrees, assert_same_bits, to_host
-from kit.lists import SUBSPACE, SUBSPACE_FEATURES, SUBSPACE_HEADS, SUBSPACE_OPTIONS, SUBSPACE_SMALL, SUBSPACE_WIDTHS
+from kit.lists import (
+    SUBSPACE,
+    SUBSPACE_FEATURES,
+    SUBSPACE_HEADS,
+    SUBSPACE_OPTIONS,
+    SUBSPACE_SCORE_OPTIONS,
+    SUBSPACE_SMALL,
+    SUBSPACE_WIDTHS,
+)
 from kit.strategies import SPACING, largest
 
 from distrattn_np import backends, distr_attention
@@ -55,11 +63,12 @@ def without_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 def assert_call_computes_its_maps(case: Case) -> None:
     inputs = make_inputs(case)
     given = [to_kind(in_memory(x, case), "cupy") for x in inputs]
+    options = options_to_kind(case.options, "cupy")
     results = []
     for _ in range(2):
         out = to_kind(poison(case), "cupy")
         result, lse, info = distr_attention(
-            *given, **case.options, backend="cupy", out=out, return_lse=True, return_info=True
+            *given, **options, backend="cupy", out=out, return_lse=True, return_info=True
         )
         assert result is out
         results.append((to_host(out), to_host(lse)))
@@ -75,7 +84,7 @@ def assert_call_computes_its_maps(case: Case) -> None:
     assert_computes(case, inputs, maps, to_bhnd(case, out), lse)
 
 
-@pytest.mark.parametrize("case", SUBSPACE, ids=str)
+@pytest.mark.parametrize("case", [*SUBSPACE, *SUBSPACE_SCORE_OPTIONS], ids=str)
 def test_call_computes_its_maps(case: Case) -> None:
     assert_call_computes_its_maps(case)
 

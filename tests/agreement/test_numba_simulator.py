@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kit.backends import to_kind
+from kit.backends import options_to_kind, to_kind
 from kit.cases import BFLOAT16, Case, Inputs, in_memory, make_inputs, problem_of
 from kit.compare import assert_agrees, assert_same_bits, to_host
 
@@ -115,12 +115,46 @@ SUBSPACE_CASES = [
     small(scale=-0.4, seed=3, **BY_KEYS),
 ]
 
+# windows of one key, of both sides, of one, wider than everything; caps that all scores reach and few
+ONE_OPTION: list[dict[str, Any]] = [
+    {"window": (0, 0)},
+    {"window": (6, 3)},
+    {"window": (None, 2), "dtype": "float64"},
+    {"window": (4, None)},
+    {"window": (100, 100)},
+    {"softcap": 0.5, "dtype": "float64"},
+    {"softcap": 20.0},
+    {"mask": "bhnm"},
+    {"mask": "m"},
+    {"bias": "hnm", "dtype": "float16"},
+    {"bias": "bm", "dtype": "float64", "bias_dtype": "float32"},
+]
+ALL_OPTIONS = {"window": (9, 5), "softcap": 3.0, "mask": "nm", "bias": "bhnm"}
+OPTION_CASES = [
+    *(
+        small(B=2, H=2, H_kv=1, L=7, causal=causal, **how, **ONE_OPTION[(i + 3 * j) % len(ONE_OPTION)])
+        for i, how in enumerate((EXACT, GROUPINGS[1], GROUPINGS[2], *SUBSPACES))
+        for j, causal in enumerate((False, "bottom-right", "top-left"))
+    ),
+    *(small(causal=False, **how) for how in ({**EXACT, **option} for option in ONE_OPTION)),
+    # with all of them: sizes around the tiles of 16 rows, and queries that see nothing
+    *(
+        small(N=N, M=M, H=1, H_kv=1, L=11, causal=causal, **how, **ALL_OPTIONS)
+        for N, M in ((17, 33), (40, 15))
+        for causal in (False, "bottom-right", "top-left")
+        for how in (EXACT, GROUPINGS[3], BY_KEYS)
+    ),
+    small(**ALL_OPTIONS, **BY_QUERIES),
+    small(**ALL_OPTIONS, scale=-0.4, layout="bnhd", memory="strided", **GROUPINGS[0]),
+]
 
-@pytest.mark.parametrize("case", [*LSH_CASES, *SUBSPACE_CASES], ids=str)
+
+@pytest.mark.parametrize("case", [*LSH_CASES, *SUBSPACE_CASES, *OPTION_CASES], ids=str)
 def test_call_agrees_with_reference(case: Case) -> None:
     inputs = make_inputs(case)
     given = [to_kind(in_memory(x, case), "numba") for x in inputs]
-    assert_call_agrees(case, distr_attention(*given, return_lse=True, **case.options), expected(case, inputs))
+    options = options_to_kind(case.options, "numba")
+    assert_call_agrees(case, distr_attention(*given, return_lse=True, **options), expected(case, inputs))
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -266,6 +300,24 @@ def test_channels_are_sorted_stably(distinct: int) -> None:
     assert_same_bits(channels, wanted)
 
 
+def test_axes_that_repeat_are_not_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask or bias of a few rows stays small on its way to the device, however the caller broadcast it."""
+    bring_in, sizes = BACKEND.bring_in, []
+
+    def record(self: Any, array: Any, layout: Any) -> Any:  # noqa: ARG001
+        sizes.append(array.size)
+        return bring_in(array, layout)
+
+    case = small(mask="m", bias="hn", **EXACT)
+    inputs = make_inputs(case)
+    expected = distr_attention(*inputs, backend="numba", **case.options)
+    shape = (case.B, case.H, case.N, case.M)
+    tables = {"mask": np.broadcast_to(case.mask_array, shape), "bias": np.broadcast_to(case.bias_array, shape)}
+    monkeypatch.setattr(numba_backend.NumbaBackend, "bring_in", record)
+    assert_same_bits(distr_attention(*inputs, backend="numba", **case.options | tables), expected)
+    assert sizes[-2:] == [case.M, case.H * case.N]
+
+
 @pytest.mark.parametrize("kind", ["numpy", "numba"])
 @pytest.mark.parametrize("layout", ["bhnd", "bnhd"])
 def test_out_is_written_and_returned(kind: Any, layout: str) -> None:
@@ -333,6 +385,7 @@ def expected(case: Case, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
     problem = problem_of(*inputs, **(case.options | {"layout": "bhnd"}))
     g = problem.grouping
     options: dict[str, Any] = {"scale": problem.scale, "causal_offset": problem.causal_offset}
+    options["options"] = case.score_options
     if g is None:
         result, lse = reference.exact_attention(*inputs, **options)
     elif isinstance(g, Subspace):

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from kit.nvrtc import RAW_KERNELS, CompileError, compile_kernel, disassemble
 
-from distrattn_np import tiles
+from distrattn_np import kernel_sources, tiles
+from distrattn_np.kernel_sources import kernel_source
 
 STEMS = sorted(path.stem for path in RAW_KERNELS.glob("*.cu"))
 HEADERS = sorted(path.name for path in RAW_KERNELS.glob("*.cuh"))
@@ -25,7 +26,7 @@ SHARED_LIMITS = {  # bytes that a block can have
     "sm_80": 163 << 10,
     **dict.fromkeys(("sm_90", "sm_90a", "sm_100"), 227 << 10),
 }
-ON_TENSOR_CORES = ("forward_mma", "gram", "reduce_rows", "narrow_maps")
+ON_TENSOR_CORES = ("forward_mma", "decode", "merge_splits", "gram", "reduce_rows")
 """Those whose instructions begin with sm_80."""
 
 
@@ -75,7 +76,7 @@ def test_kernel_compiles_without_spills_or_local_memory(stem: str) -> None:
 @pytest.mark.parametrize(
     "stem",
     [
-        *("forward_mma", "forward_simt", "forward_sm90", "fuse_channels", "hash_channels"),
+        *("forward_mma", "forward_simt", "forward_sm90", "decode", "merge_splits", "fuse_channels", "hash_channels"),
         *(
             "gram",
             "gram_sm90",
@@ -121,6 +122,11 @@ def test_hopper_kernels_run_on_warpgroup_tensor_cores(stem: str, products: int, 
         ("forward_mma", {"BLOCK_KV": 24}, "a key tile is a multiple of the product's depth"),
         ("forward_mma", {"ELEMENT": 3}, "tensor cores take 16-bit elements"),
         ("forward_mma", {"LAUNCH_SHARED_BYTES": 1}, "tiles.py and this file disagree on the shared memory"),
+        ("decode", {"BLOCK_KV": 48}, "each warp owns whole 16-key tiles"),
+        ("decode", {"ROW_WARPS": 3}, "each tile of rows has as many warps"),
+        ("decode", {"STAGES": 1}, "one buffer is filled while another is read"),
+        ("decode", {"LAUNCH_SHARED_BYTES": 1}, "tiles.py and this file disagree on the shared memory"),
+        ("merge_splits", {"ELEMENT": 3}, "decode.cu has 16-bit elements"),
         ("forward_simt", {"BLOCK_Q": 40}, "every thread owns the same number of queries"),
         ("forward_simt", {"D": 257}, "rows have 1 to 256 elements"),
         ("forward_simt", {"OWN_BLOCK": 1}, "own blocks are of keys, in causal calls with maps"),
@@ -136,16 +142,10 @@ def test_bad_tile_is_refused_with_a_sentence(stem: str, defines: dict[str, int],
         compile_kernel(stem, architectures(stem)[0], defines)
 
 
-def import_cupy_backend() -> Any:
-    pytest.importorskip("cupy")
-    return importlib.import_module("distrattn_np.backends.cupy_backend")
-
-
 @pytest.mark.parametrize("stem", STEMS)
 def test_text_that_the_launcher_compiles_holds_its_headers(stem: str) -> None:
     """CuPy's cache does not read headers: an edited one must change the text, or an old binary would run."""
-    cupy_backend = import_cupy_backend()
-    text = cupy_backend.kernel_source(stem)
+    text = kernel_source(stem)
     assert not re.findall(r'^\s*#\s*include\s*"', text, flags=re.MULTILINE)
     for header in HEADERS:
         first_line = (RAW_KERNELS / header).read_text(encoding="utf-8").splitlines()[0]
@@ -155,14 +155,44 @@ def test_text_that_the_launcher_compiles_holds_its_headers(stem: str) -> None:
 
 
 def test_an_edited_header_changes_the_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    cupy_backend = import_cupy_backend()
     shutil.copytree(RAW_KERNELS, tmp_path, dirs_exist_ok=True)
-    monkeypatch.setattr(cupy_backend.resources, "files", lambda _: tmp_path)
-    before = cupy_backend.kernel_source("hash_channels")
+    monkeypatch.setattr(kernel_sources.resources, "files", lambda _: tmp_path)
+    before = kernel_source("hash_channels")
     header = tmp_path / "element.cuh"
     header.write_text(header.read_text(encoding="utf-8") + "// edited\n", encoding="utf-8")
     assert "// edited" not in before
-    assert "// edited" in cupy_backend.kernel_source("hash_channels")
+    assert "// edited" in kernel_source("hash_channels")
+
+
+def test_cupys_cache_is_keyed_by_our_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CuPy names a cached kernel by target, options, compiler and text: an edited header must give another name."""
+    compiler = pytest.importorskip("cupy").cuda.compiler
+    names: list[str] = []
+
+    class Cache:
+        def load(self, name: str) -> None:
+            names.append(name)
+
+        def save(self, *_: Any) -> None:
+            pass
+
+    monkeypatch.setattr(compiler, "_kernel_cache_backend", Cache())
+    monkeypatch.setattr(compiler, "_preprocess", lambda *_: "")
+    monkeypatch.setattr(compiler, "_get_nvrtc_version", lambda: (13, 0))
+    monkeypatch.setattr(compiler, "_get_arch_for_options_for_nvrtc", lambda arch: ("-arch", arch))
+    monkeypatch.setattr(compiler, "_compile_using_nvrtc_no_warning", lambda *_: (b"", {}))
+    monkeypatch.setattr(compiler.function, "Module", lambda: SimpleNamespace(load=bool, _set_mapping=bool))
+
+    def name_of(stem: str, defines: dict[str, int]) -> str:
+        compiler._compile_with_cache_cuda(kernel_source(stem), tuple(kernel_sources.options(defines)), "80")
+        return names[-1]
+
+    before = name_of("hash_channels", {"ELEMENT": 1})
+    assert name_of("hash_channels", {"ELEMENT": 1}) == before
+    assert name_of("hash_channels", {"ELEMENT": 2}) != before
+    read = kernel_sources._read
+    monkeypatch.setattr(kernel_sources, "_read", lambda name: read(name) + "// edited\n" * (name == "element.cuh"))
+    assert name_of("hash_channels", {"ELEMENT": 1}) != before
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")

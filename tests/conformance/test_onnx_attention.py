@@ -64,7 +64,18 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+ON_GPU = {f"{name}-cupy": partial(call, backend="cupy") for name, call in CALLS.items()} | {
+    "exact-numba": partial(exact_attention, backend="numba")
+}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        *(pytest.param(call, id=name) for name, call in CALLS.items()),
+        *(pytest.param(call, id=name, marks=pytest.mark.gpu) for name, call in ON_GPU.items()),
+    ],
+)
 @pytest.mark.parametrize("name", run_cases())
 def test_node(name: str, call: Any) -> None:
     case = all_cases()[name]

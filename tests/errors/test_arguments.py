@@ -434,39 +434,6 @@ def test_misaligned_bias_is_named() -> None:
     assert_refused(distrattn_np.exact_attention, {"bias": bias}, ValueError, message)
 
 
-SCORE_OPTIONS = {
-    "window": (2, None),
-    "softcap": 1.5,
-    "mask": np.ones((5, 7), bool),
-    "bias": np.ones((5, 7), np.float32),
-}
-
-
-@pytest.mark.parametrize("function", [distrattn_np.distr_attention, distrattn_np.exact_attention])
-@pytest.mark.parametrize("name", SCORE_OPTIONS)
-def test_option_that_the_numba_backend_does_not_build_is_named(function: Any, name: str) -> None:
-    pytest.importorskip("numba.cuda")
-    message = f"{name}: is not built for the numba backend yet, got {Q} float32"
-    changed = {name: SCORE_OPTIONS[name], "backend": "numba"}
-    if function is distrattn_np.distr_attention:
-        changed["method"] = "lsh"
-    assert_refused(function, changed, NotImplementedError, message)
-
-
-@pytest.mark.parametrize("name", SCORE_OPTIONS)
-def test_option_that_a_backend_does_not_build_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    numpy_backend = backends.load_by_name("numpy")
-    monkeypatch.setattr(numpy_backend, "score_options", frozenset(SCORE_OPTIONS) - {name})
-    message = f"{name}: is not built for the numpy backend yet, got {Q} float32"
-    assert_refused(distrattn_np.exact_attention, SCORE_OPTIONS, NotImplementedError, message)
-
-
-@pytest.mark.parametrize("name", ["cupy", "numba"])
-def test_gpu_backends_name_no_score_option_yet(name: str) -> None:
-    pytest.importorskip(name)
-    assert backends.load_by_name(name).score_options == frozenset()
-
-
 def test_options_that_change_nothing_are_taken_by_every_backend() -> None:
     pytest.importorskip("numba.cuda")
     call = arguments(out=None)

@@ -183,15 +183,21 @@ def test_exact_attention_takes_no_grouped_keys() -> None:
         exact_attention(**call())
 
 
-@pytest.mark.parametrize("name", ["cupy", "numba"])
-def test_gpu_backends_refuse_grouped_keys(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("cupy", "the cupy backend takes GroupedKeys of cupy arrays"),
+        ("numba", "GroupedKeys is not built for the numba backend yet"),
+    ],
+)
+def test_gpu_backends_refuse_grouped_keys_on_the_host(name: str, rule: str) -> None:
     pytest.importorskip(name)
-    assert not backends.load_by_name(name).attends_grouped_keys
-    with refused(NotImplementedError, f"k: GroupedKeys is not built for the {name} backend yet, got {GROUPED}"):
+    assert "numpy" not in backends.load_by_name(name).kinds_of_grouped_keys
+    with refused(NotImplementedError, f"k: {rule}, got {GROUPED}"):
         distr_attention(**call(backend=name))
 
 
-def test_device_arrays_are_refused() -> None:
+def test_numba_arrays_are_refused() -> None:
     cuda = pytest.importorskip("numba.cuda")
     k = normal(2, 2, 7, 6)
     shown = f"{K.replace('numpy', 'numba')} float32"
@@ -213,7 +219,7 @@ WRONG_FILES = {
     "format": ({"format": np.array(2)}, "must be of format 1"),
     "dtype": ({"dtype": np.array("int8")}, f"the dtype must be one of {DTYPES}"),
     "tail-dtype": ({"tail": normal(2, 2, 3, 6, dtype="f8")}, "tail must have dtype float32 and not float64"),
-    "tail-3d": ({"tail": normal(2, 3, 6)}, "tail must have shape (0, 0, 0, 0) and not (2, 3, 6)"),
+    "tail-3d": ({"tail": normal(2, 3, 6)}, "tail must have shape (B, H_kv, rows, D) and not (2, 3, 6)"),
     "tail-long": ({"tail": normal(2, 2, 5, 6)}, "the tail must be no longer than a block"),
     "refine-missing": ({"refine": None}, "must hold block_size, refine, score_tol with rank"),
     "fusion-missing": (
@@ -221,6 +227,22 @@ WRONG_FILES = {
         "must hold block_size, fusion, mean, rank, ranks, refine, sampled, score_errors, score_tol with widths",
     ),
     "fusion-short": ({"fusion": normal(2, 2, 6, 1)}, "fusion must have shape (2, 2, 6, 2) and not (2, 2, 6, 1)"),
+    "format-shape": ({"format": np.array([1])}, "format must be one integer"),
+    "layout-number": ({"layout": np.array(0)}, "layout must be one name"),
+    "score-tol-integer": ({"score_tol": np.array(0)}, "score_tol must be one number"),
+    "layout": ({"layout": np.array("thd")}, "the layout must be 'bhnd' or 'bnhd'"),
+    "scale": ({"scale": np.array(np.nan)}, "the scale must be a finite number in the range of float32"),
+    "tail-wide": ({"tail": normal(2, 2, 3, 257)}, "tail must have 1 to 256 columns and not 257"),
+    "query-rows": ({"query_rows": np.array(0)}, "query_rows must be at least 1"),
+    "block-size": ({"block_size": np.array(0)}, "block_size must be at least 1"),
+    "refine": ({"refine": np.array(-1)}, "refine must be at least 0"),
+    "rank-of-all": (
+        {"rank": np.array(6)},
+        "must hold a rank less than the width or a score_tol, and 0 for the other",
+    ),
+    "widths-2d": ({"widths": np.ones((1, 1), int)}, "widths must be some integers"),
+    "widths-large": ({"widths": np.array([7])}, "widths must be 0 to 6"),
+    "ranks-dtype": ({"ranks": np.ones((2, 2, 1))}, "ranks must have dtype int32 and not float64"),
     "rows-missing": ({"query_rows": None}, "must hold query_rows with query_gram"),
 }
 
@@ -238,8 +260,29 @@ def test_wrong_file_is_named(changed: dict[str, Any], rule: str, tmp_path: Any) 
         GroupedKeys.load(path)
 
 
+def test_another_kind_to_load_is_named(tmp_path: Any) -> None:
+    with refused(ValueError, "kind: must be 'numpy' or 'cupy', got 'numba'"):
+        GroupedKeys.load(tmp_path / "keys.npz", kind="numba")  # type: ignore[arg-type]
+
+
 def test_pickles_are_not_read(tmp_path: Any) -> None:
     path = tmp_path / "keys.npz"
     np.savez(path, format=np.array([{}], object))
     with pytest.raises(ValueError, match="allow_pickle=False"):
         GroupedKeys.load(path)
+
+
+def test_file_that_is_something_else_is_named(tmp_path: Any) -> None:
+    path = tmp_path / "keys.npz"
+    good = io.BytesIO()
+    group_keys(normal(2, 2, 7, 6)).save(good)
+    one_array = io.BytesIO()
+    np.save(one_array, normal(3))
+    for content in (b"", b"keys", good.getvalue()[:-30], one_array.getvalue()):
+        path.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=f"^file: must be one that GroupedKeys.save wrote, got {re.escape(str(path))}: "
+        ):
+            GroupedKeys.load(path)
+    with pytest.raises(FileNotFoundError):
+        GroupedKeys.load(tmp_path / "none")

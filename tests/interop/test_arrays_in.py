@@ -136,6 +136,31 @@ def test_out_is_written_in_place_and_returned(exporter: type[Exporter]) -> None:
         assert_same_bits(memory.view(arrays["q"].dtype), call(**arrays))
 
 
+@pytest.mark.parametrize("layout", ["bhnd", "bnhd"])
+def test_lse_is_written_in_place_and_returned(layout: str) -> None:
+    arrays = normal()
+    if layout == "bnhd":
+        arrays = {name: np.ascontiguousarray(x.swapaxes(1, 2)) for name, x in arrays.items()}
+    for call in (distr_attention, exact_attention):
+        expected_out, expected = call(**arrays, layout=layout, return_lse=True)
+        for lse in (np.full((1, 4, 9), np.nan, np.float32), Exporter(np.full((1, 4, 9), np.nan, np.float32))):
+            result, returned = call(**arrays, layout=layout, lse=lse, return_lse=True)
+            assert returned is lse
+            assert_same_bits(result, expected_out)
+            assert_same_bits(in_place(lse), expected)
+            in_place(lse)[...] = np.nan
+            assert_same_bits(call(**arrays, layout=layout, lse=lse), expected_out)
+            assert_same_bits(in_place(lse), expected)
+
+
+def test_lse_of_what_another_package_calls_read_only_is_refused() -> None:
+    lse = np.zeros((1, 4, 9), np.float32)
+    lse.flags.writeable = False
+    message = "lse: must be writeable, got read-only numpy array of shape (1, 4, 9) and dtype float32"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        exact_attention(**normal(), lse=Exporter(lse))
+
+
 @pytest.mark.parametrize("exporter", [Exporter, OldExporter])
 def test_read_only_memory_may_come_in_but_not_as_out(exporter: type[Exporter]) -> None:
     arrays = normal()

@@ -22,11 +22,11 @@ def assert_computes(
 ) -> None:
     """Assert that (out, lse), in bhnd, are the truth for these inputs and maps as nearly as the dtype allows."""
     problem = case.native_problem(inputs)
-    expected, expected_lse = truth(problem, *inputs, maps)
+    expected, expected_lse = truth(problem, *inputs, maps, case.score_options)
     constant_ok = case.M <= 1 or case.D == 1 or out.size <= 1
     largest_lse = float(np.abs(expected_lse, where=np.isfinite(expected_lse), out=np.zeros_like(expected_lse)).max())
     if case.dtype in SPACING and SPACING[case.dtype] > SPACING["float32"]:
-        usual, usual_lse = plain(problem, *inputs, maps)
+        usual, usual_lse = plain(problem, *inputs, maps, case.score_options)
         # half a unit in the last place of the largest element: the rounding of the result itself
         atol = SPACING[case.dtype] / 2 * float(np.abs(expected).max())
         assert_no_worse_than_plain(out, usual, expected, atol=atol, context=str(case), constant_ok=constant_ok)

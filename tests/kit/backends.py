@@ -71,6 +71,11 @@ def to_kind(array: np.ndarray, kind: Kind) -> Any:
     return cuda.as_cuda_array(on_device) if array.size else cuda.device_array(view.shape, view.dtype)
 
 
+def options_to_kind(options: dict[str, Any], kind: Kind) -> dict[str, Any]:
+    """Return the keywords of a call with its arrays, mask and bias, in ``kind``."""
+    return {name: to_kind(x, kind) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+
+
 @dataclass(frozen=True)
 class Limits:
     """What a property may draw for a backend, so that the run stays short and compiles few kernels."""
@@ -85,8 +90,8 @@ class Limits:
     dtypes: tuple[str, ...]
     methods: tuple[str, ...] = ("lsh",)
     """Those that the backend builds."""
-    score_options: bool = False
-    """Whether it builds window, softcap, mask and bias."""
+    ragged: bool = False
+    """Whether it builds packed sequences."""
 
 
 # the sizes straddle the tile edges of every kernel: a tile has 16, 32, 64 or 128 rows
@@ -102,7 +107,7 @@ LIMITS = {
         (1, 2, 3, 7, 8, 16, 33, 40, 64, 96),
         (*ANY_FLOAT, "bfloat16"),
         ("lsh", "subspace"),
-        score_options=True,
+        ragged=True,
     ),
     "cupy": Limits(12, (1, 2), HEADS, ROWS, (7, 64), ("float16", "float32"), ("lsh", "subspace")),
     "numba": Limits(5, (1, 2), HEADS, ROWS, (6, 32), ("float32",), ("lsh", "subspace")),
@@ -140,8 +145,7 @@ class Runner:
 
     def _call(self, function: Any, q: np.ndarray, k: np.ndarray, v: np.ndarray, options: dict[str, Any]) -> Any:
         given = [self.give(x) for x in (q, k, v)]
-        options = {name: self.give(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
-        results = function(*given, backend=self.backend, return_lse=True, **options)
+        results = function(*given, backend=self.backend, return_lse=True, **options_to_kind(options, self.kind))
         for result in results:
             assert kind_of(result) == self.kind
         return tuple(to_host(result) for result in results)

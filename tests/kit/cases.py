@@ -93,7 +93,7 @@ class Case:
             return None
         mask = np.random.default_rng([self.seed, 1]).random(self._score_axes(self.mask)) < 0.75
         if "n" in self.mask:
-            mask[..., 0, :] = False
+            mask[..., :1, :] = False
         if "m" in self.mask and self.M >= 300:
             mask[..., 20:220] = False
         return mask

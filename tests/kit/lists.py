@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 from .cases import Case
@@ -252,4 +253,74 @@ SUBSPACE_SMALL = [
     subspace(N=70, M=90, L=32, D=33, E=7, rank=11, by="keys", causal="top-left"),
     subspace(N=70, M=90, L=32, score_tol=0.3, dtype="bfloat16", by="keys", causal=True),
     subspace(N=70, M=90, L=32, scale=-0.2, by="queries"),
+]
+
+# one option, each in another guise: windows of one key, of both sides and of one; caps that all scores reach, and few;
+# tables that repeat along some axes, in either dtype
+ONE_SCORE_OPTION: list[dict[str, Any]] = [
+    {"window": (0, 0)},
+    {"window": (70, 30)},
+    {"window": (None, 20)},
+    {"window": (90, None)},
+    {"softcap": 0.5},
+    {"softcap": 20.0},
+    {"mask": "bhnm"},
+    {"mask": "m"},
+    {"bias": "hnm"},
+    {"bias": "bm", "bias_dtype": "float32"},
+]
+ALL_SCORE_OPTIONS = {"window": (150, 60), "softcap": 3.0, "mask": "nm", "bias": "bhnm", "bias_dtype": "float32"}
+CAUSAL = (False, "bottom-right", "top-left")
+
+
+def with_score_options(dtypes: tuple[str, ...], ways: list[dict[str, Any]], sizes: dict[str, int]) -> list[Case]:
+    """Return every dtype, way of grouping and causal limit with one option, and every way with all of them."""
+    one = [
+        Case(**sizes, **way, **ONE_SCORE_OPTION[number % len(ONE_SCORE_OPTION)], dtype=dtype, causal=causal)
+        for number, (causal, way, dtype) in enumerate(product(CAUSAL, ways, dtypes))
+    ]
+    every = [
+        Case(**sizes, **way, **ALL_SCORE_OPTIONS, dtype=dtype, causal=CAUSAL[number % 3])
+        for number, (way, dtype) in enumerate(product(ways, dtypes))
+    ]
+    return one + every
+
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+OPTION_SIZES = {"B": 2, "H": 2, "H_kv": 1, "N": 150, "M": 333, "L": 100}
+LSH_WAYS = [{"G": 1}, {"by": "queries"}, {"by": "keys", "fusion": "lstsq"}]
+SUBSPACE_WAYS = [{"method": "subspace", "by": by} for by in BY]
+# rows around the edges of tiles, where windows and masks begin and end too; M < N leaves queries without a key
+OPTION_TAILS = [
+    Case(N=N, M=M, G=1, causal=CAUSAL[(i + j) % 3], dtype=dtype, **options)
+    for dtype in ("float16", "float32")
+    for i, N in enumerate((2, 64, 65, 129, 300))
+    for j, M in enumerate((1, 63, 64, 129, 400))
+    for options in ({"window": (64, 0), "mask": "hnm"}, ALL_SCORE_OPTIONS)
+]
+SCORE_OPTIONS = [
+    *with_score_options(DTYPES, LSH_WAYS, OPTION_SIZES),
+    *OPTION_TAILS,
+    # wide and odd rows take smaller tiles
+    *(
+        Case(N=70, M=150, D=D, E=E, G=1, causal=True, **ALL_SCORE_OPTIONS, dtype=dtype)
+        for D, E in ((33, 7), (128, 128), (64, 192), (256, 256))
+        for dtype in ("float16", "float32")
+    ),
+    # one query, as in decoding: the masks of cases hide all from the first where they have rows
+    *(Case(N=1, M=M, causal=True, window=(100, None), softcap=2.0, mask="hm", bias="m") for M in (64, 129, 400)),
+    # a negative scale takes 16 bits to CUDA cores
+    Case(N=70, M=150, scale=-0.2, **ALL_SCORE_OPTIONS),
+    # options that a query's own key does not reach
+    Case(N=100, M=40, causal="bottom-right", window=(0, None), mask="m"),
+    Case(N=40, M=300, window=(10, 0), softcap=1.0, by="keys"),
+]
+SUBSPACE_SCORE_OPTIONS = with_score_options(DTYPES, SUBSPACE_WAYS, OPTION_SIZES)
+FEW_SCORE_OPTIONS = [
+    Case(N=70, M=90, D=32, E=32, H=2, H_kv=1, L=64, dtype=dtype, **way, **ALL_SCORE_OPTIONS, causal=causal)
+    for dtype, way, causal in (
+        ("float32", {"G": 1}, True),
+        ("float32", {"by": "keys"}, False),
+        ("float16", {"by": "queries"}, "top-left"),
+    )
 ]

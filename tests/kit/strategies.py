@@ -35,17 +35,13 @@ SCORE_OPTIONS = {
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
 
-def law(body: Callable[[Runner, Draw], None], *, method: str = "lsh", score_options: bool = False) -> Any:
+def law(body: Callable[[Runner, Draw], None], *, method: str = "lsh", ragged: bool = False) -> Any:
     """Make a test of ``body(backend, draw)``: every backend that runs here, as many examples as it can afford.
 
-    ``method`` is one that the law needs, ``score_options`` whether it needs those; backends that do not build them are
-    left out.
+    ``method`` is one that the law needs, ``ragged`` says whether it needs packed sequences; backends that do not build
+    them are left out.
     """
-    able = [
-        runner
-        for runner in runners()
-        if method in runner.limits.methods and runner.limits.score_options >= score_options
-    ]
+    able = [runner for runner in runners() if method in runner.limits.methods and runner.limits.ragged >= ragged]
 
     @pytest.mark.parametrize("backend", able, ids=lambda runner: runner.name)
     def test(backend: Runner) -> None:

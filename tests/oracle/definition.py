@@ -165,6 +165,47 @@ def attend(
     return out, lse
 
 
+def sequence_of(row: int, edges: np.ndarray) -> int:
+    """Eq. 29."""
+    return next(s for s in range(len(edges) - 1) if edges[s] <= row < edges[s + 1])
+
+
+def ragged_exact(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    edges_q: np.ndarray,
+    edges_k: np.ndarray,
+    *,
+    scale: float,
+    causal: bool | str,
+    window: tuple[int | None, int | None] = (None, None),
+    softcap: float = 0.0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Eq. 1 to 3, 21, 23 and 29, one packed query at a time: out (N, H, E) and lse (H, N)."""
+    N, H, _ = q.shape
+    H_kv = k.shape[1]
+    out, lse = np.zeros((N, H, v.shape[2])), np.full((H, N), -math.inf)
+    for n, h in np.ndindex(N, H):
+        s = sequence_of(n, edges_q)
+        own_n, rows, keys = n - edges_q[s], edges_q[s + 1] - edges_q[s], edges_k[s + 1] - edges_k[s]
+        offset = {False: None, True: keys - rows, "top-left": 0}[causal]
+        diagonal = keys - rows if offset is None else offset
+        weights = {}
+        for m in range(len(k)):
+            own_m = m - edges_k[s]
+            if sequence_of(m, edges_k) != s or not sees(own_n, own_m, offset):
+                continue
+            if in_window(own_n, own_m, diagonal, window):
+                score = scale * dot(q[n, h], k[m, h * H_kv // H])
+                weights[m] = math.exp(softcap * math.tanh(score / softcap) if softcap > 0 else score)
+        total = sum(weights.values())
+        if total > 0:
+            lse[h, n] = math.log(total)
+            out[n, h] = sum(weight / total * v[m, h * H_kv // H] for m, weight in weights.items())
+    return out, lse
+
+
 def subspace_block(X: np.ndarray, Y: np.ndarray, rank: int, refine: int) -> tuple[np.ndarray, np.ndarray]:
     """Eq. 13 to 15 from the rows themselves, by least squares: W and Z (D, R) in some basis of their spans."""
     D = X.shape[1]

@@ -80,7 +80,7 @@ def test_there_are_snippets():
         param.values[0].name for param in WITH_SNIPPETS
     }
     interop = snippets(ROOT / "docs" / "interop.md")
-    examples = {"cupy", "numba", "jax", "torch", "cuda.core", "triton_python_backend_utils"}
+    examples = {"cupy", "numba", "jax", "torch", "cuda.core", "triton_python_backend_utils", "cuda.bindings"}
     assert examples <= {package for needs in interop for package in needs.split()}
 
 
@@ -112,6 +112,19 @@ def test_triton_model_answers(triton_server):
     assert np.array_equal(answer.tensors[0].array, distr_attention(*arrays.values(), causal=True))
     assert refusal.tensors == []
     assert refusal.error.startswith("k: the dtype must be")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_jax_function_agrees_inside_jit(dtype):
+    jax = pytest.importorskip("jax", reason="jax, which the example needs, is not installed")
+    attention = run_snippets(ROOT / "docs" / "interop.md", "jax")["attention"]
+    arrays = np.random.default_rng(0).standard_normal((3, 2, 4, 33, 16), dtype=np.float32)
+    q, k, v = (jax.numpy.asarray(x, dtype) for x in arrays)
+    for options in ({"causal": True}, {"method": "lsh", "block_size": 16}, {"group_size": 1}):
+        out = jax.jit(lambda q, k, v, options=options: attention(q, k, v, **options) * 2)(q, k, v)
+        expected = distr_attention(q, k, v, **options)
+        assert np.array_equal(np.asarray(out, np.float32), np.asarray(expected).astype(np.float32) * 2)
+        assert np.ptp(expected.astype(np.float32)) > 0.1
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=NAMES)

@@ -6,7 +6,7 @@ import sys
 
 import distrattn_np
 
-PUBLIC = {"GroupedKeys", "__version__", "distr_attention", "exact_attention", "group_keys", "merge"}
+PUBLIC = {"GroupedKeys", "__version__", "distr_attention", "exact_attention", "group_keys", "merge", "workspace_size"}
 OPTIONAL = {"cupy", "numba", "ml_dtypes", "rich", "matplotlib", "scipy", "torch"}
 LIMIT_S = 0.5
 

@@ -3,22 +3,43 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from kit.backends import to_kind
 from kit.cases import BFLOAT16
-from kit.compare import assert_agrees, assert_same_bits
+from kit.compare import assert_agrees, assert_same_bits, to_host
 from kit.strategies import arrays
 
 import distrattn_np
 from distrattn_np import GroupedKeys, distr_attention, exact_attention, group_keys, reference
+from distrattn_np.arrays import Kind
 
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
 Draw = Any
+
+
+def law_of_kinds(body: Callable[[st.DataObject, Kind], None]) -> Any:
+    """Make a test of ``body(data, kind)`` for every kind of arrays that grouped keys are made of."""
+
+    @pytest.mark.parametrize("kind", ["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])
+    def test(kind: Kind) -> None:
+        def examples(data: st.DataObject) -> None:
+            body(data, kind)
+
+        # Hypothesis files failures under this name
+        examples.__name__ = f"{body.__name__}_{kind}"
+        # each new width on a GPU compiles kernels
+        most = settings().max_examples if kind == "numpy" else min(settings().max_examples, 12)
+        settings(max_examples=most)(given(data=st.data())(examples))()
+
+    test.__doc__ = body.__doc__
+    return test
 
 
 @st.composite
@@ -36,22 +57,22 @@ def calls(draw: Draw) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, Any
 
 
 @st.composite
-def reductions(draw: Draw, width: int, *, with_queries: bool) -> dict[str, Any]:
-    """Draw how far a width is reduced."""
-    ranks = {"rank": draw(st.integers(1, width))}
+def reductions(draw: Draw, width: int, *, with_queries: bool, kind: Kind = "numpy") -> dict[str, Any]:
+    """Draw how far a width is reduced; on a GPU each new rank compiles kernels."""
+    ranks = {"rank": draw(st.integers(1, width) if kind == "numpy" else st.sampled_from([1, (width + 1) // 2, width]))}
     return draw(st.sampled_from([ranks, {"score_tol": 0.3}])) if with_queries else ranks
 
 
-def grown(draw: Draw, k: np.ndarray, *known: np.ndarray, **options: Any) -> GroupedKeys:
-    """Append keys piece by piece, in either layout."""
+def grown(draw: Draw, k: np.ndarray, *known: np.ndarray, kind: Kind = "numpy", **options: Any) -> GroupedKeys:
+    """Append keys piece by piece, in either layout, as arrays of a kind."""
     layout = draw(st.sampled_from(["bhnd", "bnhd"]))
     cuts = sorted(draw(st.lists(st.integers(0, k.shape[2]), max_size=4)))
     pieces = np.split(k, cuts, axis=2) if draw(st.booleans()) else [k[:, :, m : m + 1] for m in range(k.shape[2])]
     pieces = [piece.swapaxes(1, 2) if layout == "bnhd" else piece for piece in (pieces or [k])]
     known = tuple(x.swapaxes(1, 2) if layout == "bnhd" else x for x in known)
-    keys = group_keys(pieces[0], *known, layout=layout, **options)
+    keys = group_keys(*(to_kind(x, kind) for x in (pieces[0], *known)), layout=layout, **options)
     for piece in pieces[1:]:
-        keys.append(piece)
+        keys.append(to_kind(piece, kind))
     return keys
 
 
@@ -60,10 +81,9 @@ def in_layout(keys: GroupedKeys, array: np.ndarray) -> np.ndarray:
 
 
 def attend(q: np.ndarray, keys: GroupedKeys, v: np.ndarray, **options: Any) -> tuple[np.ndarray, np.ndarray]:
-    out, lse = distr_attention(
-        in_layout(keys, q), keys, in_layout(keys, v), layout=keys.layout, return_lse=True, **options
-    )
-    return np.ascontiguousarray(in_layout(keys, out)), lse
+    given_q, given_v = (to_kind(in_layout(keys, x), keys.kind) for x in (q, v))
+    out, lse = distr_attention(given_q, keys, given_v, layout=keys.layout, return_lse=True, **options)
+    return np.ascontiguousarray(in_layout(keys, to_host(out))), to_host(lse)
 
 
 def everything_in(keys: GroupedKeys) -> dict[str, np.ndarray]:
@@ -81,12 +101,13 @@ def assert_same_keys(a: GroupedKeys, b: GroupedKeys) -> None:
         assert_same_bits(one[name], other[name], context=name)
 
 
-@given(st.data())
-def test_how_keys_came_changes_no_bit(data: st.DataObject) -> None:
+@law_of_kinds
+def test_how_keys_came_changes_no_bit(data: st.DataObject, kind: Kind) -> None:
     q, k, v, options = data.draw(calls())
     known = (q,) if data.draw(st.booleans()) else ()
-    options |= data.draw(reductions(k.shape[3], with_queries=bool(known)))
-    at_once, piece_by_piece = group_keys(k, *known, **options), grown(data.draw, k, *known, **options)
+    options |= data.draw(reductions(k.shape[3], with_queries=bool(known), kind=kind))
+    at_once = group_keys(*(to_kind(x, kind) for x in (k, *known)), **options)
+    piece_by_piece = grown(data.draw, k, *known, kind=kind, **options)
     assert_same_keys(piece_by_piece, at_once)
     causal = data.draw(st.sampled_from([False, True, "top-left"]))
     for one, other in zip(
@@ -95,39 +116,38 @@ def test_how_keys_came_changes_no_bit(data: st.DataObject) -> None:
         assert_same_bits(one, other)
 
 
-@given(st.data())
-def test_full_rank_and_a_single_block_are_exact_attention_bit_for_bit(data: st.DataObject) -> None:
+@law_of_kinds
+def test_full_rank_and_a_single_block_are_exact_attention_bit_for_bit(data: st.DataObject, kind: Kind) -> None:
     q, k, v, options = data.draw(calls())
     if data.draw(st.booleans()):
         options["rank"] = k.shape[3]
     else:
         options |= {"rank": data.draw(st.integers(1, k.shape[3])), "block_size": max(k.shape[2], 1)}
-    keys = grown(data.draw, k, q, **options)
-    given_options = {
-        "causal": data.draw(st.sampled_from([False, True, "top-left"])),
-        "window": data.draw(st.sampled_from([None, (5, 1)])),
-        "softcap": data.draw(st.sampled_from([0.0, 2.0])),
-    }
-    expected = exact_attention(q, k, v, return_lse=True, **given_options)
+    keys = grown(data.draw, k, q, kind=kind, **options)
+    given_options = {"causal": data.draw(st.sampled_from([False, True, "top-left"]))}
+    if kind == "numpy":
+        given_options["window"] = data.draw(st.sampled_from([None, (5, 1)]))
+        given_options["softcap"] = data.draw(st.sampled_from([0.0, 2.0]))
+    expected = exact_attention(*(to_kind(x, kind) for x in (q, k, v)), return_lse=True, **given_options)
     for one, other in zip(attend(q, keys, v, **given_options), expected, strict=True):
-        assert_same_bits(one, np.ascontiguousarray(other))
+        assert_same_bits(one, np.ascontiguousarray(to_host(other)))
 
 
-@given(st.data())
-def test_a_file_gives_it_back_bit_for_bit(data: st.DataObject) -> None:
+@law_of_kinds
+def test_a_file_gives_it_back_bit_for_bit(data: st.DataObject, kind: Kind) -> None:
     q, k, v, options = data.draw(calls())
     known = (q,) if data.draw(st.booleans()) else ()
-    options |= data.draw(reductions(k.shape[3], with_queries=bool(known)))
+    options |= data.draw(reductions(k.shape[3], with_queries=bool(known), kind=kind))
     first = data.draw(st.integers(0, k.shape[2]))
-    saved = grown(data.draw, k[:, :, :first], *known, **options)
+    saved = grown(data.draw, k[:, :, :first], *known, kind=kind, **options)
     file = io.BytesIO()
     saved.save(file)
     file.seek(0)
-    loaded = GroupedKeys.load(file)
+    loaded = GroupedKeys.load(file, kind=kind)
     assert (loaded.shape, loaded.dtype, loaded.layout) == (saved.shape, saved.dtype, saved.layout)
     assert (loaded.grouping, loaded.scale) == (saved.grouping, saved.scale)
     for keys in (saved, loaded):
-        keys.append(in_layout(keys, k[:, :, first:]))
+        keys.append(to_kind(in_layout(keys, k[:, :, first:]), kind))
     assert_same_keys(loaded, saved)
     for one, other in zip(attend(q, loaded, v), attend(q, saved, v), strict=True):
         assert_same_bits(one, other)
@@ -167,25 +187,27 @@ def test_merging_with_exact_attention_over_the_rest_makes_the_whole(data: st.Dat
         assert_agrees(lse[b, h], expected[1], rtol=0, atol=1e-6 * largest, check_dtype=False, constant_ok=True)
 
 
-@given(st.data())
-def test_blocks_within_as_many_dimensions_as_the_rank_are_exact(data: st.DataObject) -> None:
+@law_of_kinds
+def test_blocks_within_as_many_dimensions_as_the_rank_are_exact(data: st.DataObject, kind: Kind) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
-    D, L, rank = 12, 20, data.draw(st.integers(1, 11))
+    D, L, rank = 12, 20, data.draw(st.integers(1, 11) if kind == "numpy" else st.sampled_from([1, 6, 11]))
     blocks = [
         rng.standard_normal((1, 2, L, rank)) @ rng.standard_normal((1, 2, rank, D)) + rng.standard_normal(D)
         for _ in range(4)
     ]
     k, q = np.concatenate(blocks, axis=2), rng.standard_normal((1, 4, 3, D))
     v = rng.standard_normal((1, 2, 4 * L, 5))
-    keys = group_keys(k, q, rank=rank, block_size=L, refine=data.draw(st.integers(0, 2)))
+    refine = data.draw(st.integers(0, 2))
+    keys = group_keys(to_kind(k, kind), to_kind(q, kind), rank=rank, block_size=L, refine=refine)
     assert len(keys.blocks) == 3
-    assert_agrees(distr_attention(q, keys, v), exact_attention(q, k, v), rtol=0, atol=1e-7)
+    assert_agrees(attend(q, keys, v)[0], exact_attention(q, k, v), rtol=0, atol=1e-7)
 
 
-@given(st.data())
-def test_rows_lie_within_the_values_that_they_see(data: st.DataObject) -> None:
+@law_of_kinds
+def test_rows_lie_within_the_values_that_they_see(data: st.DataObject, kind: Kind) -> None:
     q, k, v, options = data.draw(calls())
-    keys = group_keys(k, rank=data.draw(st.integers(1, k.shape[3])), **options)
+    options |= data.draw(reductions(k.shape[3], with_queries=False, kind=kind))
+    keys = group_keys(to_kind(k, kind), **options)
     out, lse = attend(q, keys, v, causal="top-left")
     shared = q.shape[1] // k.shape[1]
     for n in range(q.shape[2]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 from hypothesis import assume
@@ -16,10 +15,6 @@ from kit.strategies import Draw, assert_same_result, calls, law, rounding
 from distrattn_np import reference
 
 WIDE = {"mask": "bhnm", "bias": "bhnm"}
-
-
-def option_law(body: Any) -> Any:
-    return law(body, score_options=True)
 
 
 def shown_pairs(case: Case) -> np.ndarray:
@@ -35,7 +30,7 @@ def shown_pairs(case: Case) -> np.ndarray:
     return shown
 
 
-@option_law
+@law
 def test_call_agrees_with_the_definition(backend: Runner, draw: Draw) -> None:
     case, inputs = draw(calls(backend.limits, score_options=True, hostile=False))
     problem = case.native_problem(inputs)
@@ -47,7 +42,7 @@ def test_call_agrees_with_the_definition(backend: Runner, draw: Draw) -> None:
     assert_same_result(backend.distr(*inputs, **case.options), expected, case, slack)
 
 
-@option_law
+@law
 def test_full_rank_is_exact_attention(backend: Runner, draw: Draw) -> None:
     case, inputs = draw(calls(backend.limits, score_options=True, rank=None, score_tol=None, G=1))
     exact = backend.exact(*inputs, **case.attention_options)
@@ -55,7 +50,7 @@ def test_full_rank_is_exact_attention(backend: Runner, draw: Draw) -> None:
         assert_same_bits(one, other, context=str(case))
 
 
-@option_law
+@law
 def test_query_that_sees_nothing_gives_zero_and_minus_infinity(backend: Runner, draw: Draw) -> None:
     case, inputs = draw(calls(backend.limits, score_options=True))
     blind = ~shown_pairs(case).any(axis=3)
@@ -66,7 +61,7 @@ def test_query_that_sees_nothing_gives_zero_and_minus_infinity(backend: Runner, 
     assert np.isfinite(lse[~blind]).all()
 
 
-@option_law
+@law
 def test_options_that_hide_nothing_change_no_bit(backend: Runner, draw: Draw) -> None:
     case, inputs = draw(calls(backend.limits))
     plain = backend.distr(*inputs, **case.options)
@@ -75,11 +70,16 @@ def test_options_that_hide_nothing_change_no_bit(backend: Runner, draw: Draw) ->
         "mask": np.ones((1, case.H, 1, case.M), bool),
         "bias": np.zeros((case.N, 1), np.float32),
     }
-    for one, other in zip(backend.distr(*inputs, **case.options, **open_options), plain, strict=True):
+    opened = backend.distr(*inputs, **case.options, **open_options)
+    # with options tensor cores take other tiles and units, and centred scores get their mean back before the softmax
+    if backend.name == "cupy" and (case.dtype == "float16" or case.method == "subspace"):
+        assert_same_result(opened, plain, case, rounding(case, inputs))
+        return
+    for one, other in zip(opened, plain, strict=True):
         assert_same_bits(one, other, context=str(case))
 
 
-@option_law
+@law
 def test_mask_is_a_bias_of_minus_infinity(backend: Runner, draw: Draw) -> None:
     case, inputs = draw(
         calls(backend.limits, score_options=True, bias=None, mask=st.sampled_from(["nm", "bm", "bhnm"]))
@@ -91,7 +91,7 @@ def test_mask_is_a_bias_of_minus_infinity(backend: Runner, draw: Draw) -> None:
         assert_agrees(one, other, rtol=0, atol=0, context=str(case), constant_ok=True)
 
 
-@option_law
+@law
 def test_broadcast_axes_may_be_written_out(backend: Runner, draw: Draw) -> None:
     case, inputs = draw(
         calls(backend.limits, score_options=True, mask=st.sampled_from(["", "m", "n", "bh"]), bias="hm")
@@ -103,7 +103,7 @@ def test_broadcast_axes_may_be_written_out(backend: Runner, draw: Draw) -> None:
         assert_same_bits(one, other, context=str(case))
 
 
-@option_law
+@law
 def test_mask_and_bias_may_be_views_in_any_order(backend: Runner, draw: Draw) -> None:
     case, inputs = draw(calls(backend.limits, score_options=True, **WIDE))
     straight = backend.distr(*inputs, **case.options)
@@ -116,7 +116,7 @@ def test_mask_and_bias_may_be_views_in_any_order(backend: Runner, draw: Draw) ->
         assert_agrees(one[:, ::-1], other, rtol=2**-20, atol=slack * 8, context=str(case), constant_ok=True)
 
 
-@option_law
+@law
 def test_window_and_limit_are_masks_to_exact_attention(backend: Runner, draw: Draw) -> None:
     case, inputs = draw(calls(backend.limits, score_options=True, mask=None))
     limited = backend.exact(*inputs, **case.attention_options)
@@ -126,7 +126,7 @@ def test_window_and_limit_are_masks_to_exact_attention(backend: Runner, draw: Dr
     assert_same_result(backend.exact(*inputs, **options), limited, case, 2 * rounding(case, inputs))
 
 
-@option_law
+@law
 def test_hidden_values_are_never_used(backend: Runner, draw: Draw) -> None:
     case, (q, k, v) = draw(calls(backend.limits, score_options=True, mask=st.sampled_from(["m", "bm", "nm"])))
     shared = case.H // case.H_kv
@@ -138,7 +138,7 @@ def test_hidden_values_are_never_used(backend: Runner, draw: Draw) -> None:
         assert_agrees(one, other, rtol=0, atol=0, context=str(case), constant_ok=True)
 
 
-@option_law
+@law
 def test_a_row_of_one_bias_changes_nothing_but_lse(backend: Runner, draw: Draw) -> None:
     case, inputs = draw(
         calls(backend.limits, score_options=True, bias=None, dtype=st.sampled_from(["float32", "float64"]))
@@ -151,7 +151,7 @@ def test_a_row_of_one_bias_changes_nothing_but_lse(backend: Runner, draw: Draw) 
     )
 
 
-@option_law
+@law
 def test_capped_scores_stay_within_the_cap(backend: Runner, draw: Draw) -> None:
     """Lse of one key is its score; of M keys it lies within the cap of log M."""
     case, inputs = draw(calls(backend.limits, causal=False, softcap=st.sampled_from([0.3, 5.0])))

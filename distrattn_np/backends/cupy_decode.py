@@ -1,0 +1,126 @@
+"""Few queries over many keys on tensor cores: decode.cu and merge_splits.cu, and which calls go to them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..checks import FLOAT32_MAX, FLOAT32_TINY
+from ..problem import Problem, ceil_div
+from ..tiles import (
+    DECODE_BLOCKS_PER_PROCESSOR,
+    decode_defines,
+    decode_splits,
+    decode_tiles,
+    merge_splits_defines,
+    pad,
+)
+from . import ScoreTables
+from .cupy_backend import (
+    _NULL,
+    _element,
+    _empty,
+    _launch,
+    _strides,
+    _vector,
+    capability,
+)
+from .device_work import work
+
+MOST_QUERIES = 8
+LEAST_KEYS = 1024
+"""Plain keys below which one thread block for each query head is as fast as several."""
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedKeys:
+    """What a cache keeps of its finished blocks, as decode.cu reads it; the last axes are contiguous."""
+
+    keys: int
+    """How many there are: whole blocks."""
+    block_size: int
+    rank: int
+    sampled: Any
+    """(B * H_kv, room, R padded)"""
+    maps: Any
+    """(B * H_kv, room in blocks, R padded + 1, D padded): Z transposed, then the mean of the block."""
+
+
+def suits(problem: Problem, tables: ScoreTables) -> bool:
+    """Whether decode.cu takes a call over grouped keys: few queries, no score options, 16 bits, sm_80 and up."""
+    return (
+        problem.queries <= MOST_QUERIES
+        and problem.dtype.itemsize == 2
+        and problem.window == (None, None)
+        and problem.softcap == 0
+        and tables.mask is None
+        and tables.bias is None
+        and capability() >= 80
+    )
+
+
+def suits_plain_keys(problem: Problem, tables: ScoreTables) -> bool:
+    """Whether decode.cu takes a call over plain keys: an exact one over many, besides."""
+    return problem.grouping is None and problem.keys >= LEAST_KEYS and suits(problem, tables)
+
+
+def decode(problem: Problem, Q: Any, K: Any, V: Any, O: Any, lse: Any, finished: FinishedKeys | None = None) -> None:
+    """Launch decode.cu, and merge_splits.cu where keys are split; K (B, H_kv, rows, D) are those after ``finished``."""
+    device = work().device
+    element, width, value_width = _element(Q), problem.width, problem.value_width
+    rank = None if finished is None else finished.rank
+    tiles = decode_tiles(width, rank, value_width, problem.queries * problem.heads_per_kv_head, device.shared_limit)
+    defines = decode_defines(
+        tiles,
+        element=element,
+        width=width,
+        rank=rank,
+        value_width=value_width,
+        aligned=all(_vector(x) == 8 for x in (Q, K, V)),
+    )
+    row_tiles = ceil_div(problem.queries * problem.heads_per_kv_head, tiles.rows)
+    items = problem.batch * problem.kv_heads * row_tiles
+    splits, keys_per_split = decode_splits(
+        problem.keys, tiles.block_kv, items, DECODE_BLOCKS_PER_PROCESSOR * device.multiprocessors
+    )
+    rows = problem.batch * problem.heads * problem.queries
+    partial_O, partial_stats = _NULL, _NULL
+    if splits > 1:
+        partial_O = _empty((splits, rows, pad(value_width)), np.float32)
+        partial_stats = _empty((splits, rows, 2), np.float32)
+    kept = (_NULL, _NULL) if finished is None else (finished.sampled, finished.maps)
+    sign, scale_log2 = _sign_and_size(problem.scale)
+    _launch(
+        "decode",
+        defines,
+        items * splits,
+        32 * tiles.num_warps,
+        *(Q, *kept, K, V, O, lse),
+        *(partial_O, partial_stats, problem.heads, problem.heads_per_kv_head, problem.queries, problem.keys),
+        *((0, 1) if finished is None else (finished.keys, finished.block_size)),
+        *(splits, keys_per_split, problem.keys if problem.causal_offset is None else problem.causal_offset),
+        *(sign, scale_log2),
+        *((np.int64(0), np.int64(0)) if finished is None else (_strides(x)[0] for x in kept)),
+        *(stride for x in (Q, K, V, O) for stride in _strides(x)),
+        shared=defines["LAUNCH_SHARED_BYTES"],
+    )
+    if splits > 1:
+        defines = merge_splits_defines(element, value_width)
+        _launch(
+            "merge_splits",
+            defines,
+            ceil_div(rows * ceil_div(pad(value_width), 128), defines["THREADS"] // 32),
+            None,
+            *(partial_O, partial_stats, O, lse, rows, problem.heads, problem.queries, splits, scale_log2, *_strides(O)),
+        )
+
+
+def _sign_and_size(scale: float) -> tuple[np.float32, np.float32]:
+    """Return the sign of the scale and its size for powers of two; the kernels flush what is as good as zero."""
+    size = abs(scale) * math.log2(math.e)
+    if size < FLOAT32_TINY:
+        return np.float32(0), np.float32(1)
+    return np.float32(np.sign(scale)), np.float32(min(size, FLOAT32_MAX))

@@ -1,0 +1,71 @@
+// rebuild_keys.cu - the keys that the finished blocks of a cache stand for, D numbers each.
+//
+//   k_m = mean_c + Z_c s_m       so that q_n . k_m = q_n . mean_c + (q_n Z_c) . s_m              docs/math.md (eq. 27)
+//
+// For calls that decode.cu does not take: what follows is exact attention to these keys.
+//
+// Reference : reference/grouped_keys.py
+// Launcher  : distrattn_np/backends/cupy_grouped_keys.py      Tests : tests/agreement/test_gpu_grouped_keys.py
+//
+// Grid      : heads * blocks * row_tiles, row tiles fastest; row_tiles = ceil_div(block_size, 64)
+// Block     : 256 threads
+// Shared    : under 17 KB, static
+// Assumes   : s and maps are contiguous but for the first axis. Sums are float32 (float64 for float64); keys are rounded
+//             to the element type.
+// Alone     : nvcc -cubin -arch=sm_75 raw_kernels/rebuild_keys.cu
+
+#include "simt.cuh"
+
+// ---- the launcher sets these with -D; the defaults let the file compile alone ----
+#ifndef D
+#define D 128
+#endif
+#ifndef R
+#define R 64
+#endif
+static_assert(R >= 1 && R <= D && D <= 256, "a map has at least one column and at most D");
+
+constexpr int R_PADDED = (R + 15) / 16 * 16, D_PADDED = (D + 15) / 16 * 16;
+constexpr int OWNED = 4;  // keys, and columns of them, that a thread owns
+constexpr int TILE = SIDE * OWNED;
+constexpr int CHANNELS = channels_at_a_time(2 * TILE, R);
+constexpr int MIN_BLOCKS = 2;  // per multiprocessor; without a number ptxas spills registers for occupancy
+
+extern "C" __global__ __launch_bounds__(THREADS, MIN_BLOCKS)
+void rebuild_keys(const element_t* __restrict__ finished,  // [heads, at least blocks * block_size, R_PADDED]
+                  const element_t* __restrict__ maps,      // [heads, at least blocks, R_PADDED + 1, D_PADDED]
+                  element_t* __restrict__ keys,            // [heads, at least blocks * block_size, D]
+                  int blocks, int block_size,
+                  long long stride_finished, long long stride_maps, long long stride_keys) {  // of heads, elements
+  __shared__ alignas(16) accumulate_t operands_smem[CHANNELS * 2 * (TILE + PADDING)];
+  const int ty = threadIdx.x / SIDE, tx = threadIdx.x % SIDE;
+
+  // ---- which keys this block owns ----
+  const int row_tiles = (block_size + TILE - 1) / TILE;
+  const int first = blockIdx.x % row_tiles * TILE, c = blockIdx.x / row_tiles % blocks;
+  const long long head = blockIdx.x / row_tiles / blocks;
+  const int rows = min(TILE, block_size - first);
+  const long long key = static_cast<long long>(c) * block_size + first;
+  finished += head * stride_finished + key * R_PADDED;
+  maps += head * stride_maps + static_cast<long long>(c) * (R_PADDED + 1) * D_PADDED;
+  keys += head * stride_keys + key * D;
+
+  for (int column = 0; column < D; column += TILE) {
+    accumulate_t sums[OWNED][OWNED] = {};
+    multiply_rows<CHANNELS>(
+        sums, operands_smem, R,
+        [&](int row, int r) -> accumulate_t { return row < rows ? to_accumulate(finished[row * R_PADDED + r]) : 0; },
+        [&](int d, int r) -> accumulate_t {
+          return column + d < D ? to_accumulate(maps[r * D_PADDED + column + d]) : 0;
+        });
+#pragma unroll
+    for (int i = 0; i < OWNED; i++) {
+#pragma unroll
+      for (int j = 0; j < OWNED; j++) {
+        const int row = ty * OWNED + i, d = column + tx * OWNED + j;
+        if (row < rows && d < D)
+          keys[static_cast<long long>(row) * D + d] = to_element(sums[i][j] + to_accumulate(maps[R_PADDED * D_PADDED + d]));
+      }
+    }
+  }
+}
