@@ -90,6 +90,7 @@ constexpr real_t ROUNDING = sizeof(real_t) == 8 ? 1.0 / (1 << 29) : 1;  // of re
 constexpr real_t RIDGE = 1e-6f * ROUNDING;
 // What is left of a column's square where rounding hides it: that column depends on the ones before and is dropped.
 constexpr real_t DEPENDENT = 4e-6f * ROUNDING;  // of its own square
+constexpr real_t RESOLVED = 1e-6f * ROUNDING;  // of tr(A B): the square of an error below it counts as zero
 constexpr real_t NEGLIGIBLE = 3e-8f * ROUNDING;  // of tr(A B), which squares of refined columns are parts of
 
 struct alignas(16) Four {
@@ -590,7 +591,7 @@ void subspace_maps(const real_t* __restrict__ x_grams,  // [B, H_x, C, WIDTH, WI
       // W^T A W is the identity but for the ridge, Z is A W, so a column takes 2 - (W^T A W)_rr times its square away
 #pragma unroll
       for (int r = first; r < first + BLOCK; ++r) left -= shared.y_squares[r] * (2.0f - shared.squares[r]);
-      error = factor * sqrt(max(left, 0.0f));
+      error = left > RESOLVED * whole ? factor * sqrt(left) : 0.0f;
       if (score_tol >= 0.0f && first + BLOCK < D && error <= score_tol) rank = first + BLOCK;
     }
     shared.rank = rank;
