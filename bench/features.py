@@ -14,6 +14,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from .. import info, reference
-from ..attention import distr_attention, exact_attention
+from ..attention import distr_attention, exact_attention, workspace_size
 from ..grouped_keys import GroupedKeys, group_keys
 from ..merge import merge
 from . import definition
@@ -286,15 +287,38 @@ def _host_arrays(column: Column) -> None:
     assert_near(out, definition.attention(q, k, v)[0])
 
 
-def _stream(column: Column) -> None:
-    if column.name != "cupy":
+def _lse(column: Column) -> None:
+    column.must_take_arrays()
+    lse = column.give(np.full((B, H, N), np.nan, np.float32))
+    _, returned = column.attend(*inputs(), lse=lse)
+    if returned is not lse:
+        raise WrongResult("another array than lse was returned")
+    assert_near(lse, definition.attention(*inputs())[1])
+
+
+def _workspace(column: Column) -> None:
+    if column.name in ("numpy", "reference"):
         raise DoesNotApply
-    cupy = import_module("cupy")
-    stream = cupy.cuda.Stream(non_blocking=True)
-    with stream:
-        out, _ = column.attend(*inputs())
-    stream.synchronize()
-    assert_near(out, definition.attention(*inputs())[0])
+    arrays = [column.give(x) for x in inputs()]
+    size = workspace_size(*arrays, rank=RANK, backend=column.name)
+    out, _ = column.attend(*arrays, rank=RANK, workspace=column.give(np.zeros(size, np.uint8)))
+    assert_near(out, definition.attention(*inputs(), rank=RANK)[0])
+
+
+def _stream(*, is_named: bool) -> Check:
+    def check(column: Column) -> None:
+        if column.name != "cupy":
+            raise DoesNotApply
+        cupy = import_module("cupy")
+        arrays = [column.give(x) for x in inputs()]
+        stream = cupy.cuda.Stream(non_blocking=True)
+        cupy.cuda.Device().synchronize()
+        with nullcontext() if is_named else stream:
+            out, _ = column.attend(*arrays, **({"stream": stream} if is_named else {}))
+        stream.synchronize()
+        assert_near(out, definition.attention(*inputs())[0])
+
+    return check
 
 
 WIDTHS = (1, 7, 40, 64, 72, 80, 96, 128, 160, 256)
@@ -378,12 +402,17 @@ FEATURES = (
     Feature("Values of another width", "E", each_method({"value_width": 40})),
     Feature("Order of axes", '`layout="bhnd"`, `"bnhd"`', {layout: _layout(layout) for layout in ("bhnd", "bnhd")}),
     Feature("Views without a copy", "any strides, last axis contiguous", {"views": _strided}),
-    Feature("Result in given memory", "`out=`", {"out": _out}),
+    Feature("Results in given memory", "`out=`, `lse=`", {"`out=`": _out, "`lse=`": _lse}),
     Feature("Same bits every time", "the same call", {"twice": _repeats}),
     Feature("Query that sees no key", "zero, lse minus infinity", {"blind": _blind}),
     Feature("Arrays of other packages", "`__dlpack__`", {"dlpack": _dlpack}),
     Feature("NumPy arrays in and out", "`backend=`", {"host": _host_arrays}),
-    Feature("Stream of the caller", "CuPy's current one", {"stream": _stream}),
+    Feature(
+        "Stream of the caller",
+        "CuPy's current one, `stream=`",
+        {"current": _stream(is_named=False), "`stream=`": _stream(is_named=True)},
+    ),
+    Feature("Device memory of the caller", "`workspace=`", {"workspace": _workspace}),
 )
 
 

@@ -116,12 +116,12 @@ def distr_attention(
         Also return the log-sum-exp of each row of the scores that the softmax sees: scaled, capped, with the bias.
     return_info : bool
         Also return the block size with its reason, and the rank and predicted score error of every block.
-    lse : array, shape (B, H, N), float32, optional
+    lse : array, shape (B, H, N), (H, N) for packed sequences, float32, optional
         Where the log-sum-exp is written, as ``out`` for the result, contiguous; and returned with ``return_lse``.
     workspace : array, shape (bytes,), uint8, kind and device of ``q``, optional
         Device memory for all that a call needs beside its results; `workspace_size` says how much. It must begin at a
         multiple of 256 bytes, and holds nothing of worth afterwards. With ``out``, and ``lse`` or no ``return_lse``, a
-        call allocates no device memory. CuPy backend only.
+        call allocates no device memory. CuPy backend only; not with GroupedKeys or packed sequences.
     stream : int or stream, optional
         What the call runs on, with device arrays: the handle of a CUDA stream, or any package's stream that has
         ``__cuda_stream__``. Default: CuPy's current stream; of Numba arrays their own.

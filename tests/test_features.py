@@ -80,7 +80,7 @@ def test_an_option_that_is_refused_is_not_covered(monkeypatch: pytest.MonkeyPatc
 def test_a_result_elsewhere_than_in_out_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(NUMPY, "shares_memory", lambda _: False)
     monkeypatch.setattr(NUMPY, "hand_back", lambda array, *_, **__: array)
-    assert outcome("Result in given memory", "out").startswith("fails: WrongResult: not finite")
+    assert outcome("Results in given memory", "`out=`").startswith("fails: WrongResult: not finite")
 
 
 def test_cells_say_what_was_found() -> None:
