@@ -78,6 +78,8 @@ class Axes:
     D: tuple[int, ...] = (128,)
     E: tuple[int, ...] | None = None
     G: tuple[int, ...] = (1, 2, 4)
+    R: tuple[int, ...] = ()
+    """Ranks of "subspace", beside those of G."""
     L: tuple[int | None, ...] = (None,)
     dtype: tuple[str, ...] | None = None
     causal: tuple[bool, ...] = (False,)
@@ -103,6 +105,9 @@ class Axes:
             for options, group_by, L, kept in product(own, self.group_by or (None,), self.L, cached):
                 grouping = {"group_size": G, "group_by": group_by, "block_size": L}
                 variants.append({"method": method, **options, **grouping, **kept})
+        ranks = self.R if "subspace" in self.method else ()
+        for rank, group_by, L in product(ranks, self.group_by or (None,), self.L):
+            variants.append({"method": "subspace", "rank": rank, "group_by": group_by, "block_size": L})
         return variants
 
 
@@ -115,7 +120,8 @@ class Preset:
     """CPU threads; None: not fixed."""
 
 
-_SERVING = Axes(H=(32,), kv_heads=(8,), G=(1, 2), L=(None, 1024), dtype=("float16",), causal=(False, True))
+# a rank of 62 leaves two of its 64 padded columns to the Hopper forward, 30 two of 32
+_SERVING = Axes(H=(32,), kv_heads=(8,), G=(1, 2), R=(62, 30), L=(None, 1024), dtype=("float16",), causal=(False, True))
 
 PRESETS = {
     "main": Preset((Axes(B=(2,), H=(16,), N=(8192,), dtype=("float16",)),)),

@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         "-D": "query/key width",
         "-E": "value width (default: D)",
         "-G": "channels per group; 1 is exact",
+        "-R": "ranks of subspace, beside those that follow from G",
     }
     for flag, meaning in sizes.items():
         run.add_argument(flag, type=_list_of(_size), metavar="LIST", help=f"{meaning}; 8k is 8192")

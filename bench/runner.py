@@ -84,7 +84,8 @@ def label_of(name: str, problem: Problem, *, cached: bool = False) -> str:
         case Grouping(group_size=G, block_size=L, by=by, fusion=fusion):
             return f"{name} lsh/{fusion} G={G} L={L} {by}"
         case Subspace(block_size=L, by=by):
-            return f"{name} subspace G={problem.width // problem.rank} L={L} {by}"
+            size = f"R={problem.rank}" if problem.width % problem.rank else f"G={problem.width // problem.rank}"
+            return f"{name} subspace {size} L={L} {by}"
         case None:
             return f"{name} exact"
 
@@ -155,10 +156,13 @@ def measure_peak(device: Device, dtype: str) -> dict[str, Any]:
 
 @cache
 def sample_error(**options: Any) -> float | None:
-    """Return the relative output error on the packaged real sample, the mean over its heads; NumPy, float32, D=64."""
+    """Return the relative output error on the packaged real sample, the mean over its heads; NumPy, float32, D=64.
+
+    None for a rank, which is another share of another width.
+    """
     inputs = demo.load_sample()
     q, k, v = (x.astype(np.float32) for x in (inputs.q, inputs.k, inputs.v))
-    if q.shape[-1] % options["group_size"]:
+    if "rank" in options or q.shape[-1] % options["group_size"]:
         return None
     attend = partial(distr_attention, q, k, v, causal=inputs.causal, scale=inputs.scale, backend="numpy")
     return float(demo.relative_error(attend(**options), attend(**EXACT)).mean())

@@ -112,10 +112,19 @@ def compile_cubin(stem: str, defines: Defines, arch: str) -> bytes:
     except ImportError as error:
         raise ExportError("needs cuda-bindings and NVRTC: pip install 'distrattn_np[cuda13]'") from error
 
+    program = None
+
+    def log() -> str:
+        if program is None:
+            return ""
+        text = bytearray(nvrtc.nvrtcGetProgramLogSize(program)[1])
+        nvrtc.nvrtcGetProgramLog(program, text)
+        return f":\n{text.decode(errors='replace').rstrip(chr(0))}"
+
     def checked(result: tuple[Any, ...]) -> Any:
         status, *values = result
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            raise ExportError(f"{status.name} in {stem}.cu for {arch} with {defines}")
+            raise ExportError(f"{status.name} in {stem}.cu for {arch} with {defines}{log()}")
         return values[0] if values else None
 
     program = checked(nvrtc.nvrtcCreateProgram(kernel_source(stem).encode(), f"{stem}.cu".encode(), 0, [], []))
@@ -131,7 +140,7 @@ def compile_cubin(stem: str, defines: Defines, arch: str) -> bytes:
 
 def compiler_options(defines: Defines, arch: str) -> list[str]:
     """Return the options that CuPy's build of the same kernel has."""
-    return [*options(defines), f"-arch={arch}", "-ftz=true"]
+    return [*options(defines), f"-arch={arch}", "-ftz=true", "-default-device"]
 
 
 def export(

@@ -189,6 +189,12 @@ class TestAxes:
         assert {(s.B, s.N, s.causal) for s in shapes} == {(b, n, c) for b, n in ((4, 4096), (1, 16384)) for c in (0, 1)}
         assert {(s.H, s.kv_heads, s.D) for s in shapes} == {(32, 8, 128)}
 
+    def test_ranks_come_beside_those_of_groups(self):
+        ((shape, variants),) = multiply_out([Axes(N=(8,), D=(64,), G=(2,), R=(30, 32), L=(64,))], "float32")
+        labels = [runner.label_of("cupy", shape.problem(options)) for options in variants]
+        assert labels[1:] == ["cupy subspace G=2 L=64 keys", "cupy subspace R=30 L=64 keys"]
+        assert all("rank" not in options for options in Axes(method=("lsh",), R=(30,)).options())
+
     def test_decode_is_a_step_of_full_caches(self):
         ((shape, variants),) = multiply_out(PRESETS["decode"].axes, "float16")
         assert (shape.B, shape.H, shape.kv_heads, shape.N, shape.M, shape.D) == (8, 32, 8, 1, 32768, 128)

@@ -264,14 +264,23 @@ class CupyBackend(Backend):
         sums = _channel_sums(K, segments, power=1)
         return _sum_segments(sums, segments, factor=1 / rows, element=_element(K)).reshape(batch, heads, width)
 
-    def grams(self, X: Any, mean: Any | None, segments: _Segments, heads_per_gram: int = 1) -> Any:
+    def grams(
+        self,
+        X: Any,
+        mean: Any | None,
+        segments: _Segments,
+        heads_per_gram: int = 1,
+        *,
+        memory_matters: bool = True,
+    ) -> Any:
         """Return the Gram matrices of X less ``mean`` as (B, H / heads_per_gram, C, D, D), D padded (eq. 11).
 
-        In the type of the sums. C counts the blocks of ``segments``, 1 where all rows meet all blocks.
+        In the type of the sums. C counts the blocks of ``segments``, 1 where all rows meet all blocks. Without
+        ``memory_matters`` the bits do not depend on how X lies in memory.
         """
         batch, heads, _, width = X.shape
         count = batch * heads // heads_per_gram
-        on_hopper = mean is None and width in GRAM_SM90_WIDTHS and _copy_engine_reads(X)
+        on_hopper = memory_matters and mean is None and width in GRAM_SM90_WIDTHS and _copy_engine_reads(X)
         room = {"per_processor": 1, "row_tile": GRAM_SM90_ROW_TILE} if on_hopper else {}
         parts = segments.split(count, **room)
         shape = (batch, heads // heads_per_gram, parts.count, pad(width), pad(width))

@@ -75,7 +75,7 @@ class CupyGroupedKeys(GroupedKeys):
         batch, heads, rows, width = q.shape
         shared = heads // kv_heads if kv_heads else 1
         with q.device:
-            grams = BACKEND.grams(q, None, _Segments(1, rows, 0, 0, rows, ALL), shared)
+            grams = BACKEND.grams(q, None, _Segments(1, rows, 0, 0, rows, ALL), shared, memory_matters=False)
             return QueryStatistics(grams.reshape(batch, kv_heads, pad(width), pad(width)), shared * rows)
 
     def __repr__(self) -> str:
@@ -188,7 +188,7 @@ class CupyGroupedKeys(GroupedKeys):
         whole = _WholeBlocks(1, L, 0, 0, L, ALL)
         sums = _channel_sums(X, whole, power=1)
         mean = _sum_segments(sums, whole, factor=1 / L, element=_element(X)).reshape(heads, blocks, width)
-        x_grams, y_grams = BACKEND.grams(X, mean, whole), BACKEND.grams(X, None, whole)
+        x_grams, y_grams = BACKEND.grams(X, mean, whole), BACKEND.grams(X, None, whole, memory_matters=False)
         y_rows = L
         if self.queries is not None:
             y_rows = self.queries.rows

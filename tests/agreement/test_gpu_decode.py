@@ -127,7 +127,8 @@ def test_any_number_of_splits_gives_the_same(
     ids=str,
 )
 def test_long_keys_are_split(case: Case, launched: list[str]) -> None:
-    assert_decodes(case, launched, splits=case.B < 70)
+    # where thread blocks enough are without splits, the number of multiprocessors decides
+    assert_decodes(case, launched, splits=True if case.B < 70 else None)
 
 
 def test_rounding_does_not_hang_on_which_split_has_the_largest_score(
