@@ -194,6 +194,13 @@ def test_wrong_stream_workspace_or_lse_is_named(function: Any, call: dict[str, A
         function(**call)
 
 
+@pytest.mark.parametrize("shape", [(0, 4, 5), (2, 0, 5), (2, 4, 0)])
+def test_empty_lse_is_taken(shape: tuple[int, int, int]) -> None:
+    q, k, v = (np.zeros((*shape, width), np.float32) for width in (6, 6, 3))
+    lse = np.zeros(shape, np.float32)
+    assert distrattn_np.exact_attention(q, k, v, lse=lse, return_lse=True)[1] is lse
+
+
 def test_read_only_lse_is_named() -> None:
     lse = np.zeros((2, 4, 5), np.float32)
     lse.flags.writeable = False
