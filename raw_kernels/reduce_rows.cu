@@ -56,7 +56,7 @@ constexpr int WIDTH = (D + 15) / 16 * 16;
 constexpr int R_PADDED = (R + 15) / 16 * 16;
 static_assert(!WITH_ONES || R_PADDED - R >= 2, "the last two columns are free");
 constexpr int NUM_THREADS = 256;
-constexpr int BLOCKS_PER_PROCESSOR = WIDTH <= 128 ? 3 : 2;  // as far as registers reach
+constexpr int BLOCKS_PER_PROCESSOR = WIDTH <= 128 && R_PADDED <= 64 ? 3 : 2;  // as far as registers reach
 constexpr int WARP_ROWS = 16;
 constexpr int ROW_TILE = NUM_THREADS / WARP_SIZE * WARP_ROWS;
 constexpr int MMA_K = 16;
