@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from .channel_norms import channel_norms
-from .exact_attention import softmax_attention
+from .exact_attention import attend_heads
 from .fuse_channels import fuse_channels, sample_channels
 from .fusion_gains import fusion_gains
 from .group_channels import group_channels
 from .hash_channels import hash_channels, hyperplanes
-from .score_options import NO_OPTIONS, ScoreOptions, visible_keys
+from .score_options import NO_OPTIONS, ScoreOptions
 
 
 def rows_that_meet(
@@ -112,8 +112,6 @@ def distr_attention(
 
     ``maps`` takes the result of `group_maps`, so that several implementations can be compared on one permutation.
     """
-    B, H, N, _ = q.shape
-    H_kv, M, E = k.shape[1], k.shape[2], v.shape[3]
     if maps is None:
         maps = group_maps(
             q,
@@ -126,13 +124,12 @@ def distr_attention(
             causal_offset=causal_offset,
         )
     channels, gains = maps
-    out = np.zeros((B, H, N, E))
-    lse = np.full((B, H, N), -np.inf)
-    seen = visible_keys(N, M, causal_offset, options.window)
-    for b, h in np.ndindex(B, H):
-        h_kv = h * H_kv // H
+    H, N = q.shape[1:3]
+
+    def scores_of(b: int, h: int) -> np.ndarray:
+        h_kv = h * k.shape[1] // H
         h_x = h if group_by == "queries" else h_kv
-        S = fused_scores(
+        return scale * fused_scores(
             q[b, h].astype(np.float64),
             k[b, h_kv].astype(np.float64),
             channels[b, h_x],
@@ -141,6 +138,5 @@ def distr_attention(
             block_size=block_size,
             group_by=group_by,
         )
-        S = np.where(seen, options.apply(scale * S, b, h), -np.inf)
-        out[b, h], lse[b, h] = softmax_attention(S, v[b, h_kv].astype(np.float64))
-    return out, lse
+
+    return attend_heads(scores_of, v, heads=H, queries=N, causal_offset=causal_offset, options=options)

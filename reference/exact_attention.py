@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from .score_options import NO_OPTIONS, ScoreOptions, visible_keys
@@ -34,6 +36,29 @@ def softmax_attention(S: np.ndarray, V: np.ndarray) -> tuple[np.ndarray, np.ndar
     return O, lse
 
 
+def attend_heads(
+    scores_of: Callable[[int, int], np.ndarray],
+    v: np.ndarray,
+    *,
+    heads: int,
+    queries: int,
+    causal_offset: int | None,
+    options: ScoreOptions,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return attention (B, H, N, E) over v (B, H_kv, M, E) and its lse (B, H, N), in float64.
+
+    ``scores_of(b, h)`` is the scaled scores (N, M) of a query head, to which the options are applied.
+    """
+    B, H_kv, M, E = v.shape
+    out = np.zeros((B, heads, queries, E))
+    lse = np.full((B, heads, queries), -np.inf)
+    seen = visible_keys(queries, M, causal_offset, options.window)
+    for b, h in np.ndindex(B, heads):
+        S = np.where(seen, options.apply(scores_of(b, h), b, h), -np.inf)
+        out[b, h], lse[b, h] = softmax_attention(S, v[b, h * H_kv // heads].astype(np.float64))
+    return out, lse
+
+
 def exact_attention(
     q: np.ndarray,
     k: np.ndarray,
@@ -44,13 +69,11 @@ def exact_attention(
     options: ScoreOptions = NO_OPTIONS,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return exact attention of (B, H, N, D), (B, H_kv, M, D), (B, H_kv, M, E) in float64, and its lse (B, H, N)."""
-    B, H, N, _ = q.shape
-    H_kv, M, E = k.shape[1], k.shape[2], v.shape[3]
-    out = np.zeros((B, H, N, E))
-    lse = np.full((B, H, N), -np.inf)
-    seen = visible_keys(N, M, causal_offset, options.window)
-    for b, h in np.ndindex(B, H):
-        Q, K, V = (x.astype(np.float64) for x in (q[b, h], k[b, h * H_kv // H], v[b, h * H_kv // H]))
-        S = np.where(seen, options.apply(scale * (Q @ K.T), b, h), -np.inf)
-        out[b, h], lse[b, h] = softmax_attention(S, V)
-    return out, lse
+    H, N = q.shape[1:3]
+
+    def scores_of(b: int, h: int) -> np.ndarray:
+        Q, K = (x.astype(np.float64) for x in (q[b, h], k[b, h * k.shape[1] // H]))
+        scores: np.ndarray = scale * (Q @ K.T)
+        return scores
+
+    return attend_heads(scores_of, v, heads=H, queries=N, causal_offset=causal_offset, options=options)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from .exact_attention import softmax_attention
+from .exact_attention import attend_heads
 from .gram import gram
-from .score_options import NO_OPTIONS, ScoreOptions, visible_keys
+from .score_options import NO_OPTIONS, ScoreOptions
 from .subspace_attention import Maps
 from .subspace_maps import subspace_maps
 
@@ -138,14 +138,11 @@ def grouped_keys_attention(
     options: ScoreOptions = NO_OPTIONS,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return attention through `make_key_maps` (B, H, N, E) and its lse (B, H, N), in float64."""
-    B, H, N, _ = q.shape
-    H_kv, M, E = k.shape[1], k.shape[2], v.shape[3]
-    out = np.zeros((B, H, N, E))
-    lse = np.full((B, H, N), -np.inf)
-    seen = visible_keys(N, M, causal_offset, options.window)
-    for b, h in np.ndindex(B, H):
-        h_kv = h * H_kv // H
-        S = scale * grouped_keys_scores(
+    H, N = q.shape[1:3]
+
+    def scores_of(b: int, h: int) -> np.ndarray:
+        h_kv = h * k.shape[1] // H
+        return scale * grouped_keys_scores(
             q[b, h].astype(np.float64),
             k[b, h_kv].astype(np.float64),
             maps.sampling[b, h_kv],
@@ -153,6 +150,5 @@ def grouped_keys_attention(
             maps.key_mean[b, h_kv],
             block_size=block_size,
         )
-        S = np.where(seen, options.apply(S, b, h), -np.inf)
-        out[b, h], lse[b, h] = softmax_attention(S, v[b, h_kv].astype(np.float64))
-    return out, lse
+
+    return attend_heads(scores_of, v, heads=H, queries=N, causal_offset=causal_offset, options=options)

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .distr_attention import rows_that_meet
-from .exact_attention import softmax_attention
+from .exact_attention import attend_heads
 from .gram import gram
-from .score_options import NO_OPTIONS, ScoreOptions, visible_keys
+from .score_options import NO_OPTIONS, ScoreOptions
 from .subspace_maps import subspace_maps
 
 
@@ -137,16 +137,13 @@ def subspace_attention(
     options: ScoreOptions = NO_OPTIONS,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return attention through `make_maps` (B, H, N, E) and its lse (B, H, N), in float64."""
-    B, H, N, _ = q.shape
-    H_kv, M, E = k.shape[1], k.shape[2], v.shape[3]
-    out = np.zeros((B, H, N, E))
-    lse = np.full((B, H, N), -np.inf)
-    seen = visible_keys(N, M, causal_offset, options.window)
+    H, N = q.shape[1:3]
     exact_from = None
     if causal_offset is not None and group_by == "keys":
         exact_from = own_block_begin(np.arange(N), block_size=block_size, causal_offset=causal_offset)
-    for b, h in np.ndindex(B, H):
-        h_kv = h * H_kv // H
+
+    def scores_of(b: int, h: int) -> np.ndarray:
+        h_kv = h * k.shape[1] // H
         h_x = h if group_by == "queries" else h_kv
         Q, mean = q[b, h].astype(np.float64), maps.key_mean[b, h_kv].astype(np.float64)
         K = k[b, h_kv].astype(np.float64) - mean
@@ -160,7 +157,7 @@ def subspace_attention(
             exact_from=exact_from,
         )
         # centring takes the same number from all scores of a row: they get it back before they are capped (eq. 12)
-        S = scale * (S + (Q @ mean)[:, np.newaxis])
-        S = np.where(seen, options.apply(S, b, h), -np.inf)
-        out[b, h], lse[b, h] = softmax_attention(S, v[b, h_kv].astype(np.float64))
-    return out, lse
+        whole: np.ndarray = scale * (S + (Q @ mean)[:, np.newaxis])
+        return whole
+
+    return attend_heads(scores_of, v, heads=H, queries=N, causal_offset=causal_offset, options=options)
