@@ -219,7 +219,6 @@ struct RunningSoftmax {
     return is_large;
   }
 
-
 #if FOLD_REFERENCE
   // Lets the products that follow subtract the reference: keys have ones in the last two columns.
   __device__ __forceinline__ void fold(MappedQueries& QZ) {
@@ -544,7 +543,8 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
 #endif
     barrier_wait(shared.Q_full, 0);
 
-    // ---- the first pass relies on references; the second, if any warp lost it, follows the maximum ----
+    // ---- the first pass relies on references; the second, if any warp lost it, follows the maximum. It is rare: one
+    // product waits for the other there ----
 #pragma unroll 1
     for (int pass = 0; pass < 2; ++pass) {
       const bool follows_maximum = pass == 1;
@@ -630,20 +630,22 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
         pin(S_rmem);
         if (is_speaker) barrier_arrive(shared.K_empty[K_ring.stage]);
         K_ring.advance();
+        // K of the next tile has mostly arrived. Asked here, the answer is there behind the exponentials.
+        const bool is_next_K_full = barrier_is_over(shared.K_full[K_ring.stage], K_ring.parity);
         bool is_at_edge = CAUSAL && tile >= whole_tiles_end;
 #if OWN_BLOCK
         is_at_edge |= decltype(is_own)::value && tile < own_tiles_begin;
 #endif
-        if (is_at_edge || follows_maximum) {
-          if (is_at_edge) hide_edge(is_own, S_rmem, tile);
-          is_moved = softmax.step_by_maximum(S_rmem, score_scale_of(is_own), IS_FOLDED && !follows_maximum, follows_maximum);
+        if (is_at_edge) {
+          hide_edge(is_own, S_rmem, tile);
+          is_moved = softmax.step_by_maximum(S_rmem, score_scale_of(is_own), IS_FOLDED, false);
         } else {
           is_moved = softmax.step_by_sum<IS_FOLDED>(S_rmem, score_scale_of(is_own));
         }
         pin(S_rmem);
-        // This wait is for the next tile. It stands here because its branch keeps ptxas from moving the wait for P V
-        // in front of the exponentials, which are to run beside P V.
-        if (tile > (decltype(is_own)::value ? keys.own_begin : 0))
+        // This branch also keeps ptxas from moving the wait for P V in front of the exponentials, which are to run
+        // beside P V.
+        if (!is_next_K_full && tile > (decltype(is_own)::value ? keys.own_begin : 0))
           barrier_wait(shared.K_full[K_ring.stage], K_ring.parity);
 
         // ---- O is complete up to the tile before: rescale it to the new reference ----
@@ -663,16 +665,25 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
 #endif
         if (is_moved) rescale_values();
 #if FOLD_REFERENCE
-        if (IS_FOLDED && (is_moved || MAPS_NEXT) && !follows_maximum) softmax.fold(QZ);
+        if (IS_FOLDED && (is_moved || MAPS_NEXT)) softmax.fold(QZ);
 #endif
         --tile;
       };
+
       // ---- the tiles, from the last one down ----
 #if OWN_BLOCK
       begin_visits(Bool<true>(), tile--);
-      if (tile >= keys.own_begin) barrier_wait(shared.K_full[K_ring.stage], K_ring.parity);
+      if (follows_maximum) {
 #pragma unroll 1
-      while (tile >= keys.own_begin) visit_tile(Bool<true>(), Bool<false>());
+        while (tile >= keys.own_begin) {
+          end_visits();
+          begin_visits(Bool<true>(), tile--);
+        }
+      } else {
+        if (tile >= keys.own_begin) barrier_wait(shared.K_full[K_ring.stage], K_ring.parity);
+#pragma unroll 1
+        while (tile >= keys.own_begin) visit_tile(Bool<true>(), Bool<false>());
+      }
       end_visits();
       tile = keys.mapped_end - 1;
       whole_tiles_end = min(own_begin_of(first_row), M - 1) / BLOCK_KV;
@@ -686,38 +697,49 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
       if (!OWN_BLOCK || tile >= 0) {
 #if KEY_MAPS
         map_queries();
+        auto map_next_block = [&] {  // of the tile above, the first of its block
+          if (tile >= 0 && (tile + 1) % tiles_per_key_block() == 0) map_queries();
+        };
+#else
+        auto map_next_block = [] {};
 #endif
-        begin_visits(Bool<false>(), tile);
-#if KEY_MAPS
-        if (tile > 0 && tile % tiles_per_key_block() == 0) map_queries();
-#endif
+        begin_visits(Bool<false>(), tile--);
+        if (follows_maximum) {
+#pragma unroll 1
+          while (tile >= 0) {
+            end_visits();
+            map_next_block();
+            begin_visits(Bool<false>(), tile--);
+          }
+        } else {
+          map_next_block();
 #if FOLD_REFERENCE
-        if (!follows_maximum) softmax.fold(QZ);
+          softmax.fold(QZ);
 #endif
-        --tile;
-        if (tile >= 0) barrier_wait(shared.K_full[K_ring.stage], K_ring.parity);
+          if (tile >= 0) barrier_wait(shared.K_full[K_ring.stage], K_ring.parity);
 #if KEY_MAPS
 #pragma unroll 1
-        while (tile >= 0) {
-          const int last_of_key_block = tile - tile % tiles_per_key_block();
+          while (tile >= 0) {
+            const int last_of_key_block = tile - tile % tiles_per_key_block();
 #pragma unroll 1
-          while (tile > last_of_key_block) visit_tile(Bool<false>(), Bool<false>());
-          if (MAP_AHEAD && last_of_key_block > 0) {
-            visit_tile(Bool<false>(), Bool<true>());
-          } else {
-            visit_tile(Bool<false>(), Bool<false>());
-            if (last_of_key_block > 0) {
-              map_queries();
+            while (tile > last_of_key_block) visit_tile(Bool<false>(), Bool<false>());
+            if (MAP_AHEAD && last_of_key_block > 0) {
+              visit_tile(Bool<false>(), Bool<true>());
+            } else {
+              visit_tile(Bool<false>(), Bool<false>());
+              if (last_of_key_block > 0) {
+                map_queries();
 #if FOLD_REFERENCE
-              if (!follows_maximum) softmax.fold(QZ);
+                softmax.fold(QZ);
 #endif
+              }
             }
           }
-        }
 #else
 #pragma unroll 1
-        while (tile >= 0) visit_tile(Bool<false>(), Bool<false>());
+          while (tile >= 0) visit_tile(Bool<false>(), Bool<false>());
 #endif
+        }
         end_visits();
       }
 

@@ -90,22 +90,27 @@ __device__ __forceinline__ void barrier_expect(Barrier& barrier, int bytes) {
                : "memory");
 }
 
-// Waits for the end of a phase. A correct kernel never runs out of attempts, each of which sleeps for a while; the
-// bound turns a hang into a wrong result. It does not trap: with a trap ptxas serialises the kernel's products.
+// Whether a phase has ended: `barrier_is_over` says so at once, `barrier_sleep` when it has or after a while.
+#define DEFINE_BARRIER_QUESTION(NAME, KIND)                                                            \
+  __device__ __forceinline__ bool NAME(Barrier& barrier, unsigned parity) {                            \
+    unsigned is_over;                                                                                  \
+    asm volatile("{\n.reg .pred is_over;\nmbarrier." KIND                                              \
+                 ".parity.shared::cta.b64 is_over, [%1], %2;\nselp.u32 %0, 1, 0, is_over;\n}"          \
+                 : "=r"(is_over)                                                                       \
+                 : "r"(shared_address(&barrier)), "r"(parity)                                          \
+                 : "memory");                                                                          \
+    return is_over;                                                                                    \
+  }
+DEFINE_BARRIER_QUESTION(barrier_is_over, "test_wait")
+DEFINE_BARRIER_QUESTION(barrier_sleep, "try_wait")
+
+// Waits for the end of a phase. A correct kernel never runs out of attempts; the bound turns a hang into a wrong
+// result. It does not trap: with a trap ptxas serialises the kernel's products.
 __device__ __forceinline__ void barrier_wait(Barrier& barrier, unsigned parity) {
   constexpr int MAX_ATTEMPTS = 1 << 18;
 #pragma unroll 1
-  for (int attempt = 0; attempt < MAX_ATTEMPTS; ++attempt) {
-    unsigned is_over;
-    asm volatile(
-        "{\n.reg .pred is_over;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 is_over, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, is_over;\n}"
-        : "=r"(is_over)
-        : "r"(shared_address(&barrier)), "r"(parity)
-        : "memory");
-    if (is_over) break;
-  }
+  for (int attempt = 0; attempt < MAX_ATTEMPTS; ++attempt)
+    if (barrier_sleep(barrier, parity)) break;
 }
 
 // The place in a ring of buffers, each with a barrier for full and one for empty. Whoever empties buffers waits for
