@@ -39,16 +39,14 @@ def architectures(stem: str) -> tuple[str, ...]:
 def builds(stem: str) -> list[tuple[str, dict[str, Any]]]:
     """Return (architecture, -D set) of every build that is tried.
 
-    The file's own defaults on every architecture; each set of the launcher, as it is for the shared memory there, on
-    two in turn, so that neighbouring sets cover all of them. The nightly profile builds every set everywhere.
+    The file's own defaults on every architecture; each set of the launcher, as it is for the shared memory there, on one
+    in turn, so that neighbouring sets cover all of them. The nightly profile builds every set everywhere.
     """
     archs = architectures(stem)
-    every = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
-    turns = 1 if every else max(len(archs) // 2, 1)
+    turns = 1 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else len(archs)
     chosen: list[tuple[str, dict[str, Any]]] = [(arch, {}) for arch in archs]
     for turn, arch in enumerate(archs):
-        cases = tiles.compile_cases(stem, SHARED_LIMITS[arch])
-        chosen += [(arch, defines) for number, defines in enumerate(cases) if (number - turn) % turns == 0]
+        chosen += [(arch, defines) for defines in tiles.compile_cases(stem, SHARED_LIMITS[arch])[turn::turns]]
     return chosen
 
 
