@@ -211,6 +211,8 @@ def simt_defines(
 
 SM90_WIDTHS = (16, 32, 48, 64, 96, 128)
 """Inner and value widths of forward_sm90.cu: those that hopper.cuh has products for."""
+SM90_MAX_ROUNDS = 31
+"""Query tiles that a thread block of forward_sm90.cu takes one after the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,6 +281,7 @@ def sm90_defines(
         "BLOCK_Q": tiles.block_q,
         "BLOCK_KV": tiles.block_kv,
         "STAGES": tiles.stages,
+        "MAX_ROUNDS": SM90_MAX_ROUNDS,
     }
 
 

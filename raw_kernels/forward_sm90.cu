@@ -14,10 +14,12 @@
 //                            With FOLD_REFERENCE the last two columns are free, K has ones there and Z zeros: they
 //                            take the softmax's reference off the scores.
 //
-// Grid      : (query tiles of a block * items); an item is a (batch, head, query block), see work_item.cuh
+// Grid      : (any number) where not CAUSAL: thread blocks take one position of work_item.cuh after the other, at most
+//             MAX_ROUNDS each, and copy the first tiles of the next while they finish one. CAUSAL: (positions), of
+//             which the longest come first
 // Block     : (1 + NUM_CONSUMERS) * 128 threads. Warpgroup 0 copies tiles, the others own 64 query rows each
 // Shared    : sizeof(SharedTiles) + SWIZZLE_ALIGNMENT bytes, dynamic: 2 (BLOCK_Q Q_WIDTH + STAGES BLOCK_KV (R + E))
-//             + 8 (1 + 4 STAGES) + 1024; KEY_MAPS: and 2 R D + 4 BLOCK_Q + 24; OWN_BLOCK: D in place of R in the tiles of K
+//             + 8 (3 + 4 STAGES) + 1024; KEY_MAPS: and 2 R D + 4 BLOCK_Q + 32; OWN_BLOCK: D in place of R in the tiles of K
 // Maps      : 16-bit elements, strides as they are, swizzle as wide as a row of the box, zeros outside
 //             axes from the inner one             box (Panels<width>::COLUMNS, rows, 1, 1)
 //             q_map (Q_WIDTH, N, H, B)            (Q_WIDTH, BLOCK_Q)
@@ -67,6 +69,9 @@
 #ifndef STAGES
 #define STAGES 2
 #endif
+#ifndef MAX_ROUNDS
+#define MAX_ROUNDS 31  // positions that a thread block takes
+#endif
 
 #include "hopper.cuh"
 #include "work_item.cuh"
@@ -81,6 +86,7 @@ static_assert(ELEMENT == FLOAT16 || ELEMENT == BFLOAT16, "tensor cores take 16-b
 static_assert(BLOCK_Q % CONSUMER_ROWS == 0 && NUM_CONSUMERS >= 2 && NUM_CONSUMERS <= 4,
               "two to four warpgroups own 64 query rows each");
 static_assert(BLOCK_KV % MMA_DEPTH == 0 && BLOCK_KV <= 128, "S [64, BLOCK_KV] is held in registers");
+static_assert(MAX_ROUNDS <= 31, "a bit for each round, and one for the pass");
 static_assert(R % MMA_DEPTH == 0 && E % MMA_DEPTH == 0 && Q_WIDTH % MMA_DEPTH == 0, "a product is 16 columns deep");
 
 // Registers of a thread. What the warpgroups hold together may not exceed what they are launched with, or the block
@@ -101,9 +107,10 @@ struct SharedTiles {
 #if KEY_MAPS
   element_t Z[R * D];
   float mean_scores[BLOCK_Q];  // q . mean of each row
-  Barrier Z_full, Z_empty, mean_scores_full;
+  Barrier Z_full, Z_empty, mean_scores_full, mean_scores_empty;
 #endif
-  Barrier Q_full, K_full[STAGES], K_empty[STAGES], V_full[STAGES], V_empty[STAGES];
+  Barrier Q_full, Q_empty, K_full[STAGES], K_empty[STAGES], V_full[STAGES], V_empty[STAGES];
+  alignas(8) unsigned lost_rounds;  // a bit for each position that has to be computed again
 };
 static_assert(sizeof(element_t[BLOCK_Q * Q_WIDTH]) % SWIZZLE_ALIGNMENT == 0 &&
                   sizeof(element_t[BLOCK_KV * K_WIDTH]) % SWIZZLE_ALIGNMENT == 0 &&
@@ -264,26 +271,27 @@ struct RunningSoftmax {
   }
 };
 
-// ---- producer: one thread copies tiles in the order of their use, in which V follows K by one ----
-struct Producer {
+// ---- producers: a thread of one warp copies tiles in the order of their use, in which V follows K by one; a thread of
+// the other warps copies queries ----
+struct TileCopies {
   Ring<STAGES> K_ring, V_ring;
 #if KEY_MAPS
   Ring<1> Z_ring;
 #endif
 
-  __device__ __forceinline__ void copy_tiles(SharedTiles& shared, const TensorMap& k_map, const TensorMap& v_map,
+  __device__ __forceinline__ void copy(SharedTiles& shared, const TensorMap& k_map, const TensorMap& v_map,
 #if KEY_MAPS
-                                             const TensorMap& z_map, int tiles_per_key_block,
+                                       const TensorMap& z_map, int key_block_size,
 #endif
 #if OWN_BLOCK
-                                             const TensorMap& own_map,
+                                       const TensorMap& own_map,
 #endif
-                                             const WorkItem& work, int kv_head, const KeyTiles& keys) {
+                                       const WorkItem& work, int kv_head, const KeyTiles& keys) {
     const int k_head = KEYS_PER_ITEM ? work.launch_item : kv_head;
     const int k_batch = KEYS_PER_ITEM ? 0 : work.b;
     const int visits = keys.visits();
 #if KEY_MAPS
-    int key_block = (keys.mapped_end - 1) / tiles_per_key_block;
+    int key_block = (keys.mapped_end - 1) * BLOCK_KV / key_block_size;
     if (keys.mapped_end > 0) copy_map(shared, z_map, key_block, kv_head, work.b);
 #endif
 #pragma unroll 1
@@ -308,37 +316,49 @@ struct Producer {
 #if KEY_MAPS
       // Z of the next block, behind what consumers wait for before they release the last Z
       const bool is_mapped = visit >= keys.own_count() && visit < visits;
-      if (is_mapped && key_block > 0 && keys.visited(visit) == key_block * tiles_per_key_block)
+      if (is_mapped && key_block > 0 && keys.visited(visit) * BLOCK_KV == key_block * key_block_size)
         copy_map(shared, z_map, --key_block, kv_head, work.b);
 #endif
     }
   }
 
 #if KEY_MAPS
-  // By the warps of this warpgroup that copy nothing.
-  __device__ __forceinline__ void multiply_by_mean(SharedTiles& shared, const float* __restrict__ mean) {
-    constexpr int CHUNK = 8;  // elements of 16 bytes, which the swizzle keeps together
-    barrier_wait(shared.Q_full, 0);
+  __device__ __forceinline__ void copy_map(SharedTiles& shared, const TensorMap& z_map, int key_block, int kv_head,
+                                           int b) {
+    barrier_wait(shared.Z_empty, Z_ring.parity ^ 1);
+    copy_tile<D, R>(shared.Z, z_map, shared.Z_full, key_block * R, kv_head, b);
+    Z_ring.advance();
+  }
+#endif
+};
+
+struct QueryCopies {
+  Ring<1> ring;
+
+  __device__ __forceinline__ void copy(SharedTiles& shared, const TensorMap& q_map, const WorkItem& work) {
+    barrier_wait(shared.Q_empty, ring.parity ^ 1);
+    copy_tile<Q_WIDTH, BLOCK_Q>(shared.Q, q_map, shared.Q_full, work.query_begin, work.h, work.b);
+  }
+
+#if KEY_MAPS
+  __device__ __forceinline__ void multiply_by(const float* __restrict__ mean, SharedTiles& shared) {
+    constexpr int CHUNK = 4;  // the swizzle keeps eight together, which would take too many registers
+    barrier_wait(shared.mean_scores_empty, ring.parity ^ 1);
+    barrier_wait(shared.Q_full, ring.parity);
 #pragma unroll 1
     for (int row = threadIdx.x - WARP_SIZE; row < BLOCK_Q; row += WARPGROUP - WARP_SIZE) {
       float sum = 0.0f;
 #pragma unroll 1
       for (int d = 0; d < D; d += CHUNK) {
-        const uint4 chunk = *reinterpret_cast<const uint4*>(shared.Q + swizzled_place<D, BLOCK_Q>(row, d));
+        const uint2 chunk = *reinterpret_cast<const uint2*>(shared.Q + swizzled_place<D, BLOCK_Q>(row, d));
         const element_t(&q)[CHUNK] = reinterpret_cast<const element_t(&)[CHUNK]>(chunk);
 #pragma unroll
         for (int j = 0; j < CHUNK; ++j) sum = fmaf(to_accumulate(q[j]), mean[d + j], sum);
       }
       shared.mean_scores[row] = sum;
     }
+    barrier_arrive(shared.Q_empty);
     barrier_arrive(shared.mean_scores_full);
-  }
-
-  __device__ __forceinline__ void copy_map(SharedTiles& shared, const TensorMap& z_map, int key_block, int kv_head,
-                                           int b) {
-    barrier_wait(shared.Z_empty, Z_ring.parity ^ 1);
-    copy_tile<D, R>(shared.Z, z_map, shared.Z_full, key_block * R, kv_head, b);
-    Z_ring.advance();
   }
 #endif
 };
@@ -419,7 +439,8 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
                   float* __restrict__ lse,                 // [B, H, N]
                   int H, int heads_per_kv_head, int N, int M,
                   int query_blocks, int query_block_size,  // one block of N rows where queries are not cut
-                  int first_item, int causal_offset,
+                  int first_item, int positions,           // of this launch
+                  int causal_offset,
                   float scale_log2,                        // scale * log2(e)
                   long long stride_o_b, long long stride_o_h, long long stride_o_n  // elements
 #if KEY_MAPS
@@ -432,13 +453,22 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
   SharedTiles& shared = *reinterpret_cast<SharedTiles*>(
       shared_bytes + (SWIZZLE_ALIGNMENT - shared_address(shared_bytes) % SWIZZLE_ALIGNMENT) % SWIZZLE_ALIGNMENT);
 
-  // ---- which query rows this block owns, which keys they see ----
-  const WorkItem work = find_work(BLOCK_Q, H, N, query_blocks, query_block_size, first_item, CAUSAL);
-  if (work.query_begin >= work.query_end) return;
-  const int kv_head = work.h / heads_per_kv_head;
-  const int key_end = CAUSAL ? visible_key_end(work.query_end, M, causal_offset) : M;
-  // Rows that see no key visit one tile all the same, hidden from them, so that every barrier has its use.
-  const int tiles = max(1, (key_end + BLOCK_KV - 1) / BLOCK_KV);
+  const auto find_position = [&](int round) {
+    return find_work(BLOCK_Q, H, N, query_blocks, query_block_size, first_item, CAUSAL,
+                     blockIdx.x + round * gridDim.x);
+  };
+  // ---- which keys the query rows of a position see ----
+  const auto find_keys = [&](const WorkItem& work) {
+    const int key_end = CAUSAL ? visible_key_end(work.query_end, M, causal_offset) : M;
+    // Rows that see no key visit one tile all the same, hidden from them, so that every barrier has its use.
+    const int tiles = max(1, (key_end + BLOCK_KV - 1) / BLOCK_KV);
+#if OWN_BLOCK
+    return KeyTiles{min(tiles - 1, own_block_begin(work.query_begin, causal_offset, key_block_size) / BLOCK_KV), tiles,
+                    min(tiles, own_block_begin(work.query_end - 1, causal_offset, key_block_size) / BLOCK_KV)};
+#else
+    return KeyTiles{tiles, tiles, tiles};
+#endif
+  };
 #if KEY_MAPS
   auto tiles_per_key_block = [&]() -> int {
     int size = key_block_size;
@@ -446,20 +476,19 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
     return size / BLOCK_KV;
   };
 #endif
-#if OWN_BLOCK
-  const KeyTiles keys{min(tiles - 1, own_block_begin(work.query_begin, causal_offset, key_block_size) / BLOCK_KV), tiles,
-                      min(tiles, own_block_begin(work.query_end - 1, causal_offset, key_block_size) / BLOCK_KV)};
-#else
-  const KeyTiles keys{tiles, tiles, tiles};
-#endif
 
   // ---- barriers: a full one hears from the producer and the copy engine, an empty one from each consumer ----
   if (threadIdx.x == 0) {
     barrier_init(shared.Q_full, 1);
 #if KEY_MAPS
+    constexpr int MULTIPLIERS = WARPGROUP - WARP_SIZE;  // of Q by the mean: they read Q as consumers do
+    barrier_init(shared.Q_empty, NUM_CONSUMERS + (mean ? MULTIPLIERS : 0));
     barrier_init(shared.Z_full, 1);
     barrier_init(shared.Z_empty, NUM_CONSUMERS);
-    barrier_init(shared.mean_scores_full, WARPGROUP - WARP_SIZE);
+    barrier_init(shared.mean_scores_full, MULTIPLIERS);
+    barrier_init(shared.mean_scores_empty, NUM_CONSUMERS * WARPGROUP / WARP_SIZE);
+#else
+    barrier_init(shared.Q_empty, NUM_CONSUMERS);
 #endif
 #pragma unroll
     for (int stage = 0; stage < STAGES; ++stage) {
@@ -469,61 +498,62 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
       barrier_init(shared.V_empty[stage], NUM_CONSUMERS);
     }
     barrier_init_fence();
+    shared.lost_rounds = 0;
   }
 
   __syncthreads();  // no one arrives or waits before the barriers are initialised
 
+  // Calls body(follows_maximum, round, work) for the positions of this thread block. The first pass takes all of them and
+  // relies on references; the second takes those again of which a warp lost the reference, and follows the maximum. It
+  // is rare: one product waits for the other there.
+  const auto for_positions = [&](const auto& body) {
+    unsigned rounds = ~0u;  // the highest bit: it is the first pass
+    do {
+#pragma unroll 1
+      for (int round = 0; round < MAX_ROUNDS && blockIdx.x + round * gridDim.x < positions; ++round) {
+        if (!(rounds >> round & 1)) continue;
+        const WorkItem work = find_position(round);
+        if (work.query_begin < work.query_end) body(!(rounds >> MAX_ROUNDS), round, work);
+      }
+      __syncthreads();
+      rounds = rounds >> MAX_ROUNDS ? shared.lost_rounds : 0;
+    } while (rounds);
+  };
+
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / WARPGROUP, 0);  // the compiler sees that a warp agrees on it
   if (warpgroup == 0) {
     give_up_registers<PRODUCER_REGISTERS>();
-    Producer producer;
-    if (threadIdx.x == 0)
-      copy_tile<Q_WIDTH, BLOCK_Q>(shared.Q, q_map, shared.Q_full, work.query_begin, work.h, work.b);
+    if (threadIdx.x < WARP_SIZE) {
+      TileCopies tiles;
+      for_positions([&](bool, int, const WorkItem& work) {
+        if (threadIdx.x == 0) {
+          tiles.copy(shared, k_map, v_map,
 #if KEY_MAPS
-    if (threadIdx.x >= WARP_SIZE && mean)
-      producer.multiply_by_mean(shared, mean + (work.b * (H / heads_per_kv_head) + kv_head) * D);
-#endif
-    for (int pass = 0; pass < 2; ++pass) {
-      if (threadIdx.x == 0) {
-        producer.copy_tiles(shared, k_map, v_map,
-#if KEY_MAPS
-                            z_map, tiles_per_key_block(),
+                     z_map, key_block_size,
 #endif
 #if OWN_BLOCK
-                            own_map,
+                     own_map,
 #endif
-                            work, kv_head, keys);
-      }
-      __syncwarp();
-      if (!__syncthreads_or(false)) break;
+                     work, work.h / heads_per_kv_head, find_keys(work));
+        }
+        __syncwarp();
+      });
+    } else {
+      QueryCopies queries;
+      for_positions([&](bool, int, const WorkItem& work) {
+        if (threadIdx.x == WARP_SIZE) queries.copy(shared, q_map, work);
+#if KEY_MAPS
+        const int kv_heads = H / heads_per_kv_head;
+        if (mean) queries.multiply_by(mean + (work.b * kv_heads + work.h / heads_per_kv_head) * D, shared);
+#endif
+        queries.ring.advance();
+        __syncwarp();
+      });
     }
   } else {
     take_registers<CONSUMER_REGISTERS>();
     const int consumer = warpgroup - 1;
     const bool is_speaker = threadIdx.x % WARPGROUP == 0;  // arrives at barriers for its warpgroup
-    const int first_row = work.query_begin + consumer * CONSUMER_ROWS;
-#if OWN_BLOCK
-    // The first key that a row scores exactly. Rows that do not exist count as the last one that does.
-    const auto own_begin_of = [&](int n) {
-      return own_block_begin(min(n, work.query_end - 1), causal_offset, key_block_size);
-    };
-#endif
-    // Hides from each row the keys of a tile that it does not see, or that it does not score in the way of the tile.
-    auto hide_edge = [&](auto is_own, float (&S)[BLOCK_KV / 2], int tile) {
-      const int row = first_row + row_of_lane(), first_column = thread_index_anew() % 4 * 2;
-      int last_seen[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        last_seen[i] = CAUSAL ? min(M - 1, row + 8 * i + causal_offset) : M - 1;
-#if OWN_BLOCK
-        const int own_begin = own_begin_of(row + 8 * i);
-        if (!decltype(is_own)::value) last_seen[i] = min(last_seen[i], own_begin - 1);
-        else if (tile * BLOCK_KV < own_begin) last_seen[i] = -1;
-#endif
-      }
-      hide_scores(S, tile * BLOCK_KV + first_column, last_seen);
-    };
-
     // what S is multiplied by to be a power of two
     const auto score_scale_of = [&](auto is_own) {
       return FOLD_REFERENCE && !decltype(is_own)::value ? 1.0f : scale_log2;
@@ -535,25 +565,45 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
     const Descriptor whole_K_smem = describe_inner_columns<Q_WIDTH>(shared.K);  // keys as wide as queries
     const Descriptor V_smem = describe_inner_rows<E, BLOCK_KV>(shared.V);
     constexpr unsigned K_STAGE = sizeof(shared.K[0]) >> 4, V_STAGE = sizeof(shared.V[0]) >> 4;  // to the next buffer
+    Ring<1> Q_ring;
     Ring<STAGES> K_ring, V_ring;
 #if KEY_MAPS
     const Descriptor Z_smem = describe_inner_columns<D>(shared.Z);
     Ring<1> Z_ring;
     MappedQueries QZ;
 #endif
-    barrier_wait(shared.Q_full, 0);
 
-    // ---- the first pass relies on references; the second, if any warp lost it, follows the maximum. It is rare: one
-    // product waits for the other there ----
-#pragma unroll 1
-    for (int pass = 0; pass < 2; ++pass) {
-      const bool follows_maximum = pass == 1;
+    for_positions([&](bool follows_maximum, int round, const WorkItem& work) {
+      const int first_row = work.query_begin + consumer * CONSUMER_ROWS;
+      const KeyTiles keys = find_keys(work);
+#if OWN_BLOCK
+      // The first key that a row scores exactly. Rows that do not exist count as the last one that does.
+      const auto own_begin_of = [&](int n) {
+        return own_block_begin(min(n, work.query_end - 1), causal_offset, key_block_size);
+      };
+#endif
+      // Hides from each row the keys of a tile that it does not see, or that it does not score in the way of the tile.
+      auto hide_edge = [&](auto is_own, float (&S)[BLOCK_KV / 2], int tile) {
+        const int row = first_row + row_of_lane(), first_column = thread_index_anew() % 4 * 2;
+        int last_seen[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          last_seen[i] = CAUSAL ? min(M - 1, row + 8 * i + causal_offset) : M - 1;
+#if OWN_BLOCK
+          const int own_begin = own_begin_of(row + 8 * i);
+          if (!decltype(is_own)::value) last_seen[i] = min(last_seen[i], own_begin - 1);
+          else if (tile * BLOCK_KV < own_begin) last_seen[i] = -1;
+#endif
+        }
+        hide_scores(S, tile * BLOCK_KV + first_column, last_seen);
+      };
+
       float O_rmem[E / 2] = {};
       float S_rmem[BLOCK_KV / 2];
       unsigned P_rmem[BLOCK_KV / MMA_DEPTH][4];
       RunningSoftmax softmax;
       bool is_moved;  // whether the reference is
-      int tile = tiles - 1;
+      int tile = keys.tiles - 1;
       // Tiles from which on some of the keys are hidden from some rows. The tile with the last key of the first row is
       // one of them, so that every row has found a maximum.
       int whole_tiles_end = (first_row + causal_offset) / BLOCK_KV;
@@ -671,6 +721,7 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
       };
 
       // ---- the tiles, from the last one down ----
+      barrier_wait(shared.Q_full, Q_ring.parity);
 #if OWN_BLOCK
       begin_visits(Bool<true>(), tile--);
       if (follows_maximum) {
@@ -687,7 +738,7 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
       end_visits();
       tile = keys.mapped_end - 1;
       whole_tiles_end = min(own_begin_of(first_row), M - 1) / BLOCK_KV;
-      barrier_wait(shared.mean_scores_full, 0);
+      barrier_wait(shared.mean_scores_full, Q_ring.parity);
       {
         const float* const mean_scores = shared.mean_scores + consumer * CONSUMER_ROWS + row_of_lane();
         softmax.lower_scores(mean_scores[0], mean_scores[8], scale_log2, follows_maximum);
@@ -743,12 +794,14 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
         end_visits();
       }
 
+      if (is_speaker) barrier_arrive(shared.Q_empty);
+
       // ---- O / row_sum and lse, rows n < query_end ----
-      int item = first_item;
-      asm volatile("" : "+r"(item));  // or what follows from it takes registers of the main loop
-      const WorkItem done = find_work(BLOCK_Q, H, N, query_blocks, query_block_size, item, CAUSAL);
+      int done_round = round;
+      asm volatile("" : "+r"(done_round));  // or what follows from it takes registers of the main loop
+      const WorkItem done = find_position(done_round);
 #if KEY_MAPS
-      if (mean) barrier_wait(shared.mean_scores_full, 0);
+      if (mean) barrier_wait(shared.mean_scores_full, Q_ring.parity);
 #endif
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -773,7 +826,12 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
 #endif
         if (lane % 4 == 0) lse[((long long)done.b * H + done.h) * N + n] = LN_2 * (shift + __log2f(sum));
       }
-      if (!__syncthreads_or(softmax.is_lost)) break;
-    }
+#if KEY_MAPS
+      __syncwarp();
+      if (thread_index_anew() % WARP_SIZE == 0) barrier_arrive(shared.mean_scores_empty);
+#endif
+      if (softmax.is_lost) atomicOr(&shared.lost_rounds, 1u << done_round);
+      Q_ring.advance();
+    });
   }
 }

@@ -8,7 +8,9 @@
 // one item per head: query_blocks = 1, query_block_size = N. A launch covers the items from first_item on, so that a
 // bounded workspace can serve one launch after the other:
 //
-//   gridDim.x = (items of this launch) * query_tiles,     query_tiles = ceil_div(query_block_size, BLOCK_Q)
+//   positions = (items of this launch) * query_tiles,     query_tiles = ceil_div(query_block_size, BLOCK_Q)
+//
+// A thread block has a position of its own, or takes every gridDim.x-th.
 
 #pragma once
 
@@ -21,8 +23,8 @@ struct WorkItem {
 // `longest_first` is for causal calls: the last tiles of a head see the most keys, and a long tile that starts late
 // keeps the whole device waiting.
 __device__ __forceinline__ WorkItem find_work(int block_q, int H, int N, int query_blocks, int query_block_size,
-                                              int first_item, bool longest_first) {
-  const int position = longest_first ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+                                              int first_item, bool longest_first, int block = blockIdx.x) {
+  const int position = longest_first ? gridDim.x - 1 - block : block;
   const int query_tiles = (query_block_size + block_q - 1) / block_q;
   WorkItem work;
   work.launch_item = position / query_tiles;

@@ -41,6 +41,7 @@ from ..tiles import (
     REDUCE_THREADS,
     SAMPLE,
     SIMT_THREADS,
+    SM90_MAX_ROUNDS,
     SM90_WIDTHS,
     UP_TO,
     Defines,
@@ -854,12 +855,18 @@ class _Forward:
         if launch.own_box:
             shown.append((self.K, launch.own_box))
         maps = [work().tensor_map(x, box) for x, box in shown]
+        positions = items * ceil_div(query_block_size, launch.block_q)
+        blocks = positions
+        if problem.causal_offset is None:  # positions take equally long, so thread blocks take equally many
+            multiprocessors = work().device.multiprocessors
+            blocks = min(positions, multiprocessors * ceil_div(positions, multiprocessors * SM90_MAX_ROUNDS))
         _launch(
             "forward_sm90",
             defines,
-            items * ceil_div(query_block_size, launch.block_q),
+            blocks,
             launch.threads,
-            *(*maps, self.O, self.lse, heads, heads_per_kv_head, N, M, query_blocks, query_block_size, first, offset),
+            *(*maps, self.O, self.lse, heads, heads_per_kv_head, N, M, query_blocks, query_block_size, first),
+            *(positions, offset),
             np.float32(problem.scale * math.log2(math.e)),
             *_strides(self.O),
             *((by_keys.mean, key_block_size) if by_keys else ()),

@@ -74,11 +74,11 @@ def forward_sm90_launch(
     query_width = inner_width if mapped_width is None else mapped_width
     widest_key = query_width if own_block else inner_width
     elements = block_q * query_width + stages * block_kv * (widest_key + value_width)
-    barriers = 1 + 4 * stages
+    barriers = 3 + 4 * stages  # one of them is a word of the same size
     mean_scores = 0
     if mapped_width is not None:
         elements += inner_width * mapped_width
-        barriers += 3
+        barriers += 4
         mean_scores = block_q
     return ForwardLaunch(
         block_q=block_q,
