@@ -22,6 +22,7 @@ PACKAGES = (
     "torch",
     "triton",
     "flash-attn-4",
+    "nvidia-cutlass-dsl",
     "nvidia-cudnn-frontend",
     "ml_dtypes",
 )
