@@ -50,7 +50,7 @@ def plot(measured: Report, path: Path) -> None:
 
 
 def base_times(rows: list[Row]) -> dict[str, float]:
-    """Return, by shape, the microseconds of the fastest peer; where no peer was timed at all, of our exact attention."""
+    """Return, by shape, the microseconds of the fastest peer; where none was timed at all, of our exact attention."""
     exact = [row for row in rows if row["options"] == EXACT]
     found: dict[str, float] = {}
     for row in [row for row in exact if row["label"] in PEERS] or exact:
