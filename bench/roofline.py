@@ -98,7 +98,7 @@ def add_kernels(measured: Report) -> None:
     cuobjdump()  # without it there is nothing to compile for
     facts = facts_of(measured["environment"])
     places: dict[tuple[Any, ...], int] = {}
-    builds = []
+    builds: list[dict[str, Any]] = []
     for row in measured["rows"]:
         row["launches"] = None
         if row["contender"] != "cupy" or row["status"] != "ok" or is_cached(row["options"]):

@@ -254,7 +254,8 @@ def run_launch(call: Call, kind: Kind, *, is_compared: bool) -> dict[str, float]
     if not is_compared:
         return {}
     out, lse = results[0]
-    expected = definition.attention(**call.options, **call.arrays, is_exact=call.is_exact, make_maps=kind.make_maps)
+    told: dict[str, Any] = call.options | call.arrays
+    expected = definition.attention(**told, is_exact=call.is_exact, make_maps=kind.make_maps)
     return judge(call, (to_host(out), to_host(lse)), expected)
 
 
