@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--threads", type=_size, metavar="T", help="CPU threads of NumPy and PyTorch")
     run.add_argument("--json", type=Path, metavar="FILE", help="write the report")
+    run.add_argument("--resume", action="store_true", help="keep the shapes that the file has, run the others")
     run.add_argument("--profile", action="store_true", help="call everything once, unchecked and without timers")
 
     commands.add_parser("list", help="show the presets").set_defaults(command=_list)
@@ -137,10 +138,6 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
     peers, missing = load_peers(wanted, kind, info.cpu_cores())
     for name, reason in missing.items():
         _say(f"peer {name} is missing: {reason}")
-    plan = Plan(device, points, backend_names, peers, arguments.repeat or device.default_rounds, arguments.sustained)
-    if arguments.profile:
-        profile(plan, _say)
-        return 0
     measured: report.Report = {
         "schema": report.SCHEMA,
         "kind": kind,
@@ -150,14 +147,21 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
         "peaks": {},
         "rows": [],
     }
+    if arguments.resume:
+        measured = _resumed(measured, arguments.json)
+        done = {row["shape_label"] for row in measured["rows"]}
+        points = [(shape, variants) for shape, variants in points if shape.label not in done]
+    plan = Plan(device, points, backend_names, peers, arguments.repeat or device.default_rounds, arguments.sustained)
+    if arguments.profile:
+        profile(plan, _say)
+        return 0
 
     def save() -> None:
         if arguments.json is not None:
             report.save(measured, arguments.json)
 
     save()  # a path that cannot be written ends the run before it begins
-    for peaks, rows in run(plan, _say):
-        measured["peaks"] = peaks
+    for rows in run(plan, _say, measured["peaks"]):
         measured["rows"] += rows
         if kind == "gpu":  # right after the load: the clocks of an idle GPU say nothing
             measured["environment"]["gpu_state"] = gpu_state()
@@ -166,6 +170,24 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
         save()  # after every shape: a long run may be cut off
     ours = [row for row in measured["rows"] if row["contender"] in BACKENDS]
     return 1 if any(row["status"] in ("wrong", "failed") for row in ours) else 0
+
+
+def _resumed(measured: report.Report, path: Path | None) -> report.Report:
+    """Return the report that ``path`` holds, to go on with; a new one where there is none yet."""
+    if path is None:
+        raise ValueError("--resume: needs --json FILE")
+    if not path.exists():
+        return measured
+    begun = report.load(path)
+    for key in ("kind", "missing_peers", "sustained_seconds"):
+        if begun.get(key) != measured[key]:
+            raise ValueError(f"--resume: {key} of {path} is {begun.get(key)}, here it is {measured[key]}")
+    before, now = begun["environment"], measured["environment"]
+    for key in sorted(now.keys() - {"date", "argv", "platform"}):
+        if before.get(key) != now[key]:
+            raise ValueError(f"--resume: {key} of {path} is {before.get(key)}, here it is {now[key]}")
+    before.setdefault("resumed", []).append({key: now[key] for key in ("date", "argv")})
+    return begun
 
 
 def _overrides(arguments: argparse.Namespace) -> dict[str, tuple[Any, ...]]:

@@ -172,7 +172,7 @@ def markdown(measured: Report) -> str:
     sizes: dict[str, int] = {}
     for row in measured["rows"]:
         shape = row["shape"]
-        kind = tuple(size for name, size in shape.items() if name not in ("B", "N", "M"))
+        kind = shape["N"] == shape["M"], *(size for name, size in shape.items() if name not in ("B", "N", "M"))
         label = row["shape_label"]
         sizes[label] = shape["B"] * shape["N"] * shape["M"]
         if sizes[label] > sizes.get(largest.get(kind, ""), -1):

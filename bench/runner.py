@@ -53,16 +53,15 @@ class Plan:
     """How long each contender is called without a pause."""
 
 
-def run(plan: Plan, say: Say) -> Iterator[tuple[dict[str, Any], list[Row]]]:
-    """Yield, shape by shape, the peak of its dtype and its rows."""
-    peaks: dict[str, dict[str, Any]] = {}
+def run(plan: Plan, say: Say, peaks: dict[str, dict[str, Any]]) -> Iterator[list[Row]]:
+    """Yield the rows of each shape; ``peaks`` gets those of the dtypes that it lacks."""
     for done, (shape, variants) in enumerate(plan.points):
         if shape.dtype not in peaks:
             say(f"largest matrix product in {shape.dtype}")
             peaks[shape.dtype] = measure_peak(plan.device, shape.dtype)
             plan.device.release()
         say(f"[{done + 1}/{len(plan.points)}] {shape.label}")
-        yield peaks, run_shape(plan, shape, variants, peaks[shape.dtype], say)
+        yield run_shape(plan, shape, variants, peaks[shape.dtype], say)
         plan.device.release()
 
 

@@ -41,11 +41,14 @@ def fill(text: str, results: Path) -> str:
 
 
 def markdown(measured: Report) -> str:
-    """Return the tables of one report: its first shape in full, the others one line each."""
+    """Return the tables of one report: its first shape in full, the others one line each, by who took part."""
     first, *others = [list(group) for _, group in groupby(measured["rows"], key=lambda row: row["shape_label"])]
     parts = [_provenance(measured), "", f"**{first[0]['shape_label']}**", "", _full_table(first)]
-    if others:
-        parts += ["", _short_table(others)]
+    alike: dict[tuple[str, ...], list[list[dict[str, Any]]]] = {}
+    for rows in others:
+        alike.setdefault(tuple(row["label"] for row in rows), []).append(rows)
+    for shapes in alike.values():
+        parts += ["", _short_table(shapes)]
     return "\n".join(parts)
 
 
@@ -91,22 +94,19 @@ def _full_table(rows: list[dict[str, Any]]) -> str:
 
 def _short_table(shapes: list[list[dict[str, Any]]]) -> str:
     """One line a shape, one column a contender: milliseconds, and the speed-up over the first peer."""
-    labels = list(dict.fromkeys(row["label"] for rows in shapes for row in rows))
     base = next(iter(_bases([row for rows in shapes for row in rows])), None)
     lines = []
     for rows in shapes:
-        by_label = {row["label"]: row for row in rows}
         cells = []
-        for label in labels:
-            row = by_label.get(label)
-            if row is None or row["status"] != "ok":
-                cells.append("" if row is None else row["status"])
+        for row in rows:
+            if row["status"] != "ok":
+                cells.append(row["status"])
                 continue
             speedup = row["speedup"].get(base)
             cells.append(milliseconds(row["cold_us"]["median"]) + ("" if speedup is None else f" (x {speedup:.2f})"))
         lines.append([rows[0]["shape_label"], *cells])
     note = "Milliseconds" if base is None else f"Milliseconds (x: speed-up over {title_of(base)})"
-    return f"{note}:\n\n{markdown_table(['', *map(title_of, labels)], lines)}"
+    return f"{note}:\n\n{markdown_table(['', *(title_of(row['label']) for row in shapes[0])], lines)}"
 
 
 def _bases(rows: list[dict[str, Any]]) -> list[str]:

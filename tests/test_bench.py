@@ -475,6 +475,26 @@ class TestFile:
         (row,) = report.load(path)["rows"]
         assert (row["shape"]["N"], row["status"]) == (40, "ok")
 
+    def test_a_run_goes_on_with_the_shapes_that_the_file_lacks(self, tmp_path, monkeypatch, capsys):
+        path = tmp_path / "report.json"
+        run("-G", "1,2", "-N", "40", "--resume", path=path)  # there is nothing yet to go on with
+        first = report.load(path)
+        monkeypatch.setattr(runner, "measure_peak", None)  # that of the dtype is known
+        code, measured = run("-G", "1,2", "-N", "40,70", "--resume", path=path)
+        assert code == 0
+        assert measured["rows"][:3] == first["rows"]
+        assert [row["shape"]["N"] for row in measured["rows"]] == [40] * 3 + [70] * 3
+        assert measured["peaks"] == first["peaks"]
+        assert [later["argv"][0] for later in measured["environment"]["resumed"]] == ["run"]
+        capsys.readouterr()
+        changed = measured | {"environment": measured["environment"] | {"numpy": "1.0"}}
+        report.save(changed, path)
+        assert bench.main([*TINY, "--resume", "--json", str(path)]) == 2
+        assert f"numpy of {path} is 1.0, here it is {np.__version__}" in capsys.readouterr().err
+        assert report.load(path) == changed
+        assert bench.main([*TINY, "--resume"]) == 2
+        assert "needs --json FILE" in capsys.readouterr().err
+
     def test_a_file_that_cannot_be_written_ends_the_run_before_it_begins(self, tmp_path, capsys):
         (tmp_path / "file").touch()
         assert bench.main([*TINY, "--json", str(tmp_path / "file" / "report.json")]) == 2
@@ -739,6 +759,15 @@ class TestTable:
         tables = [line.count("|") for line in lines if line.startswith("|")]
         assert tables == [tables[0]] * 5 + [tables[-1]] * 3  # as many cells in each line as in its heading
         assert table.fill(text, results) == text
+
+    def test_shapes_with_other_contenders_have_a_table_of_their_own(self, results):
+        measured = json.loads((results / "cpu.json").read_text(encoding="utf-8"))
+        rows = [row | {"shape_label": f"shape {name}"} for name in "abc" for row in measured["rows"][:3]]
+        del rows[4]
+        text = table.markdown(measured | {"rows": rows})
+        lines = [line for line in text.splitlines() if line.startswith("| shape")]
+        assert [(line[:9], line.count("|")) for line in lines] == [("| shape b", 4), ("| shape c", 5)]
+        assert text.count("Milliseconds (x") == 2
 
     def test_check_tells_a_table_that_is_not_current(self, results, tmp_path, capsys):
         path = tmp_path / "doc.md"
