@@ -20,6 +20,7 @@ from distrattn_np.bench.timing import time_cold
 
 from distrattn_np import backends, bench, reference
 from distrattn_np.block_size import choose_block_size
+from distrattn_np.export import plan_call
 from distrattn_np.grouped_keys import GroupedKeys
 from distrattn_np.problem import Grouping, GroupMaps, Problem, Subspace
 from distrattn_np.work import own_pairs, visible_pairs, work_of, work_of_cache
@@ -987,3 +988,17 @@ class TestRoofline:
                 assert build["shared_bytes"] > 48 << 10
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| forward_sm90")]
         assert len(lines) == 2
+
+    @pytest.mark.gpu
+    def test_kernels_that_are_compiled_again_are_those_that_run(self):
+        from distrattn_np.backends.cupy_device import ON_CURRENT_DEVICE, kernel_of
+
+        roofline.cuobjdump()
+        shape = Shape(B=1, H=2, kv_heads=2, N=256, M=256, D=64, E=64, dtype="float16", causal=False)
+        facts = ON_CURRENT_DEVICE.device
+        plan, _ = plan_call(shape.problem(EXACT), facts, returns_lse=False)
+        (launch,) = plan.launches
+        kernel = kernel_of(launch.stem, launch.defines, launch.shared)
+        build = roofline.describe_kernel(launch, facts)
+        assert (build["registers"], build["local_bytes"]) == (kernel.num_regs, kernel.local_size_bytes)
+        assert build["shared_bytes"] - launch.shared in (kernel.shared_size_bytes, kernel.shared_size_bytes + 1024)

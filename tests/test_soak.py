@@ -159,6 +159,15 @@ def test_a_wrong_launch_is_found_without_the_definition(
     assert (code, again["failures"]) == (1, [first])
 
 
+@pytest.mark.gpu
+def test_launches_run_on_a_gpu(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(soak, "FEW_KERNELS", soak.FEW_KERNELS[:2])  # each is some kernels to compile
+    code, summary = launches(tmp_path, "--backend=cupy", "--launches=120")
+    assert code == 0, summary["failures"]
+    assert (summary["compared"], summary["refused"]) == (2, {})
+    assert {"host", "pool", "reserve"} <= summary["memory"][0].keys()
+
+
 def test_a_call_that_hangs_ends_the_run() -> None:
     script = """
 import sys, time
