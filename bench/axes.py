@@ -121,7 +121,9 @@ class Preset:
 
 
 # a rank of 62 leaves two of its 64 padded columns to the Hopper forward, 30 two of 32
-_SERVING = Axes(H=(32,), kv_heads=(8,), G=(1, 2), R=(62, 30), L=(None, 1024), dtype=("float16",), causal=(False, True))
+_SERVING = Axes(H=(16, 32), kv_heads=(8,), G=(1, 2), R=(62, 30), L=(1024,), dtype=("float16",), causal=(False, True))
+# what block sizes are chosen, in the middle of that grid
+_CHOSEN_BLOCKS = replace(_SERVING, H=(32,), L=(None,))
 
 PRESETS = {
     "main": Preset((Axes(B=(2,), H=(16,), N=(8192,), dtype=("float16",)),)),
@@ -132,12 +134,18 @@ PRESETS = {
                 N=tuple(1024 * n for n in (2, 4, 8, 10, 20, 40)),
                 D=(32, 64, 128),
                 dtype=("float16",),
-                method=("lsh",),
             ),
         )
     ),
-    # 16k tokens of prompts, as several short ones and as a long one
-    "serving": Preset((replace(_SERVING, B=(4,), N=(4096,)), replace(_SERVING, B=(1,), N=(16384,)))),
+    # 16k and 32k tokens of prompts, as several short ones and as a long one
+    "serving": Preset(
+        (
+            replace(_SERVING, B=(4, 8), N=(4096,)),
+            replace(_SERVING, B=(1,), N=(16384, 32768)),
+            replace(_CHOSEN_BLOCKS, B=(4,), N=(4096,)),
+            replace(_CHOSEN_BLOCKS, B=(1,), N=(16384,)),
+        )
+    ),
     # a step of eight requests of 32k tokens each
     "decode": Preset(
         (

@@ -1,4 +1,4 @@
-"""``distrattn bench``: run, list, table, compare, plot."""
+"""``distrattn bench``: run, list, table, roofline, compare, plot."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from .. import checks, info
-from . import report, table
+from ..export import ExportError
+from . import report, roofline, table
 from .axes import METHODS, PRESETS, Axes, Preset, multiply_out
 from .device import BACKENDS, Kind, open_device
 from .environment import describe_environment, gpu_state
 from .peers import PEERS, load_peers
 from .runner import Plan, profile, run
+from .timing import SUSTAINED_SECONDS
 
+DOCUMENTS = [Path("README.md"), Path("docs", "performance.md")]
+"""Those with tables of results."""
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """Read once, when the libraries load: a run with ``--threads`` therefore starts in a new process."""
 
@@ -28,7 +32,7 @@ def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     try:
         code: int = arguments.command(arguments, argv)
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError, ExportError) as error:
         print(f"distrattn bench: {error}", file=sys.stderr)
         return 2
     return code
@@ -82,17 +86,30 @@ def _parser() -> argparse.ArgumentParser:
         help=f"all (default), none, or of {', '.join(PEERS)}",
     )
     run.add_argument("--repeat", type=_size, metavar="ROUNDS", help="cold runs of each contender")
+    run.add_argument(
+        "--sustained",
+        type=_seconds,
+        default=SUSTAINED_SECONDS,
+        metavar="SECONDS",
+        help="how long a contender is called without a pause (default: %(default)g)",
+    )
     run.add_argument("--threads", type=_size, metavar="T", help="CPU threads of NumPy and PyTorch")
     run.add_argument("--json", type=Path, metavar="FILE", help="write the report")
+    run.add_argument("--resume", action="store_true", help="keep the shapes that the file has, run the others")
     run.add_argument("--profile", action="store_true", help="call everything once, unchecked and without timers")
 
     commands.add_parser("list", help="show the presets").set_defaults(command=_list)
 
     tables = commands.add_parser("table", help="write the tables of the documentation from the committed results")
     tables.set_defaults(command=_table)
-    tables.add_argument("documents", nargs="*", type=Path, default=[Path("README.md")], metavar="FILE")
+    tables.add_argument("documents", nargs="*", type=Path, default=DOCUMENTS, metavar="FILE")
     tables.add_argument("--results", type=Path, default=Path(__file__).parent / "results", metavar="FOLDER")
     tables.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a table is not current")
+
+    limits = commands.add_parser("roofline", help="how near the calls of a report came to what the machine can do")
+    limits.set_defaults(command=_roofline)
+    limits.add_argument("report", type=Path)
+    limits.add_argument("--kernels", action="store_true", help="compile the kernels again and add them to the report")
 
     compare = commands.add_parser("compare", help="two reports side by side")
     compare.set_defaults(command=_compare)
@@ -102,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     plot = commands.add_parser("plot", help="speed-up over the number of queries, as a picture")
     plot.set_defaults(command=_plot)
     plot.add_argument("report", type=Path)
-    plot.add_argument("picture", type=Path)
+    plot.add_argument("picture", type=Path, nargs="?", help="default: beside the report")
     return parser
 
 
@@ -121,28 +138,56 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
     peers, missing = load_peers(wanted, kind, info.cpu_cores())
     for name, reason in missing.items():
         _say(f"peer {name} is missing: {reason}")
-    plan = Plan(device, points, backend_names, peers, arguments.repeat or device.default_rounds)
-    if arguments.profile:
-        profile(plan, _say)
-        return 0
     measured: report.Report = {
         "schema": report.SCHEMA,
         "kind": kind,
         "environment": describe_environment(kind, argv),
         "missing_peers": missing,
+        "sustained_seconds": arguments.sustained,
         "peaks": {},
         "rows": [],
     }
-    for peaks, rows in run(plan, _say):
-        measured["peaks"] = peaks
+    if arguments.resume:
+        measured = _resumed(measured, arguments.json)
+        done = {row["shape_label"] for row in measured["rows"]}
+        points = [(shape, variants) for shape, variants in points if shape.label not in done]
+    plan = Plan(device, points, backend_names, peers, arguments.repeat or device.default_rounds, arguments.sustained)
+    if arguments.profile:
+        profile(plan, _say)
+        return 0
+
+    def save() -> None:
+        if arguments.json is not None:
+            report.save(measured, arguments.json)
+
+    save()  # a path that cannot be written ends the run before it begins
+    for rows in run(plan, _say, measured["peaks"]):
         measured["rows"] += rows
         if kind == "gpu":  # right after the load: the clocks of an idle GPU say nothing
             measured["environment"]["gpu_state"] = gpu_state()
+        roofline.add_exponentials(measured)
         report.print_rows(rows)
-        if arguments.json is not None:  # after every shape: a long run may be cut off
-            report.save(measured, arguments.json)
+        save()  # after every shape: a long run may be cut off
     ours = [row for row in measured["rows"] if row["contender"] in BACKENDS]
     return 1 if any(row["status"] in ("wrong", "failed") for row in ours) else 0
+
+
+def _resumed(measured: report.Report, path: Path | None) -> report.Report:
+    """Return the report that ``path`` holds, to go on with; a new one where there is none yet."""
+    if path is None:
+        raise ValueError("--resume: needs --json FILE")
+    if not path.exists():
+        return measured
+    begun = report.load(path)
+    for key in ("kind", "missing_peers", "sustained_seconds"):
+        if begun.get(key) != measured[key]:
+            raise ValueError(f"--resume: {key} of {path} is {begun.get(key)}, here it is {measured[key]}")
+    before, now = begun["environment"], measured["environment"]
+    for key in sorted(now.keys() - {"date", "argv", "platform"}):
+        if before.get(key) != now[key]:
+            raise ValueError(f"--resume: {key} of {path} is {before.get(key)}, here it is {now[key]}")
+    before.setdefault("resumed", []).append({key: now[key] for key in ("date", "argv")})
+    return begun
 
 
 def _overrides(arguments: argparse.Namespace) -> dict[str, tuple[Any, ...]]:
@@ -202,6 +247,15 @@ def _table(arguments: argparse.Namespace, _argv: list[str]) -> int:
     return 1 if stale and arguments.check else 0
 
 
+def _roofline(arguments: argparse.Namespace, _argv: list[str]) -> int:
+    measured = report.load(arguments.report)
+    if arguments.kernels:
+        roofline.add_kernels(measured)
+        report.save(measured, arguments.report)
+    print(roofline.markdown(measured))
+    return 0
+
+
 def _compare(arguments: argparse.Namespace, _argv: list[str]) -> int:
     report.compare(report.load(arguments.before), report.load(arguments.after))
     return 0
@@ -210,7 +264,9 @@ def _compare(arguments: argparse.Namespace, _argv: list[str]) -> int:
 def _plot(arguments: argparse.Namespace, _argv: list[str]) -> int:
     from .plot import plot
 
-    plot(report.load(arguments.report), arguments.picture)
+    picture = arguments.picture or arguments.report.with_suffix(".png")
+    plot(report.load(arguments.report), picture)
+    print(f"{picture}: written")
     return 0
 
 
@@ -231,6 +287,14 @@ def _size(text: str) -> int:
     if not digits.isdecimal() or int(digits) == 0:
         raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
     return int(digits) * kilo
+
+
+def _seconds(text: str) -> float:
+    """Return a positive number of seconds."""
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
+    return seconds
 
 
 def _block_size(text: str) -> int | None:

@@ -22,6 +22,7 @@ PACKAGES = (
     "torch",
     "triton",
     "flash-attn-4",
+    "nvidia-cutlass-dsl",
     "nvidia-cudnn-frontend",
     "ml_dtypes",
 )
@@ -72,6 +73,7 @@ def _cuda_environment() -> dict[str, Any]:
     return {
         "gpu": properties["name"].decode(),
         "compute_capability": cupy.cuda.Device().compute_capability,
+        "multiprocessors": properties["multiProcessorCount"],
         "cuda_driver": cupy.cuda.runtime.driverGetVersion(),
         "cuda_runtime": cupy.cuda.runtime.runtimeGetVersion(),
         "nvrtc": ".".join(str(part) for part in cupy.cuda.nvrtc.getVersion()),

@@ -90,6 +90,8 @@ def _load_flash_attention_4(_threads: int) -> Prepare:
     flash_attn_func = import_module("flash_attn.cute").flash_attn_func
 
     def prepare(problem: Problem, q: Any, k: Any, v: Any) -> Call:
+        if problem.causal_offset not in (None, problem.keys - problem.queries):
+            raise NotImplementedError("FlashAttention aligns its causal mask bottom-right only")
         tensors = tuple(_tensor(x).transpose(1, 2) for x in (q, k, v))  # it takes (B, N, H, D) views
         options = {"softmax_scale": problem.scale, "causal": problem.causal_offset is not None}
 
@@ -97,6 +99,48 @@ def _load_flash_attention_4(_threads: int) -> Prepare:
             result = flash_attn_func(*tensors, **options)
             out = result[0] if isinstance(result, tuple) else result  # some versions add the lse
             return out.transpose(1, 2)
+
+        try:
+            call()  # compiles
+        except AssertionError as error:  # how it refuses types and widths
+            raise NotImplementedError(str(error)) from error
+        return call
+
+    return prepare
+
+
+def _load_cudnn_frontend(_threads: int) -> Prepare:
+    cudnn = import_module("cudnn")
+    handle = cudnn.create_handle()
+
+    def prepare(problem: Problem, q: Any, k: Any, v: Any) -> Call:
+        import torch
+
+        masks: dict[str, Any] = {}
+        if problem.causal_offset is not None:
+            alignments = {
+                problem.keys - problem.queries: cudnn.diagonal_alignment.BOTTOM_RIGHT,
+                0: cudnn.diagonal_alignment.TOP_LEFT,
+            }
+            masks = {"diagonal_alignment": alignments[problem.causal_offset], "diagonal_band_right_bound": 0}
+        tensors = tuple(_tensor(x) for x in (q, k, v))
+        out = tensors[0].new_empty((*tensors[0].shape[:3], problem.value_width))
+        cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream().cuda_stream)
+        float32 = cudnn.data_type.FLOAT
+        graph = cudnn.pygraph(intermediate_data_type=float32, compute_data_type=float32, handle=handle)
+        inputs = [graph.tensor(dim=list(x.shape), stride=list(x.stride()), data_type=x.dtype) for x in tensors]
+        result, _ = graph.sdpa(*inputs, attn_scale=problem.scale, generate_stats=False, **masks)
+        result.set_output(True).set_dim(list(out.shape)).set_stride(list(out.stride())).set_data_type(out.dtype)
+        try:
+            graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+        except cudnn.cudnnGraphNotSupportedError as error:
+            raise NotImplementedError(str(error).strip()) from error
+        workspace = out.new_empty(graph.get_workspace_size(), dtype=torch.uint8)
+        arrays = dict(zip((*inputs, result), (*tensors, out), strict=True))
+
+        def call() -> Any:
+            graph.execute(arrays, workspace, handle=handle)
+            return out
 
         return call
 
@@ -138,6 +182,7 @@ PEERS = {
         Peer("torch-flash", "gpu", "PyTorch FlashAttention-2", lambda _threads: _load_torch_gpu("FLASH_ATTENTION")),
         Peer("torch-cudnn", "gpu", "PyTorch cuDNN", lambda _threads: _load_torch_gpu("CUDNN_ATTENTION")),
         Peer("flash-attn-4", "gpu", "FlashAttention-4 (CuTe)", _load_flash_attention_4),
+        Peer("cudnn-frontend", "gpu", "cuDNN frontend", _load_cudnn_frontend),
         Peer("torch-cpu", "cpu", "PyTorch CPU", _load_torch_cpu),
     )
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .axes import EXACT
+from .peers import PEERS
 
 Report = dict[str, Any]
 Cell = Callable[[dict[str, Any]], str]
@@ -112,6 +113,22 @@ def number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+def title_of(label: str) -> str:
+    """Return what a contender is called in documents."""
+    return PEERS[label].title if label in PEERS else label
+
+
+def milliseconds(microseconds: float) -> str:
+    """Return a time in milliseconds with three digits."""
+    return f"{microseconds / 1e3:.3g}" if microseconds < 1e6 else f"{microseconds / 1e3:.0f}"
+
+
+def markdown_table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a table as Markdown, the first column to the left, the others to the right."""
+    rule = ["---", *["---:"] * (len(headings) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (headings, rule, *lines))
+
+
 def _median(key: str) -> Cell:
     def cell(row: dict[str, Any]) -> str:
         times = row[key]
@@ -136,6 +153,8 @@ COLUMNS: tuple[tuple[str, Cell], ...] = (
     ("exact-eq. TFLOP/s", lambda row: number(row["exact_tflops"], ".3g")),
     ("executed TFLOP/s", lambda row: number(row["executed_tflops"], ".3g")),
     ("% of peak", lambda row: number(row["peak_percent"], ".0f")),
+    ("10^12 exp/s", lambda row: number(row.get("tera_exponentials_per_s"), ".3g")),
+    ("% of exp", lambda row: number(row.get("exponentials_percent"), ".0f")),
     ("GB/s", lambda row: number(row["gb_per_s"], ",.0f")),
     ("% of copy", lambda row: number(row["copy_percent"], ".0f")),
     ("error random", lambda row: number(row["error_random"], ".1e")),

@@ -49,18 +49,19 @@ class Plan:
     backends: Sequence[str]
     peers: dict[str, Prepare]
     rounds: int
+    sustained_seconds: float
+    """How long each contender is called without a pause."""
 
 
-def run(plan: Plan, say: Say) -> Iterator[tuple[dict[str, Any], list[Row]]]:
-    """Yield, shape by shape, the peak of its dtype and its rows."""
-    peaks: dict[str, dict[str, Any]] = {}
+def run(plan: Plan, say: Say, peaks: dict[str, dict[str, Any]]) -> Iterator[list[Row]]:
+    """Yield the rows of each shape; ``peaks`` gets those of the dtypes that it lacks."""
     for done, (shape, variants) in enumerate(plan.points):
         if shape.dtype not in peaks:
             say(f"largest matrix product in {shape.dtype}")
             peaks[shape.dtype] = measure_peak(plan.device, shape.dtype)
             plan.device.release()
         say(f"[{done + 1}/{len(plan.points)}] {shape.label}")
-        yield peaks, run_shape(plan, shape, variants, peaks[shape.dtype], say)
+        yield run_shape(plan, shape, variants, peaks[shape.dtype], say)
         plan.device.release()
 
 
@@ -127,7 +128,7 @@ def run_shape(
         device.release()  # peers allocate from elsewhere
     say(f"timing {len(contenders)} contenders in {plan.rounds} rounds")
     try:
-        _time(device, contenders, plan.rounds)
+        _time(plan, contenders)
     except Exception as error:  # rounds are shared: a time without the others' is no comparison
         for contender in contenders:
             contender.row |= _failure(error) | dict.fromkeys(TIMES)
@@ -196,6 +197,8 @@ def _new_row(label: str, contender: str, shape: Shape, problem: Problem, options
         "exact_tflops": None,
         "executed_tflops": None,
         "peak_percent": None,
+        "tera_exponentials_per_s": None,
+        "exponentials_percent": None,
         "gb_per_s": None,
         "copy_percent": None,
         "error_random": None,
@@ -288,20 +291,22 @@ def _judge(row: Row, oracle: Oracle, out: Any, expected: Any) -> None:
     row["error_random"] = oracle.error_to_exact(actual)
 
 
-def _time(device: Device, contenders: Sequence[Contender], rounds: int) -> None:
+def _time(plan: Plan, contenders: Sequence[Contender]) -> None:
     """Fill in the times of all contenders and their parts, measured side by side."""
+    device = plan.device
     timed: list[tuple[Row, str, Call]] = []
     for contender in contenders:
         timed.append((contender.row, "cold_us", contender.call))
         timed += [(contender.row, part, call) for part, call in contender.parts.items()]
     for _, _, call in timed:  # the first call, which compiles, was the check
         device.start(call)()
-    results = time_cold(device, [call for *_, call in timed], rounds)
+    results = time_cold(device, [call for *_, call in timed], plan.rounds)
     for (row, part, _), times in zip(timed, results, strict=True):
         row[part] = asdict(times)
     if device.kind == "cpu":  # it has neither a boost to lose nor a launch queue to fill
         return
-    for key, timer in (("burst_us", time_burst), ("sustained_us", time_sustained)):
+    sustained = partial(time_sustained, seconds=plan.sustained_seconds)
+    for key, timer in (("burst_us", time_burst), ("sustained_us", sustained)):
         for contender in contenders:
             contender.row[key] = timer(device, contender.call, contender.row["cold_us"]["median"] / 1e6)
 

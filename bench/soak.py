@@ -2,6 +2,9 @@
 
 Looks for what a test of seconds cannot see: rare wrong results, races, memory that grows. Call number ``i`` of a seed
 is always the same call, so a run can be continued, and a call that failed be repeated alone, with ``--start-at``.
+
+``--launches COUNT`` makes as many calls of random sizes that few kernels serve, so that thousands take minutes. Each is
+made twice and must give the same bits; one in a hundred is compared with the definition.
 """
 
 from __future__ import annotations
@@ -9,13 +12,16 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import mmap
+import os
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,10 +43,25 @@ from .oracle import TOLERANCE
 FEW = 16
 """Elements of a head from which on its relative error is looked at: the mean of few may come out near zero."""
 SAMPLE_SECONDS = 5.0
-GROWTH = {"host": 256 << 20, "pool": 16 << 20, "device": 256 << 20}
+GROWTH = {"host": 256 << 20, "pool": 16 << 20, "reserve": 256 << 20}
 """Bytes that may be taken in the second half of a run: kernels that are compiled late, and fragments."""
 WIDTHS = ((64, 64), (128, 128), (128, 64), (80, 80), (33, 7), (256, 256))
 """(D, E). Every pair is a set of kernels to compile, which takes seconds once on a GPU."""
+FEW_KERNELS: tuple[tuple[str, int, int, dict[str, Any]], ...] = (
+    ("float16", 128, 128, {}),
+    ("float16", 128, 128, {"method": "subspace", "group_size": 2, "block_size": 256}),
+    ("float16", 128, 128, {"method": "lsh", "group_size": 2, "block_size": 256}),
+    ("bfloat16", 64, 64, {}),
+    ("bfloat16", 64, 64, {"method": "subspace", "rank": 14, "block_size": 128}),
+    ("float32", 40, 24, {"method": "subspace", "rank": 20, "group_by": "queries", "block_size": 128}),
+)
+"""(dtype, D, E, options) of the calls of ``--launches``; without options they are exact."""
+SHARED_ELEMENTS = 1 << 24
+"""Random elements that the arrays of ``--launches`` are parts of."""
+COMPARED_EVERY, COMPARED_ROWS = 100, 300
+"""Of the calls of ``--launches`` one in so many goes to the definition, and has at most so many rows."""
+HANG_SECONDS = 120.0
+"""A call that takes longer, the compilation of its kernels included, ends the run."""
 
 
 class WrongCall(Exception):  # noqa: N818
@@ -113,6 +134,35 @@ def draw_call(seed: int, index: int, most_rows: int) -> Call:
     return Call(is_exact, arrays, one_of(0, 8), options, gives_out=bool(rng.random() < 0.3))
 
 
+def draw_launch(seed: int, index: int, most_rows: int) -> Call:
+    """Return call number ``index`` of a seed, of those that few kernels serve; its arrays are parts of one."""
+    rng = np.random.default_rng([seed, index])
+    few = [build for build in FEW_KERNELS if build[0] != "bfloat16" or find_spec("ml_dtypes")]
+    dtype, D, E, grouping = few[rng.integers(len(few))]
+    B, H_kv, heads_a_group = (int(rng.integers(1, most + 1)) for most in (3, 3, 4))
+    H = H_kv * heads_a_group
+    if index % COMPARED_EVERY == 0:
+        most_rows = min(most_rows, COMPARED_ROWS)
+    shared = _shared_elements(dtype)
+    most_rows = min(most_rows, len(shared) // (B * H * max(D, E)) - 1)
+    # as many short ones as long ones
+    N, M = (int(rows) for rows in np.exp(rng.uniform(0, np.log(most_rows + 1), 2)))
+    arrays = {}
+    for name, shape in {"q": (B, H, N, D), "k": (B, H_kv, M, D), "v": (B, H_kv, M, E)}.items():
+        size = math.prod(shape)
+        # kernels load 16 bytes at a time where they can
+        start = int(rng.integers(len(shared) - size)) // 8 * 8 + int(rng.random() < 0.1)
+        arrays[name] = shared[start : start + size].reshape(shape)
+    options = {"causal": bool(rng.random() < 0.5), "scale": None, **grouping}
+    return Call(not grouping, arrays, 0, options, gives_out=False)
+
+
+@cache
+def _shared_elements(dtype: str) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    return rng.standard_normal(SHARED_ELEMENTS, dtype=np.float32).astype(dtype_named(dtype))
+
+
 class Kind:
     """How arrays get to a backend, and what its memory is."""
 
@@ -121,6 +171,7 @@ class Kind:
         self.backend: Backend = backends.load_by_name(name)
         self._module = {"cupy": "cupy", "numba": "numba.cuda"}.get(name)
         self._give: Callable[[np.ndarray], Any] = np.asarray
+        self._shared: dict[str, Any] = {}
         if self._module is not None:
             module = import_module(self._module)
             self._give = module.asarray if name == "cupy" else partial(_give_numba, module)
@@ -136,17 +187,41 @@ class Kind:
         """Return the maps that the backend makes: where rounding turns a hash bit, the definition has to follow."""
         return self.backend.group_maps(problem, *(self.backend.bring_in(self.give(x), "bhnd") for x in (q, k)))
 
+    def give_part(self, array: np.ndarray) -> Any:
+        """Return the same part of the shared elements, which stay on the device; an array of ``draw_launch``."""
+        shared = _shared_elements(array.dtype.name)
+        given = self._shared.get(array.dtype.name)
+        if given is None:
+            given = self._shared[array.dtype.name] = self._give(shared)
+        start = (array.ctypes.data - shared.ctypes.data) // array.itemsize
+        return given[start : start + array.size].reshape(array.shape)
+
+    def fault(self, first: Any, second: Any, *, is_lse: bool) -> str | None:
+        """Return what is wrong with a result and the same once more; the lse of a row without keys is -inf."""
+        xp: Any = np
+        if self._module == "cupy":
+            xp = import_module("cupy")  # compares on the device
+        elif self._module is not None:
+            first, second = first.copy_to_host(), second.copy_to_host()
+        bits = f"u{first.dtype.itemsize}"
+        if not bool((first.view(bits) == second.view(bits)).all()):
+            return "the same call gave other bits"
+        values = first.astype(xp.float32)
+        allowed = xp.isfinite(values) | xp.isneginf(values) if is_lse else xp.isfinite(values)
+        return None if bool(allowed.all()) else "an element is not finite"
+
     def memory(self) -> dict[str, int]:
-        """Return the bytes that this process holds, by where; of a device, what anyone does."""
+        """Return the bytes that this process holds, by where; of a device, what CuPy's pool does.
+
+        What else is in use on the device may be another process's.
+        """
         gc.collect()
         held = {"host": _resident_bytes()}
         if self._module == "cupy":
             import cupy
 
-            free, total = cupy.cuda.runtime.memGetInfo()
             pool = cupy.get_default_memory_pool()
-            in_reserve = pool.total_bytes() - pool.used_bytes()
-            held |= {"pool": pool.used_bytes(), "device": total - free - in_reserve}
+            held |= {"pool": pool.used_bytes(), "reserve": pool.total_bytes() - pool.used_bytes()}
         return held
 
 
@@ -166,6 +241,22 @@ def run_call(call: Call, kind: Kind) -> dict[str, float]:
     told: dict[str, Any] = {name: x for name, x in call.options.items() if name != "layout"} | call.arrays
     expected = definition.attention(**told, is_exact=call.is_exact, make_maps=kind.make_maps)
     return judge(call, (actual[0].swapaxes(1, 2), actual[1]) if swap else actual, expected)
+
+
+def run_launch(call: Call, kind: Kind, *, is_compared: bool) -> dict[str, float]:
+    """Make a call of ``draw_launch`` twice; return its errors where it is compared, as `run_call`."""
+    given = {name: kind.give_part(x) for name, x in call.arrays.items()}
+    function = exact_attention if call.is_exact else distr_attention
+    results = [function(**given, **call.options, return_lse=True, backend=kind.backend.name) for _ in range(2)]
+    for name, first, second in zip(("the result", "lse"), *results, strict=True):
+        if fault := kind.fault(first, second, is_lse=name == "lse"):
+            raise WrongCall(f"{name}: {fault}")
+    if not is_compared:
+        return {}
+    out, lse = results[0]
+    told: dict[str, Any] = call.options | call.arrays
+    expected = definition.attention(**told, is_exact=call.is_exact, make_maps=kind.make_maps)
+    return judge(call, (to_host(out), to_host(lse)), expected)
 
 
 def judge(call: Call, actual: Results, expected: Results) -> dict[str, float]:
@@ -229,26 +320,45 @@ class Soak:
     seed: int
     first: int
     next: int
+    most_rows: int
+    is_of_launches: bool = False
+    """Whether the calls are those that few kernels serve."""
     refused: Counter[str] = field(default_factory=Counter)
     """Calls that the backend does not build, by what it says."""
     failures: list[dict[str, Any]] = field(default_factory=list)
     worst: dict[str, dict[str, float]] = field(default_factory=dict)
     """Largest error by dtype, relative to what is allowed."""
+    compared: int = 0
+    """Calls that were compared with the definition."""
     memory: list[dict[str, Any]] = field(default_factory=list)
 
-    def step(self, kind: Kind, most_rows: int) -> None:
+    def step(self, kind: Kind) -> None:
         """Run the next call."""
-        call = draw_call(self.seed, self.next, most_rows)
+        draw = draw_launch if self.is_of_launches else draw_call
+        call = draw(self.seed, self.next, self.most_rows)
+        is_compared = not self.is_of_launches or self.next % COMPARED_EVERY == 0
+        watchdog = threading.Timer(HANG_SECONDS, _give_up, (self.next, str(call), self.command(self.next)))
+        watchdog.start()
         try:
-            errors = run_call(call, kind)
+            run = partial(run_launch, is_compared=is_compared) if self.is_of_launches else run_call
+            errors = run(call, kind)
         except NotImplementedError as error:
             self.refused[str(error).partition(", got")[0]] += 1
         except Exception as error:  # whatever a backend raises for a legal call is a finding
             self.failures.append({"index": self.next, "call": str(call), "error": f"{type(error).__name__}: {error}"})
         else:
-            worst = self.worst.setdefault(call.arrays["q"].dtype.name, errors)
-            worst |= {name: max(worst[name], new) for name, new in errors.items()}
+            if is_compared:
+                self.compared += 1
+                worst = self.worst.setdefault(call.arrays["q"].dtype.name, errors)
+                worst |= {name: max(worst[name], new) for name, new in errors.items()}
+        finally:
+            watchdog.cancel()
         self.next += 1
+
+    def command(self, index: int) -> str:
+        """Return the options that repeat one call alone."""
+        count = "--launches" if self.is_of_launches else "--calls"
+        return f"--seed {self.seed} --start-at {index} {count} 1 --rows {self.most_rows}"
 
     def growth(self) -> dict[str, int]:
         """Return the bytes that were taken in the second half of the run."""
@@ -264,25 +374,31 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--backend", choices=backends.NAMES, default="numpy")
     parser.add_argument("--seconds", type=float, default=60.0, help="how long (default: %(default)g)")
     parser.add_argument("--calls", type=int, help="stop after so many calls")
+    parser.add_argument(
+        "--launches", type=int, metavar="COUNT", help="so many calls that few kernels serve, however long"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start-at", type=int, default=0, metavar="INDEX", help="the first call (default: 0)")
-    parser.add_argument("--rows", type=int, default=400, help="most queries or keys of a sequence (default: 400)")
+    parser.add_argument("--rows", type=int, help="most queries or keys of a sequence (default: 400; of launches: 2048)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the summary")
     options = parser.parse_args(argv)
     kind = Kind(options.backend)
-    soak = Soak(options.seed, options.start_at, options.start_at)
+    is_of_launches = options.launches is not None
+    most_rows = options.rows or (2048 if is_of_launches else 400)
+    calls, seconds = (options.launches, math.inf) if is_of_launches else (options.calls, options.seconds)
+    soak = Soak(options.seed, options.start_at, options.start_at, most_rows, is_of_launches)
     begin = last = time.monotonic()
     soak.memory.append({"call": soak.next, "seconds": 0.0, **kind.memory()})
     with np.errstate(all="ignore"):
-        while time.monotonic() - begin < options.seconds:
-            if options.calls is not None and soak.next - soak.first >= options.calls:
+        while time.monotonic() - begin < seconds:
+            if calls is not None and soak.next - soak.first >= calls:
                 break
             known = len(soak.failures)
-            soak.step(kind, options.rows)
+            soak.step(kind)
             for failure in soak.failures[known:]:
                 _say(f"call {failure['index']} failed: {failure['error']}\n  {failure['call']}")
-                _say(f"  again: --seed {soak.seed} --start-at {failure['index']} --calls 1 --rows {options.rows}")
-            if time.monotonic() - last >= min(SAMPLE_SECONDS, options.seconds / 8):
+                _say(f"  again: {soak.command(failure['index'])}")
+            if time.monotonic() - last >= min(SAMPLE_SECONDS, seconds / 8):
                 last = time.monotonic()
                 soak.memory.append({"call": soak.next, "seconds": round(last - begin, 1), **kind.memory()})
     growth = soak.growth()
@@ -293,7 +409,8 @@ def main(argv: list[str]) -> int:
         "seed": soak.seed,
         "first": soak.first,
         "next": soak.next,
-        "rows": options.rows,
+        "rows": most_rows,
+        "compared": soak.compared,
         "seconds": round(time.monotonic() - begin, 1),
         "refused": dict(soak.refused),
         "failures": soak.failures,
@@ -304,7 +421,10 @@ def main(argv: list[str]) -> int:
     if options.json is not None:
         options.json.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     run, refused = soak.next - soak.first, soak.refused.total()
-    _say(f"{run} calls in {summary['seconds']} s on {options.backend}: {len(soak.failures)} failed, {refused} refused")
+    _say(
+        f"{run} calls in {summary['seconds']} s on {options.backend}: {soak.compared} compared with the definition,"
+        f" {len(soak.failures)} failed, {refused} refused"
+    )
     for rule, count in soak.refused.most_common():
         _say(f"  {count} x {rule}")
     for dtype, errors in sorted(soak.worst.items()):
@@ -315,6 +435,12 @@ def main(argv: list[str]) -> int:
         _say(f"  {name} memory in the second half: {taken / 2**20:+.1f} MiB{' GREW' if name in grown else ''}")
     _say(f"go on with --seed {soak.seed} --start-at {soak.next}")
     return 1 if soak.failures or grown else 0
+
+
+def _give_up(index: int, call: str, again: str) -> None:
+    """End a run whose call does not return."""
+    _say(f"call {index} hangs: {call}\n  again: {again}")
+    os._exit(1)  # a thread that waits for a device cannot be stopped otherwise
 
 
 def _say(text: str) -> None:

@@ -7,12 +7,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from . import report
+from . import report, roofline
 from .axes import EXACT
 from .peers import PEERS
-from .report import Report, number
+from .report import Report, markdown_table, milliseconds, number, title_of
 
-RESULTS = {"gpu": "h100.json", "cpu": "cpu.json"}
+RESULTS = {"gpu": "h100.json", "cpu": "cpu.json", "roofline": "h100.json"}
 """The one file that fills each kind of block."""
 MISSING = "not measured yet"
 BLOCK = re.compile(
@@ -32,18 +32,23 @@ def fill(text: str, results: Path) -> str:
 
     def written(block: re.Match[str]) -> str:
         path = results / RESULTS[block["kind"]]
-        content = markdown(report.load(path)) if path.exists() else MISSING
+        measured = report.load(path) if path.exists() else {"rows": []}
+        write = roofline.markdown if block["kind"] == "roofline" else markdown
+        content = write(measured) if measured["rows"] else MISSING
         return f"{block['begin']}{content}\n{block['end']}"
 
     return BLOCK.sub(written, text)
 
 
 def markdown(measured: Report) -> str:
-    """Return the tables of one report: its first shape in full, the others one line each."""
+    """Return the tables of one report: its first shape in full, the others one line each, by who took part."""
     first, *others = [list(group) for _, group in groupby(measured["rows"], key=lambda row: row["shape_label"])]
     parts = [_provenance(measured), "", f"**{first[0]['shape_label']}**", "", _full_table(first)]
-    if others:
-        parts += ["", _short_table(others)]
+    alike: dict[tuple[str, ...], list[list[dict[str, Any]]]] = {}
+    for rows in others:
+        alike.setdefault(tuple(row["label"] for row in rows), []).append(rows)
+    for shapes in alike.values():
+        parts += ["", _short_table(shapes)]
     return "\n".join(parts)
 
 
@@ -66,61 +71,45 @@ def _provenance(measured: Report) -> str:
 def _full_table(rows: list[dict[str, Any]]) -> str:
     bases = _bases(rows)
     headings = ["", "time ms (p20 to p80)", "exact-equivalent TFLOP/s", "% of peak", "grouping ms"]
-    headings += [f"x {_title(base)}" for base in bases]
+    headings += [f"x {title_of(base)}" for base in bases]
     lines = []
     for row in rows:
         if row["status"] != "ok":
-            lines.append([_title(row["label"]), row["status"], *[""] * (len(headings) - 1)])
+            lines.append([title_of(row["label"]), row["status"], *[""] * (len(headings) - 1)])
             continue
         cold, grouping = row["cold_us"], row["grouping_us"]
         lines.append(
             [
-                _title(row["label"]),
-                f"{_ms(cold['median'])} ({_ms(cold['p20'])} to {_ms(cold['p80'])})",
+                title_of(row["label"]),
+                f"{milliseconds(cold['median'])} ({milliseconds(cold['p20'])} to {milliseconds(cold['p80'])})",
                 number(row["exact_tflops"], ".3g"),
                 number(row["peak_percent"], ".0f"),
-                "-" if grouping is None else _ms(grouping["median"]),
+                "-" if grouping is None else milliseconds(grouping["median"]),
                 *(number(row["speedup"].get(base), ".2f") for base in bases),
                 number(row["error_sample"], ".3f"),
             ]
         )
-    return _markdown_table([*headings, "error on real sample"], lines)
+    return markdown_table([*headings, "error on real sample"], lines)
 
 
 def _short_table(shapes: list[list[dict[str, Any]]]) -> str:
     """One line a shape, one column a contender: milliseconds, and the speed-up over the first peer."""
-    labels = list(dict.fromkeys(row["label"] for rows in shapes for row in rows))
     base = next(iter(_bases([row for rows in shapes for row in rows])), None)
     lines = []
     for rows in shapes:
-        by_label = {row["label"]: row for row in rows}
         cells = []
-        for label in labels:
-            row = by_label.get(label)
-            if row is None or row["status"] != "ok":
-                cells.append("" if row is None else row["status"])
+        for row in rows:
+            if row["status"] != "ok":
+                cells.append(row["status"])
                 continue
             speedup = row["speedup"].get(base)
-            cells.append(_ms(row["cold_us"]["median"]) + ("" if speedup is None else f" (x {speedup:.2f})"))
+            cells.append(milliseconds(row["cold_us"]["median"]) + ("" if speedup is None else f" (x {speedup:.2f})"))
         lines.append([rows[0]["shape_label"], *cells])
-    note = "Milliseconds" if base is None else f"Milliseconds (x: speed-up over {_title(base)})"
-    return f"{note}:\n\n{_markdown_table(['', *map(_title, labels)], lines)}"
+    note = "Milliseconds" if base is None else f"Milliseconds (x: speed-up over {title_of(base)})"
+    return f"{note}:\n\n{markdown_table(['', *(title_of(row['label']) for row in shapes[0])], lines)}"
 
 
 def _bases(rows: list[dict[str, Any]]) -> list[str]:
     """Return what the speed-up is told over: the peers that were timed; without any, our own exact attention."""
     exact = [row["label"] for row in rows if row["status"] == "ok" and row["options"] == EXACT]
     return list(dict.fromkeys([label for label in exact if label in PEERS] or exact))
-
-
-def _title(label: str) -> str:
-    return PEERS[label].title if label in PEERS else label
-
-
-def _ms(microseconds: float) -> str:
-    return f"{microseconds / 1e3:.3g}" if microseconds < 1e6 else f"{microseconds / 1e3:.0f}"
-
-
-def _markdown_table(headings: list[str], lines: list[list[str]]) -> str:
-    rule = ["---", *["---:"] * (len(headings) - 1)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (headings, rule, *lines))

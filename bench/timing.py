@@ -15,6 +15,7 @@ SEGMENTS = 10
 BURST_SECONDS = 0.01
 BURST_IDLE_SECONDS = 0.1
 SUSTAINED_SECONDS = 0.3
+"""By default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +53,9 @@ def time_burst(device: Device, call: Call, estimate: float) -> float:
     return _back_to_back(device, call, BURST_SECONDS, estimate)
 
 
-def time_sustained(device: Device, call: Call, estimate: float) -> float:
+def time_sustained(device: Device, call: Call, estimate: float, seconds: float = SUSTAINED_SECONDS) -> float:
     """Return microseconds a call under load long enough for the power limit to bind."""
-    return _back_to_back(device, call, SUSTAINED_SECONDS, estimate)
+    return _back_to_back(device, call, seconds, estimate)
 
 
 def _back_to_back(device: Device, call: Call, seconds: float, estimate: float) -> float:
