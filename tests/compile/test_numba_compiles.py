@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,12 +47,22 @@ ADDING = ("key_mean", "sum_segments")
 """Kernels that add numbers but multiply none."""
 
 
-@pytest.fixture(scope="module", params=[(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
-def compiled(request: pytest.FixtureRequest) -> tuple[str, dict[str, str]]:
-    """Return the architecture and the PTX of every kernel and element type."""
+ARCHITECTURES = ((8, 0), (9, 0))
+BUILDS = [(element, kernel) for element in ELEMENTS for kernel in KERNELS]
+
+
+def builds(cc: tuple[int, int]) -> list[tuple[str, str]]:
+    """Return what is compiled for ``cc``: each build for one of the architectures, in the nightly profile for all."""
+    every = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
+    return BUILDS if every else BUILDS[ARCHITECTURES.index(cc) :: len(ARCHITECTURES)]
+
+
+@cache
+def compiled(cc: tuple[int, int]) -> dict[str, str]:
+    """Return the PTX of the builds for ``cc``."""
     if importlib.util.find_spec("numba_cuda") is None:
         pytest.skip("numba-cuda is not installed")
-    major, minor = request.param
+    major, minor = cc
     environment = {name: value for name, value in os.environ.items() if name != "NUMBA_ENABLE_CUDASIM"}
     command = [sys.executable, __file__, str(major), str(minor)]
     child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -59,15 +70,13 @@ def compiled(request: pytest.FixtureRequest) -> tuple[str, dict[str, str]]:
     answer = json.loads(child.stdout)
     if "skip" in answer:
         pytest.skip(answer["skip"])
-    return f"sm_{major}{minor}", answer
+    return answer  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("element", ELEMENTS)
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_kernel_compiles_in_its_precision(compiled: tuple[str, dict[str, str]], kernel: str, element: str) -> None:
-    architecture, all_ptx = compiled
-    ptx = all_ptx[f"{kernel} {element}"]
-    assert f".target {architecture}" in ptx
+@pytest.mark.parametrize(("cc", "element", "kernel"), [(cc, *build) for cc in ARCHITECTURES for build in builds(cc)])
+def test_kernel_compiles_in_its_precision(cc: tuple[int, int], element: str, kernel: str) -> None:
+    ptx = compiled(cc)[f"{kernel} {element}"]
+    assert f".target sm_{cc[0]}{cc[1]}" in ptx
     assert ".local" not in ptx, "an array that should be in registers is in local memory"
     assert not re.search(r"\b(shfl|vote|redux)\.", ptx), "a warp intrinsic, which the simulator does not have"
     shared = [int(size) for size in re.findall(r"\.shared [^;]*\[(\d+)\]", ptx)]
@@ -174,7 +183,10 @@ def compile_all(cc: tuple[int, int]) -> dict[str, str]:
     # kernels that read only sums are the same for float16 and float32
     ptx: dict[Any, str] = {}
     answer = {}
+    wanted = {f"{kernel} {element}" for element, kernel in builds(cc)}
     for name, kernel, signature in kernels(types):
+        if name not in wanted:
+            continue
         if (kernel, signature) not in ptx:
             ptx[kernel, signature] = cuda.compile_ptx(kernel.py_func, signature, cc=cc)[0]
         answer[name] = ptx[kernel, signature]
