@@ -212,7 +212,7 @@ def simt_defines(
 SM90_WIDTHS = (16, 32, 48, 64, 96, 128)
 """Inner and value widths of forward_sm90.cu: those that hopper.cuh has products for."""
 SM90_MAX_ROUNDS = 31
-"""Query tiles that a thread block of forward_sm90.cu takes one after the other."""
+"""Query tiles that a thread block of forward_sm90.cu takes one after the other where all take equally long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +281,7 @@ def sm90_defines(
         "BLOCK_Q": tiles.block_q,
         "BLOCK_KV": tiles.block_kv,
         "STAGES": tiles.stages,
-        "MAX_ROUNDS": SM90_MAX_ROUNDS,
+        "MAX_ROUNDS": 1 if causal else SM90_MAX_ROUNDS,
     }
 
 

@@ -14,9 +14,9 @@
 //                            With FOLD_REFERENCE the last two columns are free, K has ones there and Z zeros: they
 //                            take the softmax's reference off the scores.
 //
-// Grid      : (any number) where not CAUSAL: thread blocks take one position of work_item.cuh after the other, at most
-//             MAX_ROUNDS each, and copy the first tiles of the next while they finish one. CAUSAL: (positions), of
-//             which the longest come first
+// Grid      : (positions / MAX_ROUNDS or more); see work_item.cuh. A thread block takes one position after the other, at
+//             most MAX_ROUNDS, and copies the first tiles of the next while it finishes one. CAUSAL, where positions
+//             differ: (positions), the longest first
 // Block     : (1 + NUM_CONSUMERS) * 128 threads. Warpgroup 0 copies tiles, the others own 64 query rows each
 // Shared    : sizeof(SharedTiles) + SWIZZLE_ALIGNMENT bytes, dynamic: 2 (BLOCK_Q Q_WIDTH + STAGES BLOCK_KV (R + E))
 //             + 8 (3 + 4 STAGES) + 1024; KEY_MAPS: and 2 R D + 4 BLOCK_Q + 32; OWN_BLOCK: D in place of R in the tiles of K
@@ -70,7 +70,7 @@
 #define STAGES 2
 #endif
 #ifndef MAX_ROUNDS
-#define MAX_ROUNDS 31  // positions that a thread block takes
+#define MAX_ROUNDS (CAUSAL ? 1 : 31)  // positions that a thread block takes
 #endif
 
 #include "hopper.cuh"
@@ -87,6 +87,7 @@ static_assert(BLOCK_Q % CONSUMER_ROWS == 0 && NUM_CONSUMERS >= 2 && NUM_CONSUMER
               "two to four warpgroups own 64 query rows each");
 static_assert(BLOCK_KV % MMA_DEPTH == 0 && BLOCK_KV <= 128, "S [64, BLOCK_KV] is held in registers");
 static_assert(MAX_ROUNDS <= 31, "a bit for each round, and one for the pass");
+static_assert(!CAUSAL || MAX_ROUNDS == 1, "only thread blocks of one position can take the longest first");
 static_assert(R % MMA_DEPTH == 0 && E % MMA_DEPTH == 0 && Q_WIDTH % MMA_DEPTH == 0, "a product is 16 columns deep");
 
 // Registers of a thread. What the warpgroups hold together may not exceed what they are launched with, or the block

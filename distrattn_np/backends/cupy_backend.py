@@ -41,7 +41,6 @@ from ..tiles import (
     REDUCE_THREADS,
     SAMPLE,
     SIMT_THREADS,
-    SM90_MAX_ROUNDS,
     SM90_WIDTHS,
     UP_TO,
     Defines,
@@ -856,10 +855,8 @@ class _Forward:
             shown.append((self.K, launch.own_box))
         maps = [work().tensor_map(x, box) for x, box in shown]
         positions = items * ceil_div(query_block_size, launch.block_q)
-        blocks = positions
-        if problem.causal_offset is None:  # positions take equally long, so thread blocks take equally many
-            multiprocessors = work().device.multiprocessors
-            blocks = min(positions, multiprocessors * ceil_div(positions, multiprocessors * SM90_MAX_ROUNDS))
+        multiprocessors = work().device.multiprocessors
+        blocks = min(positions, multiprocessors * ceil_div(positions, multiprocessors * defines["MAX_ROUNDS"]))
         _launch(
             "forward_sm90",
             defines,
