@@ -247,7 +247,7 @@ def _cache(*, is_saved: bool) -> Check:
             file = io.BytesIO()
             keys.save(file)
             file.seek(0)
-            keys = GroupedKeys.load(file, kind="cupy" if column.name == "cupy" else "numpy")
+            keys = GroupedKeys.load(file, kind=keys.kind)
         keys.append(column.give(k[:, :, 20:]))
         assert_near(column.attend(q, keys, v)[0], expected)
 

@@ -266,8 +266,8 @@ def check_group_keys(
 ) -> tuple[Subspace | None, float]:
     """Return how `group_keys` groups, None where every key is kept as it is, and the scale; or raise."""
     _check_choice("layout", layout, "bhnd", "bnhd")
-    _check_grouped_kind(k)
     _check_array("k", k, k, "k")
+    check_dtype_of_grouped_keys("k", k.dtype.name, str(kind_of(k)), describe(k))
     batch, kv_heads, _, width = _bhnd_shape(k, layout)
     if not 1 <= width <= MAX_WIDTH:
         raise ValueError(_message("k", f"the last axis must have 1 to {MAX_WIDTH} elements", describe(k)))
@@ -291,7 +291,6 @@ def check_group_keys(
 
 def check_appended(k: Any, keys: Any) -> None:
     """Raise unless ``k`` can be appended to the `GroupedKeys`."""
-    _check_grouped_kind(k)
     _check_array("k", k, k, "k")
     if kind_of(k) != keys.kind:
         raise TypeError(_message("k", f"must be a {keys.kind} array, as the keys so far", describe(k)))
@@ -368,7 +367,13 @@ def check_saved_keys(file: Any, arrays: dict[str, np.ndarray], fmt: int) -> None
 
 def check_kind_to_load(kind: str) -> None:
     """Raise unless `GroupedKeys` of this kind of arrays can be loaded."""
-    _check_choice("kind", kind, "numpy", "cupy")
+    _check_choice("kind", kind, "numpy", "cupy", "numba")
+
+
+def check_dtype_of_grouped_keys(name: str, dtype: str, kind: str, got: str) -> None:
+    """Raise unless there are `GroupedKeys` of this kind of arrays with this dtype; ``name`` is where they come from."""
+    if kind == "numba" and dtype == "bfloat16":
+        raise NotImplementedError(_message(name, "GroupedKeys of numba arrays are not built for bfloat16 yet", got))
 
 
 def check_options_of_grouped_keys(keys: Any, *, method: str, refine: int, scale: float | None, **options: Any) -> None:
@@ -384,8 +389,6 @@ def check_options_of_grouped_keys(keys: Any, *, method: str, refine: int, scale:
 
 def check_kind_of_grouped_keys(q: Any, keys: Any, backend: str, kinds: frozenset[str]) -> None:
     """Raise unless a backend that takes `GroupedKeys` of these kinds can attend to ``keys`` with ``q``."""
-    if not kinds:
-        raise NotImplementedError(_message("k", f"GroupedKeys is not built for the {backend} backend yet", _show(keys)))
     if keys.kind != kind_of(q):
         raise TypeError(_message("k", f"must hold {kind_of(q)} arrays, as q is", str(keys)))
     if keys.kind not in kinds:
@@ -502,12 +505,6 @@ def _check_kind(name: str, array: Any, q: Any, first: str = "q") -> None:
     if _device_of(array) != _device_of(q):
         rule = f"must be on {first}'s device {_device_of(q)}"
         raise ValueError(_message(name, rule, f"{describe(array)} on device {_device_of(array)}"))
-
-
-def _check_grouped_kind(k: Any) -> None:
-    """Raise where the keys are of a kind that has no `GroupedKeys`."""
-    if kind_of(k) == "numba":
-        raise NotImplementedError(_message("k", "GroupedKeys is not built for the numba backend yet", describe(k)))
 
 
 def _check_array(name: str, array: Any, q: Any, first: str = "q", axes: int = 4) -> None:
