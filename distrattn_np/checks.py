@@ -414,8 +414,7 @@ def check_merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, *, layout: str, 
             raise TypeError(_message(name, "the dtype must be float32", describe(lse)))
         if tuple(lse.shape) != rows:
             raise ValueError(_message(name, f"must have shape (B, H, N) = {rows}", describe(lse)))
-    if stream is not None and kind_of(out_a) == "numpy":
-        raise ValueError(_message("stream", "must be None with NumPy arrays", _show(stream)))
+    check_stream_of(out_a, stream)
 
 
 def check_stream(stream: Any) -> int | None:
@@ -426,6 +425,12 @@ def check_stream(stream: Any) -> int | None:
         return stream_handle(stream)
     except (TypeError, ValueError) as error:
         raise type(error)(_message("stream", str(error), _show(stream))) from error
+
+
+def check_stream_of(array: Any, stream: Any) -> None:
+    """Raise where a call on host arrays is given a stream."""
+    if stream is not None and kind_of(array) == "numpy":
+        raise ValueError(_message("stream", "must be None with NumPy arrays", _show(stream)))
 
 
 def check_lent(
@@ -443,10 +448,9 @@ def check_lent(
     `check_workspace_size` follows, once the backend is known.
     """
     others = {name: array for name, array in others.items() if array is not None}
-    if kind_of(q) == "numpy":
-        for name, given in (("stream", stream), ("workspace", workspace)):
-            if given is not None:
-                raise ValueError(_message(name, "must be None with NumPy arrays", _show(given)))
+    check_stream_of(q, stream)
+    if workspace is not None and kind_of(q) == "numpy":
+        raise ValueError(_message("workspace", "must be None with NumPy arrays", _show(workspace)))
     if lse is not None:
         _check_kind("lse", lse, q)
         if lse.dtype != np.float32:

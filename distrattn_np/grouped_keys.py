@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from sys import maxsize
@@ -52,6 +52,7 @@ def group_keys(
     block_size: int | None = None,
     scale: float | None = None,
     layout: str = "bhnd",
+    stream: Any = None,
 ) -> GroupedKeys:
     """Return keys that are grouped once, can be appended to, and go into `distr_attention` in the place of ``k``.
 
@@ -72,6 +73,8 @@ def group_keys(
         Of the scores, in every call with these keys. Default: ``1 / sqrt(D)``.
     layout : {"bhnd", "bnhd"}
         Order of the axes of k and q here, of what is appended, and of the arrays of every call with these keys.
+    stream : int or stream, optional
+        What the work is queued on, with device arrays; as in `distr_attention`.
 
     Returns
     -------
@@ -103,7 +106,8 @@ def group_keys(
     >>> distr_attention(q[:, :, 299:], keys, v, causal=True).shape
     (1, 2, 1, 64)
     """
-    k, q = checks.arrays_in_place(k=k, q=q)
+    handle = checks.check_stream(stream)
+    k, q = checks.arrays_in_place(handle, k=k, q=q)
     grouping, scale = checks.check_group_keys(
         k,
         q,
@@ -115,16 +119,18 @@ def group_keys(
         block_size=block_size,
         layout=layout,
     )
+    checks.check_stream_of(k, stream)
     order: Layout = "bnhd" if layout == "bnhd" else "bhnd"
     of_kind = _class_for(kind_of(k) or "numpy")
     first = of_kind.bhnd(k, order)
-    queries = None
-    if q is not None and grouping is not None:
-        queries = of_kind.query_statistics(of_kind.bhnd(q, order), first.shape[1])
     B, H_kv, _, D = first.shape
-    nothing = of_kind.empty((B, H_kv, 0, D), first)
-    keys = of_kind(nothing, [], grouping=grouping, queries=queries, scale=scale, layout=order)
-    keys.append(k)
+    queries = None
+    with of_kind.on_stream(handle):
+        if q is not None and grouping is not None:
+            queries = of_kind.query_statistics(of_kind.bound(of_kind.bhnd(q, order), handle), H_kv)
+        nothing = of_kind.empty((B, H_kv, 0, D), of_kind.bound(first, handle))
+        keys = of_kind(nothing, [], grouping=grouping, queries=queries, scale=scale, layout=order)
+    keys.append(k, stream=stream)
     return keys
 
 
@@ -236,22 +242,27 @@ class GroupedKeys:
         arrays += [self._buffer] if self.queries is None else [self._buffer, self.queries.gram]
         return sum(array.nbytes for array in arrays)
 
-    def append(self, k: Any) -> None:
+    def append(self, k: Any, *, stream: Any = None) -> None:
         """Append keys, which are copied; every block that they fill and exceed is finished.
 
         Parameters
         ----------
         k : array, shape (B, H_kv, any number of rows, D) in `layout`, dtype and kind of the first keys
             Rows come after all keys so far.
+        stream : int or stream, optional
+            What the work is queued on, with device arrays; as in `distr_attention`.
 
         Raises
         ------
         TypeError, ValueError
             As `group_keys` does; nothing is appended then.
         """
-        (k,) = checks.arrays_in_place(k=k)
+        handle = checks.check_stream(stream)
+        (k,) = checks.arrays_in_place(handle, k=k)
         checks.check_appended(k, self)
-        self._append(self.bhnd(k, self.layout))
+        checks.check_stream_of(k, stream)
+        with self.on_stream(handle):
+            self._append(self.bound(self.bhnd(k, self.layout), handle))
 
     def _append(self, new: Any) -> None:
         """Append checked keys (B, H_kv, rows, D)."""
@@ -395,6 +406,16 @@ class GroupedKeys:
     def bhnd(array: Any, layout: Layout) -> Any:
         """Return a view of an array of the caller's with the axes (B, H, rows, D)."""
         return array.swapaxes(1, 2) if layout == "bnhd" else array
+
+    @staticmethod
+    def on_stream(handle: int | None) -> AbstractContextManager[Any]:  # noqa: ARG004
+        """Return a context in which work goes to the stream with this handle; None: to the current one."""
+        return nullcontext()
+
+    @staticmethod
+    def bound(array: Any, handle: int | None) -> Any:  # noqa: ARG004
+        """Return a view that carries the stream with this handle, where arrays of this kind carry one."""
+        return array
 
     @staticmethod
     def _put(target: Any, source: Any) -> None:

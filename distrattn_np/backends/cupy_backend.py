@@ -125,8 +125,6 @@ class CupyBackend(Backend):
     ) -> int:
         self.refuse(problem, q)
         assert isinstance(problem, Problem)
-        if isinstance(k, GroupedKeys):
-            raise NotImplementedError(f"workspace: is not built for GroupedKeys yet, got {k}")
         with q.device if kind_of(q) == "cupy" else nullcontext():
             device = replace(work().device, capability=capability(), runs_sm90a=hopper_is_usable())
         batch, heads, queries = problem.batch, problem.heads, problem.queries
@@ -134,10 +132,13 @@ class CupyBackend(Backend):
         lse = Placed.contiguous((batch, heads, queries), np.dtype(np.float32))
         keeps_lse = lent.lse is not None or lent.wants_lse
         placed = tables.map(lambda table: Placed.of(table, "bhnd"))
+        are_grouped = isinstance(k, GroupedKeys)
         return _planned_bytes(
             problem,
             device,
-            *(Placed.of(x, problem.layout) for x in (q, k, v)),
+            Placed.of(q, problem.layout),
+            k.kept().placed() if are_grouped else Placed.of(k, problem.layout),
+            Placed.of(v, problem.layout),
             O if out is None else Placed.of(out, problem.layout),
             lse if keeps_lse else None,
             placed.mask,
@@ -158,7 +159,7 @@ class CupyBackend(Backend):
     ) -> Plan:
         """Return what a call with these planned arrays, in native order, would do on ``device``.
 
-        Without ``lse`` it takes a place in the workspace.
+        K may be `KeptKeys`. Without ``lse`` it takes a place in the workspace.
         """
         plan = Plan(device)
         with doing(plan):
@@ -390,12 +391,10 @@ class CupyBackend(Backend):
         maps: Maps,
         tables: ScoreTables = NO_TABLES,
     ) -> None:
-        from . import cupy_decode  # which launches through this module
+        from . import cupy_decode, cupy_kept_keys  # which launch through this module
 
-        if isinstance(K, GroupedKeys):
-            from .cupy_grouped_keys import CupyGroupedKeys  # which needs CuPy, as plans do not
-
-            assert isinstance(K, CupyGroupedKeys)
+        are_grouped = isinstance(K, GroupedKeys | cupy_kept_keys.KeptKeys)
+        if are_grouped:
             K.attend(problem, Q, V, O, lse, tables)
             return
         if cupy_decode.suits_plain_keys(problem, tables):
@@ -1132,7 +1131,7 @@ def _in_workspace(workspace: Any) -> Work:
 
 
 @lru_cache(maxsize=256)
-def _planned_bytes(problem: Problem, device: DeviceFacts, *arrays: Placed | None) -> int:
+def _planned_bytes(problem: Problem, device: DeviceFacts, *arrays: Any) -> int:
     """Return what a call takes of a workspace; ``arrays`` as in `CupyBackend.plan`."""
     planned = (None if x is None else x.planned(place) for place, x in enumerate(arrays))
     return BACKEND.plan(problem, device, *planned).memory.bytes

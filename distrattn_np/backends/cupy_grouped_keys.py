@@ -9,28 +9,28 @@ from typing import Any, ClassVar
 import cupy
 import numpy as np
 
-from ..arrays import Kind
+from ..arrays import Kind, on_stream
 from ..grouped_keys import QueryStatistics
-from ..problem import Problem, Subspace, ceil_div
-from ..tiles import ALL, ELEMENTS, REBUILD_TILE, SIMT_THREADS, expected_gram_defines, pad, rebuild_defines
-from . import NO_TABLES, ScoreTables, cupy_decode
+from ..problem import Problem, Subspace
+from ..tiles import ALL, ELEMENTS, expected_gram_defines, pad
+from . import NO_TABLES, ScoreTables
 from .cupy_backend import (
     BACKEND,
     WORKSPACE_BYTES,
     _channel_sums,
     _DenseMaps,
     _element,
-    _empty,
     _Forward,
     _has_tensor_cores,
     _launch,
     _MapRows,
     _Segments,
-    _strides,
     _sum_segments,
     _sum_type,
     _vector,
 )
+from .cupy_decode import FinishedKeys
+from .cupy_kept_keys import KeptKeys
 from .device_grouped_keys import DeviceGroupedKeys
 
 
@@ -58,12 +58,7 @@ class CupyGroupedKeys(DeviceGroupedKeys):
 
     def attend(self, problem: Problem, Q: Any, V: Any, O: Any, lse: Any, tables: ScoreTables) -> None:
         """Write attention to these keys into O and lse, as `Backend.attend` does."""
-        if not self._finished:
-            BACKEND.attend(problem, Q, self.tail, V, O, lse, None, tables)
-        elif cupy_decode.suits(problem, tables):
-            cupy_decode.decode(problem, Q, self.tail, V, O, lse, self._finished_keys())
-        else:
-            BACKEND.attend(problem, Q, self._rebuilt(), V, O, lse, None, tables)
+        self.kept().attend(problem, Q, V, O, lse, tables)
 
     def _rows_of_blocks(self, new: Any, taken: int) -> Any:
         """Return what `DeviceGroupedKeys` says, without a copy where the rows lie in one array that is aligned."""
@@ -122,34 +117,14 @@ class CupyGroupedKeys(DeviceGroupedKeys):
         self._ranks.array[:, new] = maps.ranks
         self._score_errors.array[:, new] = maps.score_errors
 
-    def _finished_keys(self) -> cupy_decode.FinishedKeys:
-        assert self.grouping is not None
-        rank = self.grouping.rank or self._buffer.shape[3]
-        sampled = self._sampled.array
-        return cupy_decode.FinishedKeys(
-            self.exact_from,
-            self.block_size,
-            rank,
-            sampled.reshape(len(sampled), -1, sampled.shape[3]),
-            self._maps.array,
-        )
-
-    def _rebuilt(self) -> Any:
-        """Return all keys (B, H_kv, M, D) as they are or, of finished blocks, as they count (eq. 27)."""
-        batch, heads, _, width = self._buffer.shape
-        keys = _empty((batch, heads, self.exact_from + self._tail_rows, width), self.dtype)
-        finished = self._finished_keys()
-        _launch(
-            "rebuild_keys",
-            rebuild_defines(_element(keys), width, finished.rank),
-            batch * heads * self._finished * ceil_div(self.block_size, REBUILD_TILE),
-            SIMT_THREADS,
-            *(finished.sampled, finished.maps, keys, self._finished, self.block_size),
-            *(_strides(x)[0] for x in (finished.sampled, finished.maps)),
-            _strides(keys)[1],
-        )
-        keys[:, :, self.exact_from :] = self.tail
-        return keys
+    def kept(self) -> KeptKeys:
+        """Return what a call reads."""
+        if self.grouping is None or not self._finished:
+            return KeptKeys(self.tail, None)
+        rank, sampled = self.grouping.rank or self._buffer.shape[3], self._sampled.array
+        heads, blocks, L, columns = sampled.shape
+        sampled = sampled.reshape(heads, blocks * L, columns)
+        return KeptKeys(self.tail, FinishedKeys(self.exact_from, L, rank, sampled, self._maps.array))
 
     # ---- arrays ----
 
@@ -157,6 +132,11 @@ class CupyGroupedKeys(DeviceGroupedKeys):
     def empty(shape: tuple[int, ...], like: Any) -> Any:
         """Return a new contiguous array of the dtype of ``like``."""
         return cupy.empty(shape, like.dtype)
+
+    @staticmethod
+    def on_stream(handle: int | None) -> AbstractContextManager[Any]:
+        """Return a context in which CuPy's current stream is the one with this handle; None: it stays."""
+        return on_stream(handle)
 
     @staticmethod
     def _padded(size: int) -> int:

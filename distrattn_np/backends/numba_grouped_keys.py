@@ -22,6 +22,7 @@ from .numba_backend import (
     THREADS,
     WORKSPACE_BYTES,
     _accumulator,
+    _bound,
     _broadcast,
     _copy_in,
     _empty,
@@ -130,6 +131,11 @@ class NumbaGroupedKeys(DeviceGroupedKeys):
     def bhnd(array: Any, layout: Layout) -> Any:
         """Return a view of an array of the caller's with the axes (B, H, rows, D)."""
         return _swap_rows_and_heads(array) if layout == "bnhd" else array
+
+    @staticmethod
+    def bound(array: Any, handle: int | None) -> Any:
+        """Return a view that carries the stream with this handle; None: its own."""
+        return _bound(array, handle)
 
     @staticmethod
     def _put(target: Any, source: Any) -> None:

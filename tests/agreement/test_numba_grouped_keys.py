@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from kit.backends import to_kind
 from kit.compare import assert_agrees, assert_same_bits, to_host
+from kit.device import poisoned_like, write_late
 
 from distrattn_np import GroupedKeys, distr_attention, exact_attention, group_keys, reference
 from distrattn_np.arrays import kind_of
@@ -242,6 +243,28 @@ def test_info_memory_and_text() -> None:
     numbers = 3 * (8 * 3 + 4 * 7) + 3 * 7 + 7 * 7  # blocks, the tail, the Gram matrix of known queries
     assert keys.nbytes == 4 * numbers + 3 * (4 + 4)
     assert repr(keys) == "GroupedKeys of shape (1, 1, 27, 7) and dtype float32 on a CUDA device"
+
+
+@pytest.mark.gpu
+def test_keys_are_grouped_on_the_stream_that_is_named() -> None:
+    """What comes first and what is appended is written there late; elsewhere poison would be read."""
+    import cupy
+    from numba import cuda
+
+    case = Cache(D=64, E=64, M=215, L=50, rank=32, H=4, H_kv=2)
+    q, k, v, known = case.draw()
+    expected = case.group(k, known)
+    good = [cupy.asarray(x) for x in (known, k[:, :, :100], k[:, :, 100:])]
+    late = [poisoned_like(x) for x in good]
+    stream = cupy.cuda.Stream(non_blocking=True)
+    given = [cuda.as_cuda_array(x) for x in late]
+    write_late(stream, late, good)
+    keys = group_keys(given[1], given[0], **case.options, stream=stream)
+    keys.append(given[2], stream=stream)
+    stream.synchronize()
+    assert_same_keys(keys, expected)
+    results = (distr_attention(case.give(q), x, case.give(v)) for x in (keys, expected))
+    assert_same_bits(*(to_host(x) for x in results))
 
 
 def test_out_and_lse_are_written() -> None:

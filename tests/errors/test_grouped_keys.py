@@ -88,6 +88,12 @@ WRONG_GROUPINGS = {
     "refine": ({"refine": -1}, ValueError, "refine: must be an integer of at least 0, got -1"),
     "block-size": ({"block_size": 0}, ValueError, "block_size: must be an integer of at least 1, got 0"),
     "scale": ({"scale": "1"}, ValueError, "scale: must be a finite number in the range of float32, got '1'"),
+    "stream": ({"stream": 7}, ValueError, "stream: must be None with NumPy arrays, got 7"),
+    "stream-name": (
+        {"stream": "x"},
+        TypeError,
+        "stream: must be None, an integer handle or a stream with __cuda_stream__, got 'x'",
+    ),
 }
 
 
@@ -122,6 +128,17 @@ def test_wrong_appended_keys_are_named_and_not_appended(k: Any, error: type[Exce
         keys.append(k)
     assert keys.shape == (2, 2, 7, 6)
     assert_same_bits(keys.tail, before)
+
+
+def test_a_stream_of_appended_keys_is_named() -> None:
+    keys = group_keys(normal(2, 2, 7, 6), rank=2, block_size=4)
+    for stream, error, message in (
+        (0, ValueError, "stream: must be None with NumPy arrays, got 0"),
+        (-1, ValueError, "stream: a handle must be at least 0, got -1"),
+    ):
+        with refused(error, message):
+            keys.append(normal(2, 2, 7, 6), stream=stream)
+    assert keys.shape == (2, 2, 7, 6)
 
 
 def test_appended_keys_of_another_layout_are_named() -> None:
