@@ -31,7 +31,18 @@ from ..numba_kernels.merge_results import make_merge_results
 from ..numba_kernels.reduce_rows import make_reduce_rows
 from ..numba_kernels.subspace_maps import SQUARE_BUFFERS, WIDE_BUFFERS, make_subspace_maps
 from ..numba_kernels.sum_segments import make_sum_segments
-from ..problem import Grouping, GroupMaps, Layout, Problem, RaggedProblem, Subspace, SubspaceMaps, block_edges, ceil_div
+from ..problem import (
+    Grouping,
+    GroupMaps,
+    Layout,
+    PagedProblem,
+    Problem,
+    RaggedProblem,
+    Subspace,
+    SubspaceMaps,
+    block_edges,
+    ceil_div,
+)
 from ..reference import hyperplanes, keys_of_mean
 from ..reference.distr_attention import rows_that_meet
 from ..tiles import ScoreSwitches
@@ -110,7 +121,7 @@ class NumbaBackend(Backend):
         with _on_device_of(q), on_stream(lent.stream if kind_of(q) == "cupy" else None):
             return super().attention(problem, _bound(q, lent.stream), k, v, out, tables, lent)
 
-    def workspace_bytes(self, problem: Problem | RaggedProblem, q: Any, *_others: Any) -> int:
+    def workspace_bytes(self, problem: Problem | RaggedProblem | PagedProblem, q: Any, *_others: Any) -> int:
         """Refuse: the kernels' memory is allocated where it is needed."""
         self.refuse(problem, q)
         raise NotImplementedError(f"workspace: is not built for the numba backend yet, got q: {describe(q)}")
