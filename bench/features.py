@@ -229,6 +229,31 @@ def _merge(column: Column) -> None:
     assert_near(lse, expected[1])
 
 
+def _pages(**options: Any) -> Check:
+    """Return a check with keys and values in pages, the first of which two sequences share."""
+
+    def check(column: Column) -> None:
+        rng = np.random.default_rng(5)
+        shapes = ((2, H, 3, D), (6, H_KV, 16, D), (6, H_KV, 16, E))
+        q, k, v = (rng.standard_normal(shape, dtype=np.float32).astype(np.float16) for shape in shapes)
+        tables = {
+            "page_table": np.array([[4, 1, 3], [4, 5, -1]], np.int32),
+            "seqlens_k": np.array([40, 21], np.int32),
+        }
+
+        def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            return definition.attention(q, k, v, is_exact=True, **options)
+
+        expected = reference.paged_attention(q, k, v, **tables, attend=attend)
+        if column.name == "reference":  # which the definition is
+            return
+        results = column.attend(q, k, v, is_exact=True, **tables, **options)
+        for result, wanted in zip(results, expected, strict=True):
+            assert_near(result, wanted, "float16")
+
+    return check
+
+
 def _cache(*, is_saved: bool) -> Check:
     """Return a check with keys whose blocks, less their means, lie in as few dimensions as are kept."""
     rank = 5
@@ -247,7 +272,7 @@ def _cache(*, is_saved: bool) -> Check:
             file = io.BytesIO()
             keys.save(file)
             file.seek(0)
-            keys = GroupedKeys.load(file, kind="cupy" if column.name == "cupy" else "numpy")
+            keys = GroupedKeys.load(file, kind=keys.kind)
         keys.append(column.give(k[:, :, 20:]))
         assert_near(column.attend(q, keys, v)[0], expected)
 
@@ -380,6 +405,11 @@ FEATURES = (
             "subspace": _packed(rank=RANK, block_size=BLOCK, causal=True),
             "lsh": _packed(method="lsh", block_size=BLOCK, causal=True),
         },
+    ),
+    Feature(
+        "Keys and values in pages",
+        "`page_table=`, `seqlens_k=`",
+        {"decoding": _pages(causal=True), "window": _pages(window=(20, None))},
     ),
     Feature(
         "Caches that grow",

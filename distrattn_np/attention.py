@@ -10,7 +10,7 @@ from . import backends, checks
 from .arrays import REGION, array_at
 from .block_size import choose_block_size
 from .grouped_keys import GroupedKeys
-from .problem import AttentionInfo, Problem, RaggedProblem, Subspace, SubspaceMaps
+from .problem import AttentionInfo, PagedProblem, Problem, RaggedProblem, Subspace, SubspaceMaps
 
 NOTHING_GROUPED = AttentionInfo("exact", None, "the rank is the width, so nothing is grouped", None, None)
 
@@ -40,6 +40,8 @@ def distr_attention(
     bias: Any = None,
     cu_seqlens_q: Any = None,
     cu_seqlens_k: Any = None,
+    page_table: Any = None,
+    seqlens_k: Any = None,
     layout: str = "bhnd",
     out: Any = None,
     return_lse: bool = False,
@@ -107,6 +109,12 @@ def distr_attention(
         N and M counting the rows of all. Sequence b has the queries ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1] - 1``
         and the keys that ``cu_seqlens_k`` says; lengths may be zero. ``mask`` and ``bias`` must be left out, and
         ``layout`` as it is. Values are checked only where they lie on the host: a device would have to be waited for.
+    page_table, seqlens_k : array, shapes (B, T) and (B,), int32, kind of ``q``; given together
+        Keys and values in pages: k is (P, H_kv, S, D) and v (P, H_kv, S, E), in ``layout``, S one of 16, 32, 64, 128
+        and 256. Sequence b has ``seqlens_k[b]`` keys; key m is row ``m % S`` of page ``page_table[b, m // S]``. Pages
+        may be shared, and entries behind the last page that a sequence begins may hold anything. ``mask``, ``bias`` and
+        ``return_info`` must be left out. Values are checked only where they lie on the host. CuPy backend: at most 8
+        queries, exact, in 16 bits (docs/caches.md).
     layout : {"bhnd", "bnhd"}
         Order of the axes of q, k, v and the result; "bnhd" is (B, N, H, D).
     out : array, optional
@@ -121,7 +129,7 @@ def distr_attention(
     workspace : array, shape (bytes,), uint8, kind and device of ``q``, optional
         Device memory for all that a call needs beside its results; `workspace_size` says how much. It must begin at a
         multiple of 256 bytes, and holds nothing of worth afterwards. With ``out``, and ``lse`` or no ``return_lse``, a
-        call allocates no device memory. CuPy backend only; not with GroupedKeys or packed sequences.
+        call allocates no device memory. CuPy backend only; not with packed sequences.
     stream : int or stream, optional
         What the call runs on, with device arrays: the handle of a CUDA stream, or any package's stream that has
         ``__cuda_stream__``. Default: CuPy's current stream; of Numba arrays their own.
@@ -182,6 +190,7 @@ def distr_attention(
             [16]]], dtype=int32)
     """
     given_out, given_lse, handle = out, lse, checks.check_stream(stream)
+    page_table, seqlens_k = checks.arrays_in_place(handle, page_table=page_table, seqlens_k=seqlens_k)
     q, k, v, mask, bias, cu_seqlens_q, cu_seqlens_k, out, lse, workspace = checks.arrays_in_place(
         handle,
         q=q,
@@ -196,6 +205,7 @@ def distr_attention(
         workspace=workspace,
     )
     keys = k if isinstance(k, GroupedKeys) else None
+    is_packed = not (cu_seqlens_q is None and cu_seqlens_k is None) and page_table is None and seqlens_k is None
     if keys is None:
         grouping = checks.check_grouping(
             q,
@@ -208,7 +218,7 @@ def distr_attention(
             group_by=group_by,
             block_size=block_size,
             seed=seed,
-            axes=4 if cu_seqlens_q is None and cu_seqlens_k is None else 3,
+            axes=3 if is_packed else 4,
         )
     else:
         checks.check_options_of_grouped_keys(
@@ -224,8 +234,12 @@ def distr_attention(
             block_size=block_size,
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
+            page_table=page_table,
+            seqlens_k=seqlens_k,
         )
         grouping, scale = None, keys.scale
+    if page_table is not None:
+        checks.check_no_info("page_table", return_info)
     checks.check_backend_name(backend)
     problem = checks.check_call(
         q,
@@ -233,6 +247,8 @@ def distr_attention(
         v,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
+        page_table=page_table,
+        seqlens_k=seqlens_k,
         causal=causal,
         window=window,
         scale=scale,
@@ -253,16 +269,19 @@ def distr_attention(
         lse_shape=problem.lse_shape,
         return_info=return_info,
         others={"q": q, "k": None if keys is not None else k, "v": v, "mask": mask, "bias": bias, "out": out}
-        | {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k},
+        | {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+        | {"page_table": page_table, "seqlens_k": seqlens_k},
     )
     chosen = backends.load(backend, like=q)
     if keys is not None:  # before a device is looked for
         checks.check_kind_of_grouped_keys(q, keys, chosen.name, chosen.kinds_of_grouped_keys)
     tables = backends.ScoreTables(mask, bias)
     if workspace is _MEASURE:
-        return chosen.workspace_bytes(problem, q, k, v, out, tables, lent)
+        return chosen.workspace_bytes(problem, q, k, v, out, tables, lent, page_table, seqlens_k)
     info: AttentionInfo | None = None
-    if isinstance(problem, RaggedProblem):
+    if isinstance(problem, PagedProblem):
+        result, lse = chosen.paged_attention(problem, q, k, v, out, page_table, seqlens_k, lent)
+    elif isinstance(problem, RaggedProblem):
         result, lse, blocks = chosen.ragged_attention(problem, q, k, v, out, cu_seqlens_q, cu_seqlens_k, lent)
         info = _info_of_blocks(problem.packed, blocks or (None, None), block_size)
     else:
@@ -290,6 +309,8 @@ def exact_attention(
     bias: Any = None,
     cu_seqlens_q: Any = None,
     cu_seqlens_k: Any = None,
+    page_table: Any = None,
+    seqlens_k: Any = None,
     layout: str = "bhnd",
     out: Any = None,
     return_lse: bool = False,
@@ -311,6 +332,7 @@ def exact_attention(
     array([1., 1., 1., 1.], dtype=float32)
     """
     given_out, given_lse, handle = out, lse, checks.check_stream(stream)
+    page_table, seqlens_k = checks.arrays_in_place(handle, page_table=page_table, seqlens_k=seqlens_k)
     q, k, v, mask, bias, cu_seqlens_q, cu_seqlens_k, out, lse, workspace = checks.arrays_in_place(
         handle,
         q=q,
@@ -331,6 +353,8 @@ def exact_attention(
         v,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
+        page_table=page_table,
+        seqlens_k=seqlens_k,
         causal=causal,
         window=window,
         scale=scale,
@@ -348,11 +372,14 @@ def exact_attention(
         lse=lse,
         lse_shape=problem.lse_shape,
         others={"q": q, "k": k, "v": v, "mask": mask, "bias": bias, "out": out}
-        | {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k},
+        | {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+        | {"page_table": page_table, "seqlens_k": seqlens_k},
     )
     lent = backends.Lent(handle, workspace, lse, return_lse)
     chosen = backends.load(backend, like=q)
-    if isinstance(problem, RaggedProblem):
+    if isinstance(problem, PagedProblem):
+        result, lse = chosen.paged_attention(problem, q, k, v, out, page_table, seqlens_k, lent)
+    elif isinstance(problem, RaggedProblem):
         result, lse, _ = chosen.ragged_attention(problem, q, k, v, out, cu_seqlens_q, cu_seqlens_k, lent)
     else:
         tables = backends.ScoreTables(mask, bias)
@@ -374,7 +401,8 @@ def workspace_size(q: Any, k: Any, v: Any, *, backend: str | None = None, **opti
         Default: the one of the arrays' kind, "cupy" for descriptions. NumPy arrays with "cupy" are such.
     **options
         All others of `distr_attention`, as in the call; with ``group_size=1`` it is `exact_attention` that is measured.
-        ``mask``, ``bias``, ``out`` and ``lse`` may be descriptions too; without ``out`` it is taken for contiguous.
+        ``mask``, ``bias``, ``page_table``, ``seqlens_k``, ``out`` and ``lse`` may be descriptions too; without ``out``
+        it is taken for contiguous.
         ``stream`` and ``workspace`` make no difference.
 
     Returns
@@ -399,7 +427,8 @@ def workspace_size(q: Any, k: Any, v: Any, *, backend: str | None = None, **opti
     >>> workspace_size(q, k, v)
     0
     """
-    arrays = {name: options.get(name) for name in ("mask", "bias", "out", "lse")} | {"q": q, "k": k, "v": v}
+    named = ("mask", "bias", "out", "lse", "page_table", "seqlens_k")
+    arrays = {name: options.get(name) for name in named} | {"q": q, "k": k, "v": v}
     arrays = {name: _described(x, place) for place, (name, x) in enumerate(arrays.items())}
     if backend is None and arrays["q"] is not q:
         backend = "cupy"

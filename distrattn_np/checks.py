@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from .arrays import (
+    Unreadable,
     address,
     describe,
     in_place,
@@ -24,7 +25,7 @@ from .arrays import (
     stream_handle,
 )
 from .block_size import choose_block_size
-from .problem import Grouping, Problem, RaggedProblem, Subspace, ceil_div
+from .problem import Grouping, PagedProblem, Problem, RaggedProblem, Subspace, ceil_div
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 MAX_WIDTH = 256
@@ -37,6 +38,9 @@ PACKED = "nhd"
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 FLOAT32_TINY = float(np.finfo(np.float32).tiny)
 
+
+PAGE_SIZES = (16, 32, 64, 128, 256)
+"""Keys in a page."""
 
 WRITTEN = ("out", "lse", "workspace")
 """Arguments that a call writes to."""
@@ -66,12 +70,62 @@ def arrays_in_place(stream: int | None = None, /, **named: Any) -> list[Any]:
 
 
 def check_call(
-    q: Any, k: Any, v: Any, *, cu_seqlens_q: Any, cu_seqlens_k: Any, **options: Any
-) -> Problem | RaggedProblem:
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    page_table: Any,
+    seqlens_k: Any,
+    **options: Any,
+) -> Problem | RaggedProblem | PagedProblem:
     """Return the problem that the arguments describe; ``**options`` are those of `check_attention`."""
+    if page_table is not None or seqlens_k is not None:
+        _check_absent("page_table", cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+        return check_paged(q, k, v, page_table=page_table, seqlens_k=seqlens_k, **options)
     if cu_seqlens_q is None and cu_seqlens_k is None:
         return check_attention(q, k, v, **options)
     return check_ragged(q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, **options)
+
+
+def check_paged(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    page_table: Any,
+    seqlens_k: Any,
+    causal: bool | str,
+    layout: str,
+    out: Any,
+    mask: Any,
+    bias: Any,
+    **options: Any,
+) -> PagedProblem:
+    """Return the problem of keys and values in pages, or raise the first error found.
+
+    What the table and the lengths hold is checked where they lie on the host.
+    """
+    for name, given in (("page_table", page_table), ("seqlens_k", seqlens_k)):
+        if given is None:
+            raise ValueError(_message(name, "must be given with the other of page_table and seqlens_k", "None"))
+    _check_absent("page_table", mask=mask, bias=bias)
+    _check_int32("page_table", page_table, q, axes=2)
+    _check_int32("seqlens_k", seqlens_k, q, axes=1)
+    problem = check_attention(
+        q, k, v, causal=causal, layout=layout, out=out, pages_of_sequence=page_table.shape[1], **options
+    )
+    for name, given in (("page_table", page_table), ("seqlens_k", seqlens_k)):
+        if given.shape[0] != problem.batch:
+            raise ValueError(_message(name, f"must have q's batch size {problem.batch}", describe(given)))
+    pages, _, page_size, _ = _bhnd_shape(k, layout)
+    # reading them would make the host wait for the device; descriptions cannot be read
+    if kind_of(page_table) == "numpy" and not isinstance(page_table, Unreadable):
+        _check_pages(page_table, seqlens_k, pages, page_size)
+    if out is not None:
+        _check_apart("out", out, {"page_table": page_table, "seqlens_k": seqlens_k})
+    return PagedProblem(problem, page_size, is_top_left=causal == "top-left")
 
 
 def check_ragged(
@@ -130,11 +184,12 @@ def check_attention(
     bias: Any = None,
     keys_are_grouped: bool = False,
     is_packed: bool = False,
+    pages_of_sequence: int | None = None,
 ) -> Problem:
     """Return the problem that the arguments describe, or raise the first error found.
 
     ``keys_are_grouped``: ``k`` is a `GroupedKeys`. ``is_packed``: q, k, v and out are (rows, heads, width), and the
-    problem is that of a batch of one.
+    problem is that of a batch of one. ``pages_of_sequence``: k and v are pages, and a sequence has so many.
     """
     if is_packed:
         layout = PACKED
@@ -153,6 +208,14 @@ def check_attention(
     batch, heads, queries, width = _bhnd_shape(q, layout)
     k_batch, kv_heads, keys, k_width = _bhnd_shape(k, layout)
     v_batch, v_heads, v_keys, value_width = _bhnd_shape(v, layout)
+    if pages_of_sequence is not None:
+        _check_page_size(k, keys)
+        if v_batch != k_batch:
+            raise ValueError(_message("v", f"must have k's {k_batch} pages", describe(v)))
+        if v_keys != keys:
+            raise ValueError(_message("v", f"must have k's page size {keys}", describe(v)))
+        k_batch = v_batch = batch
+        keys = v_keys = keys * pages_of_sequence
     for name, array, size in (("q", q, width), ("v", v, value_width)):
         if not 1 <= size <= MAX_WIDTH:
             raise ValueError(_message(name, f"the last axis must have 1 to {MAX_WIDTH} elements", describe(array)))
@@ -266,8 +329,8 @@ def check_group_keys(
 ) -> tuple[Subspace | None, float]:
     """Return how `group_keys` groups, None where every key is kept as it is, and the scale; or raise."""
     _check_choice("layout", layout, "bhnd", "bnhd")
-    _check_grouped_kind(k)
     _check_array("k", k, k, "k")
+    check_dtype_of_grouped_keys("k", k.dtype.name, str(kind_of(k)), describe(k))
     batch, kv_heads, _, width = _bhnd_shape(k, layout)
     if not 1 <= width <= MAX_WIDTH:
         raise ValueError(_message("k", f"the last axis must have 1 to {MAX_WIDTH} elements", describe(k)))
@@ -291,7 +354,6 @@ def check_group_keys(
 
 def check_appended(k: Any, keys: Any) -> None:
     """Raise unless ``k`` can be appended to the `GroupedKeys`."""
-    _check_grouped_kind(k)
     _check_array("k", k, k, "k")
     if kind_of(k) != keys.kind:
         raise TypeError(_message("k", f"must be a {keys.kind} array, as the keys so far", describe(k)))
@@ -368,7 +430,13 @@ def check_saved_keys(file: Any, arrays: dict[str, np.ndarray], fmt: int) -> None
 
 def check_kind_to_load(kind: str) -> None:
     """Raise unless `GroupedKeys` of this kind of arrays can be loaded."""
-    _check_choice("kind", kind, "numpy", "cupy")
+    _check_choice("kind", kind, "numpy", "cupy", "numba")
+
+
+def check_dtype_of_grouped_keys(name: str, dtype: str, kind: str, got: str) -> None:
+    """Raise unless there are `GroupedKeys` of this kind of arrays with this dtype; ``name`` is where they come from."""
+    if kind == "numba" and dtype == "bfloat16":
+        raise NotImplementedError(_message(name, "GroupedKeys of numba arrays are not built for bfloat16 yet", got))
 
 
 def check_options_of_grouped_keys(keys: Any, *, method: str, refine: int, scale: float | None, **options: Any) -> None:
@@ -384,8 +452,6 @@ def check_options_of_grouped_keys(keys: Any, *, method: str, refine: int, scale:
 
 def check_kind_of_grouped_keys(q: Any, keys: Any, backend: str, kinds: frozenset[str]) -> None:
     """Raise unless a backend that takes `GroupedKeys` of these kinds can attend to ``keys`` with ``q``."""
-    if not kinds:
-        raise NotImplementedError(_message("k", f"GroupedKeys is not built for the {backend} backend yet", _show(keys)))
     if keys.kind != kind_of(q):
         raise TypeError(_message("k", f"must hold {kind_of(q)} arrays, as q is", str(keys)))
     if keys.kind not in kinds:
@@ -411,8 +477,7 @@ def check_merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, *, layout: str, 
             raise TypeError(_message(name, "the dtype must be float32", describe(lse)))
         if tuple(lse.shape) != rows:
             raise ValueError(_message(name, f"must have shape (B, H, N) = {rows}", describe(lse)))
-    if stream is not None and kind_of(out_a) == "numpy":
-        raise ValueError(_message("stream", "must be None with NumPy arrays", _show(stream)))
+    check_stream_of(out_a, stream)
 
 
 def check_stream(stream: Any) -> int | None:
@@ -423,6 +488,12 @@ def check_stream(stream: Any) -> int | None:
         return stream_handle(stream)
     except (TypeError, ValueError) as error:
         raise type(error)(_message("stream", str(error), _show(stream))) from error
+
+
+def check_stream_of(array: Any, stream: Any) -> None:
+    """Raise where a call on host arrays is given a stream."""
+    if stream is not None and kind_of(array) == "numpy":
+        raise ValueError(_message("stream", "must be None with NumPy arrays", _show(stream)))
 
 
 def check_lent(
@@ -440,10 +511,9 @@ def check_lent(
     `check_workspace_size` follows, once the backend is known.
     """
     others = {name: array for name, array in others.items() if array is not None}
-    if kind_of(q) == "numpy":
-        for name, given in (("stream", stream), ("workspace", workspace)):
-            if given is not None:
-                raise ValueError(_message(name, "must be None with NumPy arrays", _show(given)))
+    check_stream_of(q, stream)
+    if workspace is not None and kind_of(q) == "numpy":
+        raise ValueError(_message("workspace", "must be None with NumPy arrays", _show(workspace)))
     if lse is not None:
         _check_kind("lse", lse, q)
         if lse.dtype != np.float32:
@@ -462,8 +532,13 @@ def check_lent(
             raise ValueError(_message("workspace", "must have one axis", describe(workspace)))
         _check_plain_memory("workspace", workspace, WORKSPACE_ALIGNMENT)
         _check_apart("workspace", workspace, others)
-        if return_info:
-            raise ValueError(_message("return_info", "must be False with workspace, which has no room for it", "True"))
+        check_no_info("workspace, which has no room for it", return_info)
+
+
+def check_no_info(given: str, return_info: bool) -> None:
+    """Raise where a call with ``given`` is asked what it did."""
+    if return_info:
+        raise ValueError(_message("return_info", f"must be False with {given}", "True"))
 
 
 def check_workspace_size(workspace: Any, needed: int) -> None:
@@ -504,12 +579,6 @@ def _check_kind(name: str, array: Any, q: Any, first: str = "q") -> None:
         raise ValueError(_message(name, rule, f"{describe(array)} on device {_device_of(array)}"))
 
 
-def _check_grouped_kind(k: Any) -> None:
-    """Raise where the keys are of a kind that has no `GroupedKeys`."""
-    if kind_of(k) == "numba":
-        raise NotImplementedError(_message("k", "GroupedKeys is not built for the numba backend yet", describe(k)))
-
-
 def _check_array(name: str, array: Any, q: Any, first: str = "q", axes: int = 4) -> None:
     _check_kind(name, array, q, first)
     if len(array.shape) != axes:
@@ -548,6 +617,34 @@ def _check_lengths(name: str, lengths: Any, q: Any, rows: str, total: int) -> No
         raise ValueError(_message(name, "must not fall", f"{after} after {before}"))
     if lengths[-1] != total:
         raise ValueError(_message(name, f"must end with {rows}", str(lengths[-1])))
+
+
+def _check_int32(name: str, array: Any, q: Any, *, axes: int) -> None:
+    _check_kind(name, array, q)
+    if len(array.shape) != axes:
+        raise ValueError(_message(name, f"must have {axes} {'axis' if axes == 1 else 'axes'}", describe(array)))
+    if array.dtype.name != "int32" or not np.dtype(array.dtype).isnative:
+        raise TypeError(_message(name, "the dtype must be int32", describe(array)))
+    _check_last_axis(name, array)
+    _check_elements(name, array)
+
+
+def _check_page_size(k: Any, page_size: int) -> None:
+    if page_size not in PAGE_SIZES:
+        rule = f"the page size must be one of {', '.join(map(str, PAGE_SIZES))}"
+        raise ValueError(_message("k", rule, f"{page_size}: {describe(k)}"))
+
+
+def _check_pages(page_table: np.ndarray, lengths: np.ndarray, pages: int, page_size: int) -> None:
+    """Raise unless every entry that is used names a page; of a sequence as many are as its keys fill or begin."""
+    most = page_table.shape[1] * page_size
+    for b, (row, length) in enumerate(zip(page_table, lengths.tolist(), strict=True)):
+        if not 0 <= length <= most:
+            rule = f"must be 0 to {most}, the keys that the pages of a sequence hold"
+            raise ValueError(_message("seqlens_k", rule, f"{length} for sequence {b}"))
+        wrong = [page for page in row[: ceil_div(length, page_size)].tolist() if not 0 <= page < pages]
+        if wrong:
+            raise ValueError(_message("page_table", f"pages must be 0 to {pages - 1}", f"{wrong[0]} for sequence {b}"))
 
 
 def _check_broadcast(name: str, array: Any, q: Any, shape: tuple[int, ...], *dtypes: str) -> None:

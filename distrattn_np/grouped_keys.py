@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from sys import maxsize
@@ -27,7 +27,7 @@ class KeyBlock:
     fusion: Any  # (B, H_kv, D, R): Z
     mean: Any  # (B, H_kv, D)
     ranks: Any  # (B, H_kv) int32, at most R; what lies beyond is zero
-    score_errors: Any  # (B, H_kv) float64; CuPy: in the type of the sums
+    score_errors: Any  # (B, H_kv) float64; on a GPU in the type of the sums
 
 
 BLOCK_ARRAYS = [field.name for field in fields(KeyBlock)]
@@ -37,7 +37,7 @@ BLOCK_ARRAYS = [field.name for field in fields(KeyBlock)]
 class QueryStatistics:
     """What is known of the queries that the keys will meet."""
 
-    gram: Any  # (B, H_kv, D, D) float64; CuPy: in the type of the sums, D padded
+    gram: Any  # (B, H_kv, D, D) float64; on a GPU in the type of the sums; CuPy: D padded
     rows: int  # that it is a sum over
 
 
@@ -52,6 +52,7 @@ def group_keys(
     block_size: int | None = None,
     scale: float | None = None,
     layout: str = "bhnd",
+    stream: Any = None,
 ) -> GroupedKeys:
     """Return keys that are grouped once, can be appended to, and go into `distr_attention` in the place of ``k``.
 
@@ -61,8 +62,8 @@ def group_keys(
     Parameters
     ----------
     k : array, shape (B, H_kv, M, D), float16 | bfloat16 | float32 | float64
-        The first keys, copied: a NumPy or CuPy array, or what becomes one without a copy. All that is appended and
-        all arrays of a call must be of its kind, and on its device. M may be 0.
+        The first keys, copied: a NumPy, CuPy or Numba device array, or what becomes one without a copy. All that is
+        appended and all arrays of a call must be of its kind, and on its device. M may be 0.
     q : array, shape (B, H, any number of rows, D), dtype of ``k``
         Queries like those that the keys will meet, such as those of a prompt: the maps weigh directions by them and by
         the keys of the block. Without them by the keys alone, which costs accuracy.
@@ -72,6 +73,8 @@ def group_keys(
         Of the scores, in every call with these keys. Default: ``1 / sqrt(D)``.
     layout : {"bhnd", "bnhd"}
         Order of the axes of k and q here, of what is appended, and of the arrays of every call with these keys.
+    stream : int or stream, optional
+        What the work is queued on, with device arrays; as in `distr_attention`.
 
     Returns
     -------
@@ -84,7 +87,7 @@ def group_keys(
     ValueError
         If shapes, strides or options break one of the rules above; the text names the argument.
     NotImplementedError
-        If the keys are Numba device arrays.
+        If the keys are Numba device arrays of bfloat16.
 
     Notes
     -----
@@ -103,7 +106,8 @@ def group_keys(
     >>> distr_attention(q[:, :, 299:], keys, v, causal=True).shape
     (1, 2, 1, 64)
     """
-    k, q = checks.arrays_in_place(k=k, q=q)
+    handle = checks.check_stream(stream)
+    k, q = checks.arrays_in_place(handle, k=k, q=q)
     grouping, scale = checks.check_group_keys(
         k,
         q,
@@ -115,13 +119,18 @@ def group_keys(
         block_size=block_size,
         layout=layout,
     )
+    checks.check_stream_of(k, stream)
     order: Layout = "bnhd" if layout == "bnhd" else "bhnd"
-    first = bhnd(k, order)
-    known = None if q is None or grouping is None else bhnd(q, order)
     of_kind = _class_for(kind_of(k) or "numpy")
-    queries = None if known is None else of_kind.query_statistics(known, first.shape[1])
-    keys = of_kind(first[:, :, :0], [], grouping=grouping, queries=queries, scale=scale, layout=order)
-    keys.append(k)
+    first = of_kind.bhnd(k, order)
+    B, H_kv, _, D = first.shape
+    queries = None
+    with of_kind.on_stream(handle):
+        if q is not None and grouping is not None:
+            queries = of_kind.query_statistics(of_kind.bound(of_kind.bhnd(q, order), handle), H_kv)
+        nothing = of_kind.empty((B, H_kv, 0, D), of_kind.bound(first, handle))
+        keys = of_kind(nothing, [], grouping=grouping, queries=queries, scale=scale, layout=order)
+    keys.append(k, stream=stream)
     return keys
 
 
@@ -132,7 +141,7 @@ class GroupedKeys:
 
     Attributes
     ----------
-    kind : {"numpy", "cupy"}
+    kind : {"numpy", "cupy", "numba"}
         Of the arrays that they take and hold.
     grouping : Subspace or None
         None where the rank is D: all keys are kept as they are.
@@ -162,8 +171,8 @@ class GroupedKeys:
         self.scale = scale
         self.layout = layout
         self._blocks = blocks
-        self._buffer = self._empty(tail.shape, tail)  # its first rows are the tail, the others are room
-        self._buffer[...] = tail
+        self._buffer = self.empty(tuple(tail.shape), tail)  # its first rows are the tail, the others are room
+        self._put(self._buffer, tail)
         self._tail_rows = tail.shape[2]
 
     @staticmethod
@@ -233,22 +242,27 @@ class GroupedKeys:
         arrays += [self._buffer] if self.queries is None else [self._buffer, self.queries.gram]
         return sum(array.nbytes for array in arrays)
 
-    def append(self, k: Any) -> None:
+    def append(self, k: Any, *, stream: Any = None) -> None:
         """Append keys, which are copied; every block that they fill and exceed is finished.
 
         Parameters
         ----------
         k : array, shape (B, H_kv, any number of rows, D) in `layout`, dtype and kind of the first keys
             Rows come after all keys so far.
+        stream : int or stream, optional
+            What the work is queued on, with device arrays; as in `distr_attention`.
 
         Raises
         ------
         TypeError, ValueError
             As `group_keys` does; nothing is appended then.
         """
-        (k,) = checks.arrays_in_place(k=k)
+        handle = checks.check_stream(stream)
+        (k,) = checks.arrays_in_place(handle, k=k)
         checks.check_appended(k, self)
-        self._append(bhnd(k, self.layout))
+        checks.check_stream_of(k, stream)
+        with self.on_stream(handle):
+            self._append(self.bound(self.bhnd(k, self.layout), handle))
 
     def _append(self, new: Any) -> None:
         """Append checked keys (B, H_kv, rows, D)."""
@@ -266,7 +280,7 @@ class GroupedKeys:
             with Path(file).open("wb") as opened:
                 self.save(opened)
             return
-        tail, blocks, queries = self._on_host()
+        tail, blocks, queries = self._copy_on_host()
         arrays = {
             "format": FORMAT,
             "dtype": self.dtype.name,
@@ -297,18 +311,21 @@ class GroupedKeys:
         ----------
         file : path or binary file
             What `save` wrote, of whatever kind the keys were.
-        kind : {"numpy", "cupy"}
-            Of the keys that are returned; CuPy's are on the current device. Appending goes on bit for bit where they
-            were of this kind.
+        kind : {"numpy", "cupy", "numba"}
+            Of the keys that are returned; those on a GPU are on the current device. Appending goes on bit for bit where
+            they were of this kind.
 
         Raises
         ------
         ValueError
             If the file holds something else, or ``kind`` is another.
+        NotImplementedError
+            If the keys are bfloat16, and ``kind`` is "numba".
         """
         checks.check_kind_to_load(kind)
         arrays = _read_arrays(file)
         checks.check_saved_keys(file, arrays, FORMAT)
+        checks.check_dtype_of_grouped_keys("file", str(arrays["dtype"]), kind, str(file))
         dtype = _dtype_of_name(str(arrays["dtype"]))
         grouping = None
         if "rank" in arrays:
@@ -365,7 +382,7 @@ class GroupedKeys:
             self._blocks.append(KeyBlock(sampled.astype(dtype), fusion, mean, ranks, score_errors))
         self._tail_rows = 0
 
-    def _on_host(self) -> tuple[np.ndarray, list[KeyBlock], QueryStatistics | None]:
+    def _copy_on_host(self) -> tuple[np.ndarray, list[KeyBlock], QueryStatistics | None]:
         """Return what a file holds as NumPy arrays."""
         return self.tail, self.blocks, self.queries
 
@@ -374,16 +391,36 @@ class GroupedKeys:
         B, H_kv, room, D = self._buffer.shape
         rows = self._tail_rows + new.shape[2]
         if rows > room:
-            grown = self._empty((B, H_kv, min(max(rows, 2 * room), self.block_size), D), self._buffer)
-            grown[:, :, : self._tail_rows] = self.tail
+            grown = self.empty((B, H_kv, min(max(rows, 2 * room), self.block_size), D), self._buffer)
+            self._put(grown[:, :, : self._tail_rows], self.tail)
             self._buffer = grown
-        self._buffer[:, :, self._tail_rows : rows] = new
+        self._put(self._buffer[:, :, self._tail_rows : rows], new)
         self._tail_rows = rows
 
     @staticmethod
-    def _empty(shape: tuple[int, ...], like: Any) -> Any:
+    def empty(shape: tuple[int, ...], like: Any) -> Any:
         """Return a new contiguous array of the kind and dtype of ``like``."""
         return np.empty(shape, like.dtype)
+
+    @staticmethod
+    def bhnd(array: Any, layout: Layout) -> Any:
+        """Return a view of an array of the caller's with the axes (B, H, rows, D)."""
+        return array.swapaxes(1, 2) if layout == "bnhd" else array
+
+    @staticmethod
+    def on_stream(handle: int | None) -> AbstractContextManager[Any]:  # noqa: ARG004
+        """Return a context in which work goes to the stream with this handle; None: to the current one."""
+        return nullcontext()
+
+    @staticmethod
+    def bound(array: Any, handle: int | None) -> Any:  # noqa: ARG004
+        """Return a view that carries the stream with this handle, where arrays of this kind carry one."""
+        return array
+
+    @staticmethod
+    def _put(target: Any, source: Any) -> None:
+        """Write ``source`` into a view of the same shape."""
+        target[...] = source
 
     def _of_blocks(self, name: str, dtype: Any) -> np.ndarray:
         """Return (B, H_kv, F) numbers of the finished blocks."""
@@ -392,16 +429,12 @@ class GroupedKeys:
         return np.stack([getattr(block, name) for block in self.blocks], axis=-1)
 
 
-def bhnd(array: Any, layout: Layout) -> Any:
-    """Return a view of the array with the axes (B, H, rows, D)."""
-    return array.swapaxes(1, 2) if layout == "bnhd" else array
-
-
 def _class_for(kind: Kind) -> type[GroupedKeys]:
     """Return the class of `GroupedKeys` of this kind of arrays, importing their package."""
     if kind == "numpy":
         return GroupedKeys
-    found: type[GroupedKeys] = importlib.import_module(".backends.cupy_grouped_keys", __package__).CupyGroupedKeys
+    module = importlib.import_module(f".backends.{kind}_grouped_keys", __package__)
+    found: type[GroupedKeys] = module.GROUPED_KEYS
     return found
 
 

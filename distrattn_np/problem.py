@@ -155,6 +155,33 @@ class RaggedProblem:
 
 
 @dataclass(frozen=True, slots=True)
+class PagedProblem:
+    """Sequences of lengths of their own, as many queries each, whose keys and values lie in pages.
+
+    Query n of a sequence of M keys sees what it sees of M plain keys. The lengths are not here: on a GPU the host does
+    not know them.
+    """
+
+    longest: Problem
+    """As if every sequence filled its pages."""
+    page_size: int
+    is_top_left: bool
+    """Which corner of each sequence a causal limit and a window are aligned to."""
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        """Of the log-sum-exp: (B, H, N)."""
+        return self.longest.lse_shape
+
+    def sequence(self, keys: int) -> Problem:
+        """Return the problem of one sequence of this length."""
+        offset = None
+        if self.longest.causal_offset is not None:
+            offset = 0 if self.is_top_left else keys - self.longest.queries
+        return replace(self.longest, batch=1, keys=keys, causal_offset=offset)
+
+
+@dataclass(frozen=True, slots=True)
 class GroupMaps:
     """The sampling and fusion maps of every (batch, head, block), in the array kind of the backend that made them.
 

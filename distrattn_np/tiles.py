@@ -363,15 +363,23 @@ def decode_splits(keys: int, block_kv: int, items: int, blocks_at_once: int) -> 
 
 
 def decode_defines(
-    tiles: DecodeTiles, *, element: int, width: int, rank: int | None, value_width: int, aligned: bool
+    tiles: DecodeTiles,
+    *,
+    element: int,
+    width: int,
+    rank: int | None,
+    value_width: int,
+    aligned: bool,
+    paged: bool = False,
 ) -> Defines:
-    """Return the -D options of decode.cu; ``rank`` is None where all keys are plain."""
+    """Return the -D options of decode.cu; ``rank`` is None where all keys are plain, which may lie in pages."""
     return {
         "ELEMENT": element,
         "D": width,
         "R": width if rank is None else rank,
         "E": value_width,
         "MAPPED": int(rank is not None),
+        "PAGED": int(paged),
         "ALIGNED": int(aligned),
         "ROW_WARPS": tiles.row_warps,
         "NUM_WARPS": tiles.num_warps,
@@ -739,14 +747,16 @@ def _decode_cases(shared_limit: int) -> Iterator[Defines]:
     ]
     for number, (shape, rows) in enumerate(product(shapes, (4, 32, 64))):
         width, rank, value_width = shape
-        yield decode_defines(
-            decode_tiles(width, rank, value_width, rows, shared_limit),
-            element=1 + number % 2,
-            width=width,
-            rank=rank,
-            value_width=value_width,
-            aligned=width % 8 == 0 and value_width % 8 == 0 and number % 5 != 4,
-        )
+        for paged in (False, True) if rank is None else (False,):
+            yield decode_defines(
+                decode_tiles(width, rank, value_width, rows, shared_limit),
+                element=1 + number % 2,
+                width=width,
+                rank=rank,
+                value_width=value_width,
+                aligned=width % 8 == 0 and value_width % 8 == 0 and number % 5 != 4,
+                paged=paged,
+            )
 
 
 def _subspace_maps_cases(shared_limit: int) -> Iterator[Defines]:

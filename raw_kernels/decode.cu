@@ -5,7 +5,11 @@
 //   O = softmax(S) V                                                                            docs/math.md (eq. 10)
 //
 // s_m are the R numbers that a cache keeps of a finished key, Z_c and mean_c what its block shares. Without MAPPED all
-// keys are plain.
+// keys are plain, and with PAGED they and the values lie in pages: key m of sequence b is row m % S of page
+// page_table[b, m / S].                                                                       docs/caches.md
+//
+// With pages the host knows no lengths: it cuts the keys that would fill all pages, and splits behind the end of a
+// sequence find nothing. Every row looks its page up, one of eight in 32 bytes that stay in L1.
 //
 // The queries of all heads that share a key head are the rows of one tile, so keys and values are read once. The keys of
 // a head are cut into splits, one thread block each; merge_splits.cu adds up what they write.
@@ -27,7 +31,7 @@
 // Assumes   : s, maps and partial results are contiguous but for the first axis and aligned to 16 bytes. ALIGNED:
 //             pointers and strides of Q, K and V are multiples of 16 bytes, D and E of 8 elements. scale_log2 > 0: the
 //             sign of the scale stands apart. Sums are float32.
-// A query that sees no key: O = 0, lse = -inf.
+// A query that sees no key: O = 0, lse = -inf. Entries of the table that no key needs are not read.
 // Alone     : nvcc -cubin -arch=sm_80 raw_kernels/decode.cu
 
 // ---- parameters: the launcher sets these with -D; the defaults let the file compile alone ----
@@ -42,6 +46,9 @@
 #endif
 #ifndef MAPPED
 #define MAPPED 1
+#endif
+#ifndef PAGED
+#define PAGED 0
 #endif
 #ifndef ALIGNED
 #define ALIGNED 1
@@ -71,6 +78,7 @@ static_assert(D >= 1 && D <= 256 && E >= 1 && E <= 256 && R >= 1 && R <= D, "row
 static_assert(NUM_WARPS % ROW_WARPS == 0, "each tile of rows has as many warps");
 static_assert(BLOCK_KV % (MMA_K * KEY_WARPS) == 0, "each warp owns whole 16-key tiles");
 static_assert(STAGES >= 2, "one buffer is filled while another is read");
+static_assert(!MAPPED || !PAGED, "keys in pages are plain");
 static_assert(!ALIGNED || (D % CHUNK == 0 && E % CHUNK == 0), "ALIGNED rows are whole 16-byte chunks");
 
 constexpr int D_PADDED = (D + 15) / 16 * 16, R_PADDED = (R + 15) / 16 * 16, E_PADDED = (E + 15) / 16 * 16;
@@ -136,9 +144,24 @@ struct Cursor {
   }
 };
 
+// The pages of a sequence, seen from a tile of it.
+struct Pages {
+  const int* table;
+  long long stride;  // of pages, in elements
+  int shift;         // log2 of the rows of a page
+  int first;         // row of the tile
+
+  __device__ __forceinline__ long long offset(int row, long long row_stride) const {
+    const int m = first + row;
+    return table[m >> shift] * stride + (m & ((1 << shift) - 1)) * row_stride;
+  }
+};
+
 // Copies rows [ROW_COUNT, COLUMNS] to shared memory; rows from `rows_valid` on and columns from VALID_COLUMNS are zero.
-template <int ROW_COUNT, int COLUMNS, int VALID_COLUMNS, int SHARED_STRIDE, bool IN_CHUNKS>
-__device__ __forceinline__ void load_rows(element_t* shared, const element_t* global, long long stride, int rows_valid) {
+// IN_PAGES: each row is where `pages` says, from `global` on.
+template <int ROW_COUNT, int COLUMNS, int VALID_COLUMNS, int SHARED_STRIDE, bool IN_CHUNKS, bool IN_PAGES = false>
+__device__ __forceinline__ void load_rows(element_t* shared, const element_t* global, long long stride, int rows_valid,
+                                          const Pages& pages = {}) {
   if (IN_CHUNKS) {  // a thread keeps its columns while it walks down the rows: few registers, and no divisions
     constexpr int CHUNKS = COLUMNS / CHUNK, ROWS_AT_ONCE = NUM_THREADS / CHUNKS;
     const int thread = thread_index_anew(), column = thread % CHUNKS * CHUNK;
@@ -149,15 +172,17 @@ __device__ __forceinline__ void load_rows(element_t* shared, const element_t* gl
 #pragma unroll 4
     for (int row = thread / CHUNKS; row < ROW_COUNT; row += ROWS_AT_ONCE) {
       const bool is_valid = row < rows_valid;
+      if (IN_PAGES && is_valid) source = global + pages.offset(row, stride) + column;
       copy_async_or_zero(shared, is_valid ? source : global, is_valid);
-      source += ROWS_AT_ONCE * stride;
+      if (!IN_PAGES) source += ROWS_AT_ONCE * stride;
       shared += ROWS_AT_ONCE * SHARED_STRIDE;
     }
   } else {
     for (int i = threadIdx.x; i < ROW_COUNT * COLUMNS; i += NUM_THREADS) {
       const int row = i / COLUMNS, column = i % COLUMNS;
       const bool is_valid = row < rows_valid && column < VALID_COLUMNS;
-      shared[row * SHARED_STRIDE + column] = is_valid ? global[row * stride + column] : element_t(0);
+      const auto offset = [&] { return IN_PAGES ? pages.offset(row, stride) : row * stride; };
+      shared[row * SHARED_STRIDE + column] = is_valid ? global[offset() + column] : element_t(0);
     }
   }
 }
@@ -298,13 +323,15 @@ extern "C" __global__ __launch_bounds__(NUM_THREADS, 2)
 void decode(const element_t* __restrict__ Q,         // [B, H, N, D]
             const element_t* __restrict__ finished,  // [B * H_kv, at least finished_end, R_PADDED], unused if not MAPPED
             const element_t* __restrict__ maps,      // [B * H_kv, blocks, R_PADDED + 1, D_PADDED], unused if not MAPPED
-            const element_t* __restrict__ K,         // [B, H_kv, M - finished_end, D], keys as they are
-            const element_t* __restrict__ V,         // [B, H_kv, M, E]
+            const element_t* __restrict__ K,         // [B, H_kv, M - finished_end, D], keys as they are; or pages of S keys
+            const element_t* __restrict__ V,         // [B, H_kv, M, E]; or pages
             element_t* __restrict__ O,               // [B, H, N, E], written if splits == 1
             float* __restrict__ lse,                 // [B, H, N], written if splits == 1
             float* __restrict__ partial_O,           // [splits, B, H, N, E_PADDED], not divided by the sums
             float* __restrict__ partial_stats,       // [splits, B, H, N, 2], maxima before scale_log2, and sums
-            int H, int heads_per_kv_head, int N, int M, int finished_end, int block_size,
+            int H, int heads_per_kv_head, int N,
+            int M,                                   // with PAGED the most that a sequence has room for
+            int finished_end, int block_size,
             int splits, int keys_per_split,
             int causal_offset,                       // query n sees m <= n + causal_offset; M and more: all
             float sign, float scale_log2,            // |scale| * log2(e); sign 0 and 1 where the scale is 0
@@ -313,7 +340,15 @@ void decode(const element_t* __restrict__ Q,         // [B, H, N, D]
             long long stride_q_b, long long stride_q_h, long long stride_q_n,
             long long stride_k_b, long long stride_k_h, long long stride_k_m,
             long long stride_v_b, long long stride_v_h, long long stride_v_m,
-            long long stride_o_b, long long stride_o_h, long long stride_o_n) {
+            long long stride_o_b, long long stride_o_h, long long stride_o_n
+#if PAGED
+            , const int* __restrict__ page_table,    // [B, pages of a sequence]
+            const int* __restrict__ seqlens_k,       // [B]
+            long long stride_table,                  // of sequences
+            int page_shift,                          // log2 of S
+            int counts_from_end                      // 1: causal_offset is one more for each key of the sequence
+#endif
+            ) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   element_t* const raw_Q_smem = reinterpret_cast<element_t*>(shared_bytes);  // [ROW_TILE, D_STRIDE]
   element_t* const Q_smem = raw_Q_smem + RAW_Q_ELEMENTS;                     // [ROW_TILE, R_STRIDE], with MAPPED
@@ -327,18 +362,26 @@ void decode(const element_t* __restrict__ Q,         // [B, H, N, D]
   const int split = blockIdx.x / row_tiles % splits;
   const int head = blockIdx.x / row_tiles / splits;  // b * H_kv + h_kv
   const int H_kv = H / heads_per_kv_head, b = head / H_kv, h_kv = head % H_kv;
+#if PAGED
+  const int keys = min(max(seqlens_k[b], 0), M);
+  const long long last_offset = causal_offset + (counts_from_end ? static_cast<long long>(keys) : 0);
+  Pages pages = {page_table + b * stride_table, stride_k_b, page_shift, 0};
+#else
+  const int keys = M;
+  const long long last_offset = causal_offset;
+#endif
   auto visible_end = [&](int p) {
-    return static_cast<int>(max(0LL, min(static_cast<long long>(M), p / heads_per_kv_head + 1LL + causal_offset)));
+    return static_cast<int>(max(0LL, min(static_cast<long long>(keys), p / heads_per_kv_head + 1LL + last_offset)));
   };
   const int last_row = min(first_row + ROW_TILE, row_count) - 1;
-  const int begin = static_cast<int>(min(static_cast<long long>(split) * keys_per_split, static_cast<long long>(M)));
-  const int end = min(begin + min(keys_per_split, M - begin), visible_end(last_row));
+  const int begin = static_cast<int>(min(static_cast<long long>(split) * keys_per_split, static_cast<long long>(keys)));
+  const int end = min(begin + min(keys_per_split, keys - begin), visible_end(last_row));
 
   // ---- the copies ----
   const element_t* const finished_head = finished + head * stride_finished;
   const element_t* const maps_head = maps + head * stride_maps;
-  const element_t* const K_head = K + b * stride_k_b + h_kv * stride_k_h;
-  const element_t* const V_head = V + b * stride_v_b + h_kv * stride_v_h;
+  const element_t* const K_head = K + (PAGED ? 0 : b * stride_k_b) + h_kv * stride_k_h;
+  const element_t* const V_head = V + (PAGED ? 0 : b * stride_v_b) + h_kv * stride_v_h;
   auto load = [&](const Item& item, element_t* stage) {
     if (item.kind == NOTHING) return;
     const int rows_valid = item.end - item.begin;
@@ -358,10 +401,19 @@ void decode(const element_t* __restrict__ Q,         // [B, H, N, D]
       return;
     }
 #endif
+#if PAGED
+    pages.first = item.begin;
+    pages.stride = stride_k_b;
+    load_rows<PLAIN_KV, D_PADDED, D, D_STRIDE, ALIGNED, true>(stage, K_head, stride_k_m, rows_valid, pages);
+    pages.stride = stride_v_b;
+    load_rows<PLAIN_KV, E_PADDED, E, E_STRIDE, ALIGNED, true>(stage + PLAIN_KV * D_STRIDE, V_head, stride_v_m,
+                                                              rows_valid, pages);
+#else
     load_rows<PLAIN_KV, D_PADDED, D, D_STRIDE, ALIGNED>(stage, K_head + (item.begin - finished_end) * stride_k_m,
                                                         stride_k_m, rows_valid);
     load_rows<PLAIN_KV, E_PADDED, E, E_STRIDE, ALIGNED>(stage + PLAIN_KV * D_STRIDE, V_head + item.begin * stride_v_m,
                                                         stride_v_m, rows_valid);
+#endif
   };
 
   // ---- load the queries [ROW_TILE, D] and what comes first ----

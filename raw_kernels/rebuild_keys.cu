@@ -1,16 +1,18 @@
-// rebuild_keys.cu - the keys that the finished blocks of a cache stand for, D numbers each.
+// rebuild_keys.cu - the keys that a cache stands for, D numbers each.
 //
 //   k_m = mean_c + Z_c s_m       so that q_n . k_m = q_n . mean_c + (q_n Z_c) . s_m              docs/math.md (eq. 27)
+//
+// where block c is finished, and k_m as it is behind the last of these.
 //
 // For calls that decode.cu does not take: what follows is exact attention to these keys.
 //
 // Reference : reference/grouped_keys.py
-// Launcher  : distrattn_np/backends/cupy_grouped_keys.py      Tests : tests/agreement/test_gpu_grouped_keys.py
+// Launcher  : distrattn_np/backends/cupy_kept_keys.py      Tests : tests/agreement/test_gpu_grouped_keys.py
 //
-// Grid      : heads * blocks * row_tiles, row tiles fastest; row_tiles = ceil_div(block_size, 64)
+// Grid      : heads * (blocks * row_tiles + ceil_div(tail_rows, 64)), row tiles fastest; row_tiles = ceil_div(block_size, 64)
 // Block     : 256 threads
 // Shared    : under 17 KB, static
-// Assumes   : s and maps are contiguous but for the first axis. Sums are float32 (float64 for float64); keys are rounded
+// Assumes   : all arrays are contiguous but for the first axis. Sums are float32 (float64 for float64); keys are rounded
 //             to the element type.
 // Alone     : nvcc -cubin -arch=sm_75 raw_kernels/rebuild_keys.cu
 
@@ -34,21 +36,34 @@ constexpr int MIN_BLOCKS = 2;  // per multiprocessor; without a number ptxas spi
 extern "C" __global__ __launch_bounds__(THREADS, MIN_BLOCKS)
 void rebuild_keys(const element_t* __restrict__ finished,  // [heads, at least blocks * block_size, R_PADDED]
                   const element_t* __restrict__ maps,      // [heads, at least blocks, R_PADDED + 1, D_PADDED]
-                  element_t* __restrict__ keys,            // [heads, at least blocks * block_size, D]
-                  int blocks, int block_size,
-                  long long stride_finished, long long stride_maps, long long stride_keys) {  // of heads, elements
+                  const element_t* __restrict__ tail,      // [heads, tail_rows, D]
+                  element_t* __restrict__ keys,            // [heads, blocks * block_size + tail_rows, D]
+                  int blocks, int block_size, int tail_rows,
+                  long long stride_finished, long long stride_maps,  // of heads, in elements
+                  long long stride_tail, long long stride_keys) {
   __shared__ alignas(16) accumulate_t operands_smem[CHANNELS * 2 * (TILE + PADDING)];
   const int ty = threadIdx.x / SIDE, tx = threadIdx.x % SIDE;
 
   // ---- which keys this block owns ----
   const int row_tiles = (block_size + TILE - 1) / TILE;
-  const int first = blockIdx.x % row_tiles * TILE, c = blockIdx.x / row_tiles % blocks;
-  const long long head = blockIdx.x / row_tiles / blocks;
+  const int tiles = blocks * row_tiles + (tail_rows + TILE - 1) / TILE;
+  const int tile = blockIdx.x % tiles, c = tile / row_tiles;
+  const long long head = blockIdx.x / tiles;
+  keys += head * stride_keys;
+  if (c >= blocks) {  // of the tail
+    const long long begin = static_cast<long long>(tile - blocks * row_tiles) * TILE * D;
+    const long long end = min(begin + TILE * D, static_cast<long long>(tail_rows) * D);
+    tail += head * stride_tail;
+    keys += static_cast<long long>(blocks) * block_size * D;
+    for (long long i = begin + threadIdx.x; i < end; i += THREADS) keys[i] = tail[i];
+    return;
+  }
+  const int first = tile % row_tiles * TILE;
   const int rows = min(TILE, block_size - first);
   const long long key = static_cast<long long>(c) * block_size + first;
   finished += head * stride_finished + key * R_PADDED;
   maps += head * stride_maps + static_cast<long long>(c) * (R_PADDED + 1) * D_PADDED;
-  keys += head * stride_keys + key * D;
+  keys += key * D;
 
   for (int column = 0; column < D; column += TILE) {
     accumulate_t sums[OWNED][OWNED] = {};

@@ -23,6 +23,7 @@ from .grouped_keys import (
 )
 from .hash_channels import HASH_BITS, hash_channels, hyperplanes
 from .merge_results import merge_results
+from .paged_attention import paged_attention, rows_of_pages
 from .ragged_attention import Attend, ragged_attention
 from .score_options import ScoreOptions, Window, cap_scores, key_limits, of_head, visible_keys
 from .subspace_attention import (
@@ -84,9 +85,11 @@ __all__ = [
     "merge_results",
     "of_head",
     "own_block_begin",
+    "paged_attention",
     "query_statistics",
     "ragged_attention",
     "rounding",
+    "rows_of_pages",
     "sample_channels",
     "score_errors",
     "softmax_attention",

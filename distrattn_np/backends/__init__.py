@@ -13,7 +13,7 @@ import numpy as np
 
 from ..arrays import Kind, describe, kind_of
 from ..grouped_keys import GroupedKeys
-from ..problem import GroupMaps, Layout, Problem, RaggedProblem, Subspace, SubspaceMaps
+from ..problem import GroupMaps, Layout, PagedProblem, Problem, RaggedProblem, Subspace, SubspaceMaps
 
 NAMES = ("numpy", "cupy", "numba")
 
@@ -73,6 +73,8 @@ class Backend(ABC):
     """Array kinds of the `GroupedKeys` that it takes in the place of keys."""
     attends_ragged: ClassVar[bool] = False
     """Whether it takes packed sequences; `ragged_attention` is its own then."""
+    attends_pages: ClassVar[bool] = False
+    """Whether it takes keys and values in pages; `paged_attention` is its own then."""
 
     def attention(
         self,
@@ -108,7 +110,7 @@ class Backend(ABC):
         result = self.hand_back(O, problem.layout, like=q, out=out)
         return result, self.hand_back(lse, None, like=q, out=lent.lse), maps
 
-    def refuse(self, problem: Problem | RaggedProblem, q: Any) -> None:
+    def refuse(self, problem: Problem | RaggedProblem | PagedProblem, q: Any) -> None:
         """Raise where the backend has no kernel for a problem."""
         if kind_of(q) not in self.kinds:
             rule = f"the {self.name} backend takes {' and '.join(sorted(self.kinds))} arrays"
@@ -119,6 +121,12 @@ class Backend(ABC):
                     f"cu_seqlens_q: is not built for the {self.name} backend yet, got {describe(q)}"
                 )
             problem = problem.packed
+        if isinstance(problem, PagedProblem):
+            if not self.attends_pages:
+                raise NotImplementedError(
+                    f"page_table: is not built for the {self.name} backend yet, got {describe(q)}"
+                )
+            problem = problem.longest
         if isinstance(problem.grouping, Subspace) and not self.builds_subspace:
             rule = f"'subspace' is not built for the {self.name} backend yet"
             raise NotImplementedError(f"method: {rule}, got {describe(q)}")
@@ -143,13 +151,15 @@ class Backend(ABC):
     @abstractmethod
     def workspace_bytes(
         self,
-        problem: Problem | RaggedProblem,
+        problem: Problem | RaggedProblem | PagedProblem,
         q: Any,
         k: Any,
         v: Any,
         out: Any,
         tables: ScoreTables = NO_TABLES,
         lent: Lent = NOTHING_LENT,
+        page_table: Any = None,
+        seqlens_k: Any = None,
     ) -> int:
         """Return the bytes of workspace that a call needs; of its arrays only shapes, strides, addresses count."""
 
@@ -179,6 +189,27 @@ class Backend(ABC):
         """
         self.refuse(problem, q)
         raise NotImplementedError  # a backend that attends them has a method of its own
+
+    def paged_attention(
+        self,
+        problem: PagedProblem,
+        q: Any,
+        k: Any,  # noqa: ARG002
+        v: Any,  # noqa: ARG002
+        out: Any,  # noqa: ARG002
+        page_table: Any,  # noqa: ARG002
+        seqlens_k: Any,  # noqa: ARG002
+        lent: Lent = NOTHING_LENT,  # noqa: ARG002
+    ) -> tuple[Any, Any]:
+        """Compute one checked call with keys and values in pages, on a GPU without reading the lengths on the host.
+
+        Returns
+        -------
+        result : array, shape (B, H, N, E), in the caller's kind and layout
+        lse : array, shape (B, H, N), in the caller's kind
+        """
+        self.refuse(problem, q)
+        raise NotImplementedError  # a backend that attends to pages has a method of its own
 
     @abstractmethod
     def group_maps(self, problem: Problem, Q: Any, K: Any) -> Maps:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -21,9 +21,19 @@ except ImportError:  # `load_by_name` says so before a call; plans do without
     cupy = None
 
 from .. import checks
-from ..arrays import Kind, kind_of, on_stream
+from ..arrays import Kind, describe, kind_of, on_stream
 from ..grouped_keys import GroupedKeys
-from ..problem import Grouping, GroupMaps, Layout, Problem, RaggedProblem, Subspace, SubspaceMaps, ceil_div
+from ..problem import (
+    Grouping,
+    GroupMaps,
+    Layout,
+    PagedProblem,
+    Problem,
+    RaggedProblem,
+    Subspace,
+    SubspaceMaps,
+    ceil_div,
+)
 from ..reference import hyperplanes, keys_of_mean
 from ..tiles import (
     ALL,
@@ -76,6 +86,9 @@ from . import NO_TABLES, NOTHING_LENT, Backend, Lent, Maps, ScoreTables, host_co
 from .device_work import DeviceFacts, Placed, Plan, PlannedArray, Work, doing, work
 from .tensor_map import Box, can_be_mapped, forward_sm90_launch, panel_columns
 
+if TYPE_CHECKING:
+    from .cupy_paged_keys import PagedKeys  # which launches through this module
+
 WORKSPACE_BYTES = 256 << 20
 """Most that the fused keys of one launch take; longer calls go through (head, block) pairs in several launches."""
 
@@ -91,6 +104,7 @@ class CupyBackend(Backend):
     kinds: ClassVar[frozenset[Kind]] = frozenset({"cupy", "numba", "numpy"})
     builds_subspace: ClassVar[bool] = True
     kinds_of_grouped_keys: ClassVar[frozenset[Kind]] = frozenset({"cupy"})
+    attends_pages: ClassVar[bool] = True
 
     def attention(
         self,
@@ -115,18 +129,21 @@ class CupyBackend(Backend):
 
     def workspace_bytes(
         self,
-        problem: Problem | RaggedProblem,
+        problem: Problem | RaggedProblem | PagedProblem,
         q: Any,
         k: Any,
         v: Any,
         out: Any,
         tables: ScoreTables = NO_TABLES,
         lent: Lent = NOTHING_LENT,
+        page_table: Any = None,
+        seqlens_k: Any = None,
     ) -> int:
         self.refuse(problem, q)
+        if isinstance(problem, PagedProblem):
+            k = self._paged_keys(problem, q, k, page_table, seqlens_k)
+            problem = problem.longest
         assert isinstance(problem, Problem)
-        if isinstance(k, GroupedKeys):
-            raise NotImplementedError(f"workspace: is not built for GroupedKeys yet, got {k}")
         with q.device if kind_of(q) == "cupy" else nullcontext():
             device = replace(work().device, capability=capability(), runs_sm90a=hopper_is_usable())
         batch, heads, queries = problem.batch, problem.heads, problem.queries
@@ -137,7 +154,9 @@ class CupyBackend(Backend):
         return _planned_bytes(
             problem,
             device,
-            *(Placed.of(x, problem.layout) for x in (q, k, v)),
+            Placed.of(q, problem.layout),
+            _placed_keys(k, problem.layout),
+            Placed.of(v, problem.layout),
             O if out is None else Placed.of(out, problem.layout),
             lse if keeps_lse else None,
             placed.mask,
@@ -158,7 +177,7 @@ class CupyBackend(Backend):
     ) -> Plan:
         """Return what a call with these planned arrays, in native order, would do on ``device``.
 
-        Without ``lse`` it takes a place in the workspace.
+        K may be `KeptKeys` or `PagedKeys`. Without ``lse`` it takes a place in the workspace.
         """
         plan = Plan(device)
         with doing(plan):
@@ -167,9 +186,44 @@ class CupyBackend(Backend):
             self.compute(problem, Q, K, V, O, lse, ScoreTables(mask, bias))
         return plan
 
+    def paged_attention(
+        self,
+        problem: PagedProblem,
+        q: Any,
+        k: Any,
+        v: Any,
+        out: Any,
+        page_table: Any,
+        seqlens_k: Any,
+        lent: Lent = NOTHING_LENT,
+    ) -> tuple[Any, Any]:
+        self.refuse(problem, q)
+        keys = self._paged_keys(problem, q, k, page_table, seqlens_k)
+        result, lse, _ = self.attention(problem.longest, q, keys, v, out, NO_TABLES, lent)
+        return result, lse
+
+    def _paged_keys(self, problem: PagedProblem, q: Any, k: Any, page_table: Any, seqlens_k: Any) -> PagedKeys:
+        """Return the keys of a call to pages, or raise where no kernel covers it."""
+        from .cupy_decode import MOST_QUERIES, Pages, suits_pages  # which launches through this module
+        from .cupy_paged_keys import PagedKeys
+
+        with q.device if kind_of(q) == "cupy" else nullcontext():
+            if not suits_pages(problem.longest):
+                rule = (
+                    f"the cupy backend takes at most {MOST_QUERIES} queries, exact, of float16 or bfloat16, without "
+                    "window and softcap, from compute capability 8.0 on"
+                )
+                raise NotImplementedError(f"page_table: {rule}, got {describe(q)}")
+        return PagedKeys(k, Pages(page_table, seqlens_k, problem.page_size, problem.is_top_left))
+
     # ---- arrays ----
 
     def bring_in(self, array: Any, layout: Layout) -> Any:
+        from .cupy_paged_keys import PagedKeys
+
+        if isinstance(array, PagedKeys):
+            table, lengths = (cupy.asarray(x) for x in (array.pages.table, array.pages.lengths))
+            return array.brought_in(self.bring_in(array.rows, layout), table, lengths)
         native = cupy.asarray(array)
         return native.transpose(0, 2, 1, 3) if layout == "bnhd" else native
 
@@ -390,12 +444,10 @@ class CupyBackend(Backend):
         maps: Maps,
         tables: ScoreTables = NO_TABLES,
     ) -> None:
-        from . import cupy_decode  # which launches through this module
+        from . import cupy_decode, cupy_kept_keys, cupy_paged_keys  # which launch through this module
 
-        if isinstance(K, GroupedKeys):
-            from .cupy_grouped_keys import CupyGroupedKeys  # which needs CuPy, as plans do not
-
-            assert isinstance(K, CupyGroupedKeys)
+        attends_itself = isinstance(K, GroupedKeys | cupy_kept_keys.KeptKeys | cupy_paged_keys.PagedKeys)
+        if attends_itself:
             K.attend(problem, Q, V, O, lse, tables)
             return
         if cupy_decode.suits_plain_keys(problem, tables):
@@ -1129,6 +1181,16 @@ def _empty(shape: tuple[int, ...], dtype: Any) -> Any:
     return work().empty(shape, dtype)
 
 
+def _placed_keys(k: Any, layout: Layout) -> Any:
+    """Return all of a call's keys that a plan depends on."""
+    from .cupy_paged_keys import PagedKeys
+
+    if isinstance(k, PagedKeys):
+        return k.placed(layout)
+    are_grouped = isinstance(k, GroupedKeys)
+    return k.kept().placed() if are_grouped else Placed.of(k, layout)
+
+
 def _in_workspace(workspace: Any) -> Work:
     from .cupy_device import WorkspaceWork
 
@@ -1136,7 +1198,7 @@ def _in_workspace(workspace: Any) -> Work:
 
 
 @lru_cache(maxsize=256)
-def _planned_bytes(problem: Problem, device: DeviceFacts, *arrays: Placed | None) -> int:
+def _planned_bytes(problem: Problem, device: DeviceFacts, *arrays: Any) -> int:
     """Return what a call takes of a workspace; ``arrays`` as in `CupyBackend.plan`."""
     planned = (None if x is None else x.planned(place) for place, x in enumerate(arrays))
     return BACKEND.plan(problem, device, *planned).memory.bytes

@@ -18,7 +18,7 @@ from ..tiles import (
     merge_splits_defines,
     pad,
 )
-from . import ScoreTables
+from . import NO_TABLES, ScoreTables
 from .cupy_backend import (
     _NULL,
     _element,
@@ -49,6 +49,20 @@ class FinishedKeys:
     """(B * H_kv, room in blocks, R padded + 1, D padded): Z transposed, then the mean of the block."""
 
 
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """Which pages (H_kv, S, width) hold the keys and values of each sequence, as decode.cu reads it."""
+
+    table: Any
+    """(B, pages of a sequence) int32"""
+    lengths: Any
+    """(B,) int32"""
+    size: int
+    """S, a power of two."""
+    is_top_left: bool
+    """Whether a causal limit counts from the first key of a sequence, not from its last."""
+
+
 def suits(problem: Problem, tables: ScoreTables) -> bool:
     """Whether decode.cu takes a call over grouped keys: few queries, no score options, 16 bits, sm_80 and up."""
     return (
@@ -67,8 +81,25 @@ def suits_plain_keys(problem: Problem, tables: ScoreTables) -> bool:
     return problem.grouping is None and problem.keys >= LEAST_KEYS and suits(problem, tables)
 
 
-def decode(problem: Problem, Q: Any, K: Any, V: Any, O: Any, lse: Any, finished: FinishedKeys | None = None) -> None:
-    """Launch decode.cu, and merge_splits.cu where keys are split; K (B, H_kv, rows, D) are those after ``finished``."""
+def suits_pages(problem: Problem) -> bool:
+    """Whether decode.cu takes a call over keys in pages: an exact one."""
+    return problem.grouping is None and suits(problem, NO_TABLES)
+
+
+def decode(
+    problem: Problem,
+    Q: Any,
+    K: Any,
+    V: Any,
+    O: Any,
+    lse: Any,
+    finished: FinishedKeys | None = None,
+    pages: Pages | None = None,
+) -> None:
+    """Launch decode.cu, and merge_splits.cu where keys are split; K (B, H_kv, rows, D) are those after ``finished``.
+
+    With ``pages`` K and V are (P, H_kv, S, width), and the problem is that of sequences which fill all their pages.
+    """
     device = work().device
     element, width, value_width = _element(Q), problem.width, problem.value_width
     rank = None if finished is None else finished.rank
@@ -80,6 +111,7 @@ def decode(problem: Problem, Q: Any, K: Any, V: Any, O: Any, lse: Any, finished:
         rank=rank,
         value_width=value_width,
         aligned=all(_vector(x) == 8 for x in (Q, K, V)),
+        paged=pages is not None,
     )
     row_tiles = ceil_div(problem.queries * problem.heads_per_kv_head, tiles.rows)
     items = problem.batch * problem.kv_heads * row_tiles
@@ -93,6 +125,14 @@ def decode(problem: Problem, Q: Any, K: Any, V: Any, O: Any, lse: Any, finished:
         partial_stats = _empty((splits, rows, 2), np.float32)
     kept = (_NULL, _NULL) if finished is None else (finished.sampled, finished.maps)
     sign, scale_log2 = _sign_and_size(problem.scale)
+    causal_offset = problem.keys if problem.causal_offset is None else problem.causal_offset
+    in_pages: tuple[Any, ...] = ()
+    if pages is not None:
+        counts_from_end = problem.causal_offset is not None and not pages.is_top_left
+        if counts_from_end:
+            causal_offset = -problem.queries
+        shift = pages.size.bit_length() - 1
+        in_pages = (pages.table, pages.lengths, _strides(pages.table)[0], shift, int(counts_from_end))
     _launch(
         "decode",
         defines,
@@ -101,10 +141,11 @@ def decode(problem: Problem, Q: Any, K: Any, V: Any, O: Any, lse: Any, finished:
         *(Q, *kept, K, V, O, lse),
         *(partial_O, partial_stats, problem.heads, problem.heads_per_kv_head, problem.queries, problem.keys),
         *((0, 1) if finished is None else (finished.keys, finished.block_size)),
-        *(splits, keys_per_split, problem.keys if problem.causal_offset is None else problem.causal_offset),
+        *(splits, keys_per_split, causal_offset),
         *(sign, scale_log2),
         *((np.int64(0), np.int64(0)) if finished is None else (_strides(x)[0] for x in kept)),
         *(stride for x in (Q, K, V, O) for stride in _strides(x)),
+        *in_pages,
         shared=defines["LAUNCH_SHARED_BYTES"],
     )
     if splits > 1:

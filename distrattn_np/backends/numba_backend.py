@@ -18,7 +18,8 @@ import numpy as np
 from numba import cuda
 from numba.cuda.cudadrv import devicearray
 
-from ..arrays import StreamHandle, describe, kind_of, on_stream
+from ..arrays import Kind, StreamHandle, describe, kind_of, on_stream
+from ..grouped_keys import GroupedKeys
 from ..numba_kernels.channel_norms import make_channel_norms
 from ..numba_kernels.forward import choose_tiles, make_forward
 from ..numba_kernels.fusion_gains import make_fusion_gains
@@ -30,7 +31,18 @@ from ..numba_kernels.merge_results import make_merge_results
 from ..numba_kernels.reduce_rows import make_reduce_rows
 from ..numba_kernels.subspace_maps import SQUARE_BUFFERS, WIDE_BUFFERS, make_subspace_maps
 from ..numba_kernels.sum_segments import make_sum_segments
-from ..problem import Grouping, GroupMaps, Layout, Problem, RaggedProblem, Subspace, SubspaceMaps, block_edges, ceil_div
+from ..problem import (
+    Grouping,
+    GroupMaps,
+    Layout,
+    PagedProblem,
+    Problem,
+    RaggedProblem,
+    Subspace,
+    SubspaceMaps,
+    block_edges,
+    ceil_div,
+)
 from ..reference import hyperplanes, keys_of_mean
 from ..reference.distr_attention import rows_that_meet
 from ..tiles import ScoreSwitches
@@ -88,6 +100,7 @@ class NumbaBackend(Backend):
     name = "numba"
     kinds = frozenset(("numba", "numpy", "cupy"))
     builds_subspace: ClassVar[bool] = True
+    kinds_of_grouped_keys: ClassVar[frozenset[Kind]] = frozenset({"numba"})
 
     def attention(
         self,
@@ -108,7 +121,7 @@ class NumbaBackend(Backend):
         with _on_device_of(q), on_stream(lent.stream if kind_of(q) == "cupy" else None):
             return super().attention(problem, _bound(q, lent.stream), k, v, out, tables, lent)
 
-    def workspace_bytes(self, problem: Problem | RaggedProblem, q: Any, *_others: Any) -> int:
+    def workspace_bytes(self, problem: Problem | RaggedProblem | PagedProblem, q: Any, *_others: Any) -> int:
         """Refuse: the kernels' memory is allocated where it is needed."""
         self.refuse(problem, q)
         raise NotImplementedError(f"workspace: is not built for the numba backend yet, got q: {describe(q)}")
@@ -158,7 +171,29 @@ class NumbaBackend(Backend):
         kernel = make_sum_segments(segments.y_grows, tiles.size)
         _launch(kernel, problem.batch * problem.kv_heads * ceil_div(D, tiles.size), THREADS.group, y_grams)
 
-        kernel = make_subspace_maps(accumulator, D, R, grouping.rank is None, problem.causal_offset is not None, tiles)
+        y_changes = problem.causal_offset is not None
+        self.solve_maps(maps, x_grams, y_grams, x_edges, y_rows, grouping, problem.scale, y_changes=y_changes)
+        return maps
+
+    def solve_maps(
+        self,
+        maps: SubspaceMaps,
+        x_grams: Any,
+        y_grams: Any,
+        x_edges: Any,
+        y_rows: Any,
+        grouping: Subspace,
+        scale: float,
+        *,
+        y_changes: bool,
+    ) -> None:
+        """Write all of ``maps`` but the mean from Gram matrices of `grams`.
+
+        ``y_changes``: each block has a B of its own. ``y_rows`` (C,) is how many rows each B is a sum over.
+        """
+        *blocks, D, R = maps.sampling.shape
+        accumulator, tiles = maps.sampling.dtype.type, THREADS.product
+        kernel = make_subspace_maps(accumulator, D, R, grouping.rank is None, y_changes, tiles)
         numbers = WIDE_BUFFERS * R * D + SQUARE_BUFFERS * R * R
         most = WORKSPACE_BYTES // (numbers * np.dtype(accumulator).itemsize)
         grid = min(math.prod(blocks), max(most, 1))
@@ -174,17 +209,19 @@ class NumbaBackend(Backend):
             maps.fusion,
             maps.ranks,
             maps.score_errors,
-            _empty((grid, WIDE_BUFFERS, R, D), accumulator, Q),
-            _empty((grid, SQUARE_BUFFERS, R, R), accumulator, Q),
+            _empty((grid, WIDE_BUFFERS, R, D), accumulator, x_grams),
+            _empty((grid, SQUARE_BUFFERS, R, R), accumulator, x_grams),
             grouping.refine,
-            accumulator(problem.scale),
+            accumulator(scale),
             accumulator(grouping.score_tol or 0),
         )
-        return maps
 
     def key_mean(self, K: Any) -> Any:
         """Return the mean of the keys of every head, (B, H_kv, D) (eq. 12)."""
-        K = keys_of_mean(K)
+        return self.mean_of_rows(keys_of_mean(K))
+
+    def mean_of_rows(self, K: Any) -> Any:
+        """Return the mean of all rows of K (B, H, rows, D), (B, H, D)."""
         batch, heads, _, width = K.shape
         mean = _empty((batch, heads, width), _accumulator(K.dtype), K)
         kernel = make_key_mean(mean.dtype.type, THREADS.reduction_rows, THREADS.reduction_columns)
@@ -205,11 +242,14 @@ class NumbaBackend(Backend):
         )
         return grams
 
-    def reduce_rows(self, X: Any, maps: SubspaceMaps, block_size: int, *, is_centred: bool) -> Any:
-        """Return the rows of X, less their mean where centred, times W of their block, (B, H_x, rows, R) (eq. 4)."""
+    def reduce_rows(self, X: Any, maps: SubspaceMaps, block_size: int, *, is_centred: bool, out: Any = None) -> Any:
+        """Return the rows of X, less their mean where centred, times W of their block, (B, H_x, rows, R) (eq. 4).
+
+        In ``out``, rounded to its dtype, where that is given. Columns from the rank of a block on are left as they are.
+        """
         batch, heads, rows, width = X.shape
         accumulator, tiles = _accumulator(X.dtype), THREADS.product
-        sampled = _empty((batch, heads, rows, maps.sampling.shape[4]), accumulator, X)
+        sampled = _empty((batch, heads, rows, maps.sampling.shape[4]), accumulator, X) if out is None else out
         block_rows = min(block_size, rows)
         kernel = make_reduce_rows(accumulator, width, is_centred, tiles)
         grid = batch * heads * maps.ranks.shape[2] * ceil_div(block_rows, tiles.size)
@@ -273,6 +313,12 @@ class NumbaBackend(Backend):
         tables: ScoreTables = NO_TABLES,
     ) -> None:
         """Write attention into O and its log-sum-exp into lse."""
+        if isinstance(K, GroupedKeys):
+            from .numba_grouped_keys import NumbaGroupedKeys  # which launches through this module
+
+            assert isinstance(K, NumbaGroupedKeys)
+            K.attend(problem, Q, V, O, lse, tables)
+            return
         grouping = problem.grouping
         accumulator = _accumulator(problem.dtype)
         # the keys of an own block are met in their full width
@@ -500,32 +546,24 @@ def _bound(array: Any, stream: int | None) -> Any:
 
 def _swap_rows_and_heads(array: Any) -> Any:
     """Return a view of a native (B, N, H, D) array as (B, H, N, D), or back."""
-    order = (0, 2, 1, 3)
+    order = (0, 2, 1, 3)  # Numba transposes matrices only
+    return _with_strides(array, *(tuple(x[axis] for axis in order) for x in (array.shape, array.strides)))
+
+
+def _with_strides(array: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
+    """Return a view of a native array with this shape and these strides, in bytes."""
     if SIMULATED:
-        return array.transpose(order)
-    # Numba transposes matrices only
+        return type(array)(np.lib.stride_tricks.as_strided(array._ary, shape, strides), array.stream)
     return devicearray.DeviceNDArray(
-        shape=tuple(array.shape[axis] for axis in order),
-        strides=tuple(array.strides[axis] for axis in order),
-        dtype=array.dtype,
-        stream=array.stream,
-        gpu_data=array.gpu_data,
+        shape=shape, strides=strides, dtype=array.dtype, stream=array.stream, gpu_data=array.gpu_data
     )
 
 
 def _broadcast(array: Any, shape: tuple[int, ...]) -> Any:
     """Return a view of a native array in a shape that it broadcasts to."""
-    if SIMULATED:
-        return type(array)(np.broadcast_to(array._ary, shape), array.stream)
     missing = len(shape) - len(array.shape)
     steps = [step if size > 1 else 0 for size, step in zip(array.shape, array.strides, strict=True)]
-    return devicearray.DeviceNDArray(
-        shape=shape,
-        strides=(*[0] * missing, *steps),
-        dtype=array.dtype,
-        stream=array.stream,
-        gpu_data=array.gpu_data,
-    )
+    return _with_strides(array, shape, (*[0] * missing, *steps))
 
 
 def _empty(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:

@@ -29,6 +29,7 @@ from ..problem import (
     Grouping,
     GroupMaps,
     Layout,
+    PagedProblem,
     Problem,
     RaggedProblem,
     Subspace,
@@ -57,6 +58,7 @@ class NumpyBackend(Backend):
     builds_subspace: ClassVar[bool] = True
     kinds_of_grouped_keys: ClassVar[frozenset[Kind]] = frozenset({"numpy"})
     attends_ragged: ClassVar[bool] = True
+    attends_pages: ClassVar[bool] = True
 
     def group_maps(self, problem: Problem, Q: np.ndarray, K: np.ndarray) -> Maps:
         """Return the maps of every block; what multiplies has the precision of the scores."""
@@ -232,6 +234,30 @@ class NumpyBackend(Backend):
                 told.append(new)
         blocks = (np.hstack(ranks), np.hstack(score_errors)) if isinstance(packed.grouping, Subspace) else None
         return result, lse, blocks
+
+    def paged_attention(
+        self,
+        problem: PagedProblem,
+        q: np.ndarray,
+        k: np.ndarray,
+        v: np.ndarray,
+        out: np.ndarray | None,
+        page_table: np.ndarray,
+        seqlens_k: np.ndarray,
+        lent: Lent = NOTHING_LENT,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Compute one checked call: each sequence as a call of its own would, on a copy of its rows."""
+        self.refuse(problem, q)
+        longest = problem.longest
+        Q, K, V = (self.bring_in(x, longest.layout) for x in (q, k, v))
+        shape = (longest.batch, longest.heads, longest.queries, longest.value_width)
+        O = self.empty(shape, q, longest.layout) if out is None else self.bring_in(out, longest.layout)
+        lse = np.empty(problem.lse_shape, np.float32) if lent.lse is None else lent.lse
+        for b, keys in enumerate(seqlens_k.tolist()):
+            one = slice(b, b + 1)
+            K_b, V_b = (reference.rows_of_pages(x, page_table[b], keys)[np.newaxis] for x in (K, V))
+            self.compute(problem.sequence(keys), Q[one], K_b, V_b, O[one], lse[one])
+        return self.hand_back(O, longest.layout, like=q, out=out), lse
 
     def bring_in(self, array: np.ndarray, layout: Layout) -> np.ndarray:
         """Return ``array`` as a (B, H, rows, width) view."""

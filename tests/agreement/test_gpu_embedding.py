@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from kit.backends import count_cuda_devices, to_kind
 from kit.compare import assert_agrees, assert_same_bits, to_host
+from kit.device import Allocations, poison, poisoned_like, write_late
 
 from distrattn_np import cli, distr_attention, exact_attention, merge, workspace_size
 from distrattn_np.arrays import kind_of
@@ -62,46 +63,6 @@ def make_arrays(name: str, seed: int = 0) -> tuple[list[Any], dict[str, Any]]:
         options["mask"] = cupy.asarray(rng.random(options["mask"]) < 0.7)
         options["bias"] = cupy.asarray(rng.standard_normal(options["bias"], dtype=np.float32))
     return [cupy.asarray(host) for host in hosts], {"method": "subspace"} | options
-
-
-def poison(array: Any) -> Any:
-    """Fill ``array`` with NaN, whatever its dtype, and return it."""
-    array.view(np.uint8)[...] = 0xFF
-    return array
-
-
-def poisoned_like(array: Any) -> Any:
-    import cupy
-
-    return poison(cupy.empty(array.shape, array.dtype))
-
-
-class Allocations:
-    """Counts what CuPy allocates in a context, from its pool or from the device."""
-
-    def __enter__(self) -> Allocations:
-        import cupy
-
-        class Hook(cupy.cuda.MemoryHook):
-            name = "count"
-            sizes: list[int] = []  # noqa: RUF012
-
-            def malloc_preprocess(self, *, device_id: int, size: int, mem_size: int) -> None:  # noqa: ARG002
-                self.sizes.append(size)
-
-            def alloc_preprocess(self, *, device_id: int, mem_size: int) -> None:  # noqa: ARG002
-                self.sizes.append(mem_size)
-
-        self.hook = Hook()
-        self.hook.__enter__()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.hook.__exit__()
-
-    @property
-    def sizes(self) -> list[int]:
-        return self.hook.sizes
 
 
 def test_allocations_are_counted() -> None:
@@ -312,19 +273,6 @@ def as_kind(stream: Any, kind: str) -> Any:
             return core.Stream.from_handle(stream.ptr)
     torch = pytest.importorskip("torch", reason="pip install torch")
     return torch.cuda.ExternalStream(stream.ptr).cuda_stream
-
-
-def write_late(stream: Any, late: list[Any], good: list[Any]) -> None:
-    """Enqueue some 50 ms of work on ``stream``, then the values of ``good``: elsewhere one reads poison till then."""
-    import cupy
-
-    busy = cupy.ones((4096, 4096), np.float32)
-    cupy.cuda.Device().synchronize()
-    with stream:
-        for _ in range(20):
-            busy = busy @ busy * np.float32(1e-4)
-        for array, value in zip(late, good, strict=True):
-            array[...] = value
 
 
 @pytest.mark.parametrize("backend", ["cupy", "numba"])

@@ -17,6 +17,7 @@ import pytest
 from kit.backends import to_kind
 from kit.cases import BFLOAT16, Case, in_memory
 from kit.compare import assert_agrees, assert_no_worse_than_plain, assert_same_bits, relative_error, to_host
+from kit.device import Allocations, poison, poisoned_like, write_late
 from kit.strategies import SPACING
 
 from distrattn_np import GroupedKeys, distr_attention, exact_attention, group_keys, reference, workspace_size
@@ -488,7 +489,7 @@ def test_info_and_out() -> None:
     assert_same_bits(to_host(info.ranks), np.full((1, 2, 2), 32, np.int32))
 
 
-def test_a_call_runs_on_a_stream_and_writes_lse_but_takes_no_workspace() -> None:
+def test_a_call_runs_on_a_stream_and_writes_lse() -> None:
     import cupy
 
     case = Cache(M=150)
@@ -502,11 +503,92 @@ def test_a_call_runs_on_a_stream_and_writes_lse_but_takes_no_workspace() -> None
     stream.synchronize()
     assert_same_bits(out, expected)
     assert_same_bits(lse, expected_lse)
-    refusal = r"^workspace: is not built for GroupedKeys yet, got GroupedKeys of shape \(1, 2, 150, 64\)"
-    with pytest.raises(NotImplementedError, match=refusal):
-        distr_attention(q, keys, v, workspace=cupy.empty(1 << 20, np.uint8))
-    with pytest.raises(NotImplementedError, match=refusal):
-        workspace_size(q, keys, v)
+
+
+def test_keys_are_grouped_on_the_stream_that_is_named() -> None:
+    """What comes first and what is appended is written there late; elsewhere poison would be read."""
+    import cupy
+
+    case = Cache(M=215)
+    inputs = make_inputs(case)
+    good = [case.give(x) for x in (inputs.known, inputs.k[:, :, :100], inputs.k[:, :, 100:])]
+    expected = grouped(case, inputs)
+    late = [poisoned_like(x) for x in good]
+    stream = cupy.cuda.Stream(non_blocking=True)
+    write_late(stream, late, good)
+    keys = group_keys(late[1], late[0], **case.options, stream=stream)
+    keys.append(late[2], stream=stream.ptr)
+    assert cupy.cuda.get_current_stream().ptr == cupy.cuda.Stream.null.ptr
+    stream.synchronize()
+    assert_same_keys(keys, expected)
+
+
+IN_WORKSPACES = {
+    "splits": (Cache(M=3000, L=512, N=2), {}),
+    "one split": (Cache(M=150), {}),
+    "tail alone": (Cache(M=60), {}),
+    "rebuilt": (Cache(M=150, N=20, layout="bnhd"), {}),
+    "rebuilt-cap": (Cache(M=150, D=33, E=7, rank=11, L=40), {"softcap": 2.0}),
+    "rebuilt-float32": (Cache(M=150, N=3, dtype="float32"), {}),
+}
+
+
+@pytest.mark.parametrize("name", IN_WORKSPACES)
+def test_a_step_in_a_workspace_allocates_nothing_and_stays_inside(name: str) -> None:
+    import cupy
+
+    case, options = IN_WORKSPACES[name]
+    inputs = make_inputs(case)
+    options = options | {"layout": case.layout, "causal": True}
+    keys, q, v = grouped(case, inputs), case.give(inputs.q), case.give(inputs.v)
+    expected, expected_lse = distr_attention(q, keys, v, **options, return_lse=True)
+    out, lse = poisoned_like(expected), poisoned_like(expected_lse)
+    size = workspace_size(q, keys, v, **options, out=out, lse=lse)
+    assert (size > 0) == (name == "splits" or name.startswith("rebuilt"))
+    memory = cupy.full(size + 4096, 0xFF, np.uint8)  # NaN wherever it is read before it is written
+    cupy.cuda.Device().synchronize()
+    with Allocations() as allocations:
+        distr_attention(q, keys, v, **options, out=out, lse=lse, workspace=memory[:size])
+    assert allocations.sizes == []
+    assert_same_bits(out, expected)
+    assert_same_bits(lse, expected_lse)
+    assert bool((memory[size:] == 0xFF).all())
+    if size:
+        with pytest.raises(ValueError, match=rf"^workspace: must have at least {size} bytes, got cupy array of shape"):
+            distr_attention(q, keys, v, **options, out=out, lse=lse, workspace=memory[: size - 1])
+
+
+@pytest.mark.parametrize("name", IN_WORKSPACES)
+def test_a_captured_step_computes_with_what_its_arrays_hold_then(name: str) -> None:
+    """Captured so that an allocation or synchronisation is an error."""
+    import cupy
+
+    case, options = IN_WORKSPACES[name]
+    inputs = make_inputs(case)
+    options = options | {"layout": case.layout, "causal": True}
+    keys, q, v = grouped(case, inputs), case.give(inputs.q), case.give(inputs.v)
+    out, lse = (poisoned_like(x) for x in distr_attention(q, keys, v, **options, return_lse=True))
+    memory = cupy.empty(workspace_size(q, keys, v, **options, out=out, lse=lse), np.uint8)
+    call = options | {"out": out, "lse": lse, "workspace": memory}
+    stream = cupy.cuda.Stream(non_blocking=True)
+    call["stream"] = stream
+    cupy.cuda.Device().synchronize()
+    stream.begin_capture(cupy.cuda.runtime.streamCaptureModeThreadLocal)
+    try:
+        distr_attention(q, keys, v, **call)
+    finally:
+        graph = stream.end_capture()
+    for seed in (1, 2):
+        others = make_inputs(case, seed)
+        q[...], v[...] = case.give(others.q), case.give(others.v)
+        expected = distr_attention(q, keys, v, **options, return_lse=True)
+        for array in (out, lse, memory):
+            poison(array)
+        cupy.cuda.Device().synchronize()
+        graph.launch(stream)
+        stream.synchronize()
+        for got, wanted in zip((out, lse), expected, strict=True):
+            assert_same_bits(got, wanted)
 
 
 def test_kinds_are_not_mixed() -> None:

@@ -40,8 +40,9 @@ FORWARDS = {
 # (D, R, whether blocks choose their rank)
 MAPS = {"subspace_maps-odd": (33, 20, False), "subspace_maps-widest": (256, 256, True)}
 PLAIN = ("hash_channels", "group_channels", "channel_norms", "fusion_gains", "key_mean", "gram", "gram-centred")
-KERNELS = (*PLAIN, "merge_results", "sum_segments", "reduce_rows", *MAPS, *FORWARDS)
-UNSHARED = ("merge_results", "sum_segments", "reduce_rows")
+CACHES = ("copy_rows", "expected_gram", "rebuild_keys")
+KERNELS = (*PLAIN, "merge_results", "sum_segments", "reduce_rows", *CACHES, *MAPS, *FORWARDS)
+UNSHARED = ("merge_results", "sum_segments", "reduce_rows", *CACHES)
 """Kernels whose threads have nothing to tell one another."""
 ADDING = ("key_mean", "sum_segments")
 """Kernels that add numbers but multiply none."""
@@ -82,8 +83,8 @@ def test_kernel_compiles_in_its_precision(cc: tuple[int, int], element: str, ker
     shared = [int(size) for size in re.findall(r"\.shared [^;]*\[(\d+)\]", ptx)]
     assert sum(shared) <= MAX_SHARED_BYTES
     assert (sum(shared) > 0) == (kernel not in UNSHARED)
-    if kernel == "group_channels":
-        return  # integers only
+    if kernel in ("group_channels", "copy_rows"):
+        return  # no sums
     operation = "add" if kernel in ADDING else "fma"
     if element == "float64":
         assert re.search(rf"\b{operation}\.(rn\.)?f64", ptx)
@@ -114,6 +115,8 @@ def kernels(types: Any) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     """Yield the id, the kernel and the signature of everything that is to be compiled."""
     from distrattn_np.backends.numba_backend import GPU_THREADS
     from distrattn_np.numba_kernels.channel_norms import make_channel_norms
+    from distrattn_np.numba_kernels.copy_rows import make_copy_rows
+    from distrattn_np.numba_kernels.expected_gram import make_expected_gram
     from distrattn_np.numba_kernels.forward import choose_tiles, make_forward
     from distrattn_np.numba_kernels.fusion_gains import make_fusion_gains
     from distrattn_np.numba_kernels.gram import make_gram
@@ -121,6 +124,7 @@ def kernels(types: Any) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     from distrattn_np.numba_kernels.hash_channels import make_hash_channels
     from distrattn_np.numba_kernels.key_mean import make_key_mean
     from distrattn_np.numba_kernels.merge_results import make_merge_results
+    from distrattn_np.numba_kernels.rebuild_keys import make_rebuild_keys
     from distrattn_np.numba_kernels.reduce_rows import make_reduce_rows
     from distrattn_np.numba_kernels.subspace_maps import make_subspace_maps
     from distrattn_np.numba_kernels.sum_segments import make_sum_segments
@@ -147,6 +151,10 @@ def kernels(types: Any) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
         yield f"gram {element}", make_gram(accumulator, False, product), (X, types.none, rows, matrices)
         yield f"gram-centred {element}", make_gram(accumulator, True, product), (X, vectors, rows, matrices)
         yield f"sum_segments {element}", make_sum_segments(True, product.size), (matrices,)
+        yield f"copy_rows {element}", make_copy_rows(accumulator), (X, types.Array(number, 4, "A"))
+        yield f"expected_gram {element}", make_expected_gram(accumulator), (matrices, sums)
+        blocks = types.Array(X.dtype, 5, "A")
+        yield f"rebuild_keys {element}", make_rebuild_keys(accumulator, 64, 8, 32), (X, blocks, blocks, X, integer)
         signature = (X, vectors, matrices, ranks, sums, integer)
         yield f"reduce_rows {element}", make_reduce_rows(accumulator, 128, True, product), signature
         for name, (D, R, chooses) in MAPS.items():

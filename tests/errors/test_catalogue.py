@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from errors import test_arguments, test_grouped_keys, test_lent, test_ragged
+from errors import test_arguments, test_grouped_keys, test_lent, test_pages, test_ragged
 
 LEAST = 100
 TABLES = {
@@ -14,6 +14,7 @@ TABLES = {
         test_arguments.WRONG_SCORE_ARRAYS,
         test_arguments.WRONG_OPTIONS,
         test_ragged.WRONG_PACKED,
+        test_pages.WRONG_PAGES,
         test_lent.WRONG,
     ),
     "distr_attention": (test_arguments.WRONG_GROUPING, test_grouped_keys.WRONG_CALLS),

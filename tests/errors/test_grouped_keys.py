@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import re
 from typing import Any
 
 import numpy as np
 import pytest
+from kit.backends import SIMULATED
 from kit.compare import assert_same_bits
 
 from distrattn_np import GroupedKeys, backends, distr_attention, exact_attention, group_keys
@@ -86,6 +88,12 @@ WRONG_GROUPINGS = {
     "refine": ({"refine": -1}, ValueError, "refine: must be an integer of at least 0, got -1"),
     "block-size": ({"block_size": 0}, ValueError, "block_size: must be an integer of at least 1, got 0"),
     "scale": ({"scale": "1"}, ValueError, "scale: must be a finite number in the range of float32, got '1'"),
+    "stream": ({"stream": 7}, ValueError, "stream: must be None with NumPy arrays, got 7"),
+    "stream-name": (
+        {"stream": "x"},
+        TypeError,
+        "stream: must be None, an integer handle or a stream with __cuda_stream__, got 'x'",
+    ),
 }
 
 
@@ -120,6 +128,17 @@ def test_wrong_appended_keys_are_named_and_not_appended(k: Any, error: type[Exce
         keys.append(k)
     assert keys.shape == (2, 2, 7, 6)
     assert_same_bits(keys.tail, before)
+
+
+def test_a_stream_of_appended_keys_is_named() -> None:
+    keys = group_keys(normal(2, 2, 7, 6), rank=2, block_size=4)
+    for stream, error, message in (
+        (0, ValueError, "stream: must be None with NumPy arrays, got 0"),
+        (-1, ValueError, "stream: a handle must be at least 0, got -1"),
+    ):
+        with refused(error, message):
+            keys.append(normal(2, 2, 7, 6), stream=stream)
+    assert keys.shape == (2, 2, 7, 6)
 
 
 def test_appended_keys_of_another_layout_are_named() -> None:
@@ -187,7 +206,7 @@ def test_exact_attention_takes_no_grouped_keys() -> None:
     ("name", "rule"),
     [
         ("cupy", "the cupy backend takes GroupedKeys of cupy arrays"),
-        ("numba", "GroupedKeys is not built for the numba backend yet"),
+        ("numba", "the numba backend takes GroupedKeys of numba arrays"),
     ],
 )
 def test_gpu_backends_refuse_grouped_keys_on_the_host(name: str, rule: str) -> None:
@@ -197,20 +216,36 @@ def test_gpu_backends_refuse_grouped_keys_on_the_host(name: str, rule: str) -> N
         distr_attention(**call(backend=name))
 
 
-def test_numba_arrays_are_refused() -> None:
+def test_numba_arrays_do_not_mix_with_others() -> None:
     cuda = pytest.importorskip("numba.cuda")
     k = normal(2, 2, 7, 6)
     shown = f"{K.replace('numpy', 'numba')} float32"
-    message = f"k: GroupedKeys is not built for the numba backend yet, got {shown}"
-    with refused(NotImplementedError, message):
-        group_keys(cuda.to_device(k))
-    with refused(NotImplementedError, message):
+    with refused(TypeError, f"k: must be a numpy array, as the keys so far, got {shown}"):
         group_keys(k).append(cuda.to_device(k))
+    with refused(TypeError, f"k: must be a numba array, as the keys so far, got {K} float32"):
+        group_keys(cuda.to_device(k)).append(k)
     with refused(TypeError, f"q: must be a numpy array, as k is, got {Q.replace('numpy', 'numba')} float32"):
         group_keys(k, cuda.to_device(normal(2, 4, 5, 6)))
     q, v = (cuda.to_device(normal(*shape)) for shape in ((2, 4, 5, 6), (2, 2, 7, 3)))
-    with refused(NotImplementedError, f"k: GroupedKeys is not built for the numba backend yet, got {GROUPED}"):
+    with refused(TypeError, f"k: must hold numba arrays, as q is, got {GROUPED}"):
         distr_attention(**call(q=q, v=v))
+    message = f"k: the cupy backend takes GroupedKeys of cupy arrays, got {GROUPED} on a CUDA device"
+    if importlib.util.find_spec("cupy"):
+        with refused(NotImplementedError, message):
+            distr_attention(q, group_keys(cuda.to_device(k)), v, backend="cupy")
+
+
+def test_bfloat16_of_numba_is_refused(tmp_path: Any) -> None:
+    cuda, ml_dtypes = pytest.importorskip("numba.cuda"), pytest.importorskip("ml_dtypes")
+    k = normal(2, 2, 7, 6, dtype=ml_dtypes.bfloat16)
+    rule = "GroupedKeys of numba arrays are not built for bfloat16 yet"
+    if SIMULATED:  # elsewhere Numba has no such arrays
+        with refused(NotImplementedError, f"k: {rule}, got {K.replace('numpy', 'numba')} bfloat16"):
+            group_keys(cuda.to_device(k))
+    path = tmp_path / "keys.npz"
+    group_keys(k).save(path)
+    with refused(NotImplementedError, f"file: {rule}, got {path}"):
+        GroupedKeys.load(path, kind="numba")
 
 
 NAMES = "dtype, format, layout, scale, tail"
@@ -261,8 +296,8 @@ def test_wrong_file_is_named(changed: dict[str, Any], rule: str, tmp_path: Any) 
 
 
 def test_another_kind_to_load_is_named(tmp_path: Any) -> None:
-    with refused(ValueError, "kind: must be 'numpy' or 'cupy', got 'numba'"):
-        GroupedKeys.load(tmp_path / "keys.npz", kind="numba")  # type: ignore[arg-type]
+    with refused(ValueError, "kind: must be 'numpy', 'cupy' or 'numba', got 'torch'"):
+        GroupedKeys.load(tmp_path / "keys.npz", kind="torch")  # type: ignore[arg-type]
 
 
 def test_pickles_are_not_read(tmp_path: Any) -> None:

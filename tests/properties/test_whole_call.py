@@ -249,6 +249,8 @@ WRONG = {
     "cu_seqlens_k": st.sampled_from([True, (0, 1), np.zeros(0, np.int32), np.zeros(2, np.uint64), np.array([1, 1])]),
 }
 WRONG |= {
+    "page_table": st.sampled_from([0, [[0]], np.zeros((1, 1)), np.zeros((1, 1), np.int32)]),  # without lengths, all
+    "seqlens_k": st.sampled_from([1, (1,), np.zeros(1, np.int64), np.zeros(1, np.int32)]),
     "lse": st.sampled_from([1.0, [0.0], np.zeros(1, np.float32), np.zeros((1, 1, 1)), np.zeros((1,) * 4, np.float32)]),
     "workspace": st.sampled_from([1 << 20, b"", np.zeros(1 << 20, np.uint8)]),  # the host has none
     "stream": st.sampled_from([0, 7, -1, 1.5, "7", True, np.zeros(1)]),
@@ -280,7 +282,7 @@ def test_every_call_with_an_illegal_argument_is_refused(call: Call, data: st.Dat
         arguments[name] = data.draw(pool[name])
     event(f"{name} of {call.function.__name__}")
     before = snapshot(arguments)
-    names = "|".join({*arguments, "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k"})
+    names = "|".join({*arguments, "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "page_table", "seqlens_k"})
     with pytest.raises((TypeError, ValueError), match=rf"(?s)^({names}): .+, got .+$"):
         call.function(**arguments)
     assert_left_alone(before, arguments)

@@ -1,0 +1,184 @@
+"""`GroupedKeys` of Numba device arrays: the steps of a plain call for each block, and rebuilt keys for the forward."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
+
+import numpy as np
+from numba import cuda
+
+from ..arrays import Kind, kind_of
+from ..grouped_keys import QueryStatistics
+from ..numba_kernels.copy_rows import make_copy_rows
+from ..numba_kernels.expected_gram import make_expected_gram
+from ..numba_kernels.rebuild_keys import make_rebuild_keys
+from ..problem import Layout, Problem, Subspace, SubspaceMaps, ceil_div
+from . import ScoreTables
+from .device_grouped_keys import DeviceGroupedKeys
+from .numba_backend import (
+    BACKEND,
+    SIMULATED,
+    THREADS,
+    WORKSPACE_BYTES,
+    _accumulator,
+    _bound,
+    _broadcast,
+    _copy_in,
+    _empty,
+    _launch,
+    _on_device_of,
+    _swap_rows_and_heads,
+    _with_strides,
+)
+
+COPY_BLOCKS = 1 if SIMULATED else 1024
+"""Most thread blocks of a copy: enough to keep any GPU busy."""
+
+
+class NumbaGroupedKeys(DeviceGroupedKeys):
+    """Keys on the device of the first of them. Work goes to the stream of what is appended, or of the queries."""
+
+    kind: ClassVar[Kind] = "numba"
+
+    @staticmethod
+    def query_statistics(q: Any, kv_heads: int) -> QueryStatistics:
+        """Return what the maps need of known queries (B, H, rows, D)."""
+        batch, heads, rows, width = q.shape
+        shared = heads // kv_heads if kv_heads else 1
+        with _on_device_of(q):
+            grams = BACKEND.grams(q, None, _copy_in(np.array([0, rows]), q), kv_heads)
+            step = grams.strides
+            shape = (batch, kv_heads, width, width)
+            return QueryStatistics(_with_strides(grams, shape, (*step[:2], *step[3:])), shared * rows)
+
+    def attend(self, problem: Problem, Q: Any, V: Any, O: Any, lse: Any, tables: ScoreTables) -> None:
+        """Write attention to these keys into O and lse, as `Backend.attend` does."""
+        K = self._rebuilt(Q) if self._finished else self.tail
+        BACKEND.attend(problem, Q, K, V, O, lse, None, tables)
+
+    @property
+    def tail(self) -> Any:
+        """The keys that are kept as they are, a view (B, H_kv, rows, D)."""
+        is_full = self._tail_rows == self._buffer.shape[2]  # or has neither rows nor memory to be a view of
+        return self._buffer if is_full else self._buffer[:, :, : self._tail_rows]
+
+    def _append(self, new: Any) -> None:
+        """Append checked keys (B, H_kv, rows, D) on their stream."""
+        self._buffer = self._buffer.bind(new.stream)
+        if self.grouping is not None:
+            for room in self._rooms:
+                room.array = room.array.bind(new.stream)
+        super()._append(new)
+
+    def _blocks_at_once(self) -> int:
+        """Return how many blocks a workspace holds two Gram matrices and a map of, of every head."""
+        batch, heads, _, width = self._buffer.shape
+        bytes_of_block: int = 3 * batch * heads * width**2 * np.dtype(_accumulator(self.dtype)).itemsize
+        return max(1, WORKSPACE_BYTES // max(bytes_of_block, 1))
+
+    def _reduce_blocks(self, grouping: Subspace, X: Any) -> None:
+        """Write what is kept of them; a block is a head of one block here, so that it has a mean of its own."""
+        heads, blocks, L, width = X.shape
+        rank, accumulator = grouping.rank or width, _accumulator(X.dtype)
+        new = slice(self._finished, self._finished + blocks)
+        sampled, maps, ranks, score_errors = (room.array[:, new] for room in self._rooms)
+
+        mean = BACKEND.mean_of_rows(X)
+        # rounded first, so that what is added to the scores is what was subtracted
+        self._put(maps[:, :, rank], mean)
+        self._put(mean, maps[:, :, rank])
+        edges = _copy_in(np.array([0, L]), X)
+        x_grams, y_grams = (BACKEND.grams(X, shift, edges, blocks) for shift in (mean, None))
+        y_rows = L
+        if self.queries is not None:
+            y_rows = self.queries.rows
+            _launch(make_expected_gram(accumulator), heads * blocks, THREADS.group, y_grams, self.queries.gram)
+
+        of_head, of_block, of_row, of_number = maps.strides
+        made = SubspaceMaps(
+            sampling=_empty((heads, blocks, 1, width, rank), accumulator, X),
+            fusion=_with_strides(
+                maps, (heads, blocks, 1, width, rank), (of_head, of_block, of_block, of_number, of_row)
+            ),
+            key_mean=mean,
+            ranks=ranks,
+            score_errors=score_errors,
+        )
+        y_counts = _copy_in(np.array([y_rows]), X)
+        BACKEND.solve_maps(made, x_grams, y_grams, edges, y_counts, grouping, self.scale, y_changes=True)
+        BACKEND.reduce_rows(X, made, L, is_centred=True, out=sampled)
+
+    def _rebuilt(self, like: Any) -> Any:
+        """Return all keys (B, H_kv, M, D), those of finished blocks as they count, on the stream of ``like``."""
+        batch, heads, _, width = self._buffer.shape
+        keys = _empty((batch, heads, self.exact_from + self._tail_rows, width), self.dtype, like)
+        sampled, maps = (self._by_heads(room.array) for room in (self._sampled, self._maps))
+        rows, columns = THREADS.reduction_rows, THREADS.reduction_columns
+        kernel = make_rebuild_keys(_accumulator(self.dtype), maps.shape[3] - 1, rows, columns)
+        grid = batch * heads * ceil_div(keys.shape[2], rows)
+        _launch(kernel, grid, (columns, rows), keys, sampled, maps, self.tail, self.exact_from)
+        return keys
+
+    # ---- arrays ----
+
+    @staticmethod
+    def empty(shape: tuple[int, ...], like: Any) -> Any:
+        """Return a new contiguous array of the dtype, stream and allocator of ``like``."""
+        return _empty(shape, like.dtype, like)
+
+    @staticmethod
+    def bhnd(array: Any, layout: Layout) -> Any:
+        """Return a view of an array of the caller's with the axes (B, H, rows, D)."""
+        return _swap_rows_and_heads(array) if layout == "bnhd" else array
+
+    @staticmethod
+    def bound(array: Any, handle: int | None) -> Any:
+        """Return a view that carries the stream with this handle; None: its own."""
+        return _bound(array, handle)
+
+    @staticmethod
+    def _put(target: Any, source: Any) -> None:
+        if 0 in target.shape:
+            return
+        shape = (*target.shape, *[1] * (4 - len(target.shape)))
+        target, source = (
+            _with_strides(x, shape, (*x.strides, *[x.dtype.itemsize] * (4 - len(x.strides)))) for x in (target, source)
+        )
+        number = np.int32 if target.dtype == np.int32 else _accumulator(target.dtype)
+        blocks = min(ceil_div(int(np.prod(shape)), THREADS.group), COPY_BLOCKS)
+        _launch(make_copy_rows(number), blocks, THREADS.group, target, source)
+
+    @staticmethod
+    def _padded(size: int) -> int:
+        return size
+
+    @staticmethod
+    def _sum_type(dtype: Any) -> Any:
+        return _accumulator(dtype)
+
+    @staticmethod
+    def _on_device(array: Any) -> Any:
+        return array if kind_of(array) == "numba" else cuda.to_device(np.ascontiguousarray(array))
+
+    @staticmethod
+    def _on_host(array: Any) -> np.ndarray:
+        host: np.ndarray = array.copy_to_host()
+        return host
+
+    @staticmethod
+    def _zeros(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
+        zeros = _empty(shape, dtype, like)
+        NumbaGroupedKeys._put(zeros, _broadcast(_copy_in(np.zeros(1, dtype), like), shape))
+        return zeros
+
+    @staticmethod
+    def _with_strides(array: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
+        return _with_strides(array, shape, strides)
+
+    @staticmethod
+    def _device_of(array: Any) -> AbstractContextManager[Any]:
+        return _on_device_of(array)
+
+
+GROUPED_KEYS = NumbaGroupedKeys

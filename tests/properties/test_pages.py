@@ -1,0 +1,111 @@
+"""Laws of keys and values in pages: each sequence is a call of its own, and where its pages lie does not matter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kit.compare import assert_same_bits, to_host
+from kit.pages import in_pages
+
+from distrattn_np import distr_attention, exact_attention
+from distrattn_np.arrays import Kind
+
+CAPACITY = 512
+"""Keys that the pages of a sequence hold, whatever their size."""
+METHODS: list[dict[str, Any]] = [
+    {"group_size": 1},
+    {"rank": 3, "block_size": 40},
+    {"method": "lsh", "group_size": 2, "block_size": 64, "group_by": "keys"},
+]
+
+
+def draw_sequences(data: st.DataObject, dtype: str, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
+    """Return q (B, H, N, D), rows k and v of which each sequence has some, and how many."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    B, (H, H_kv) = data.draw(st.sampled_from([1, 2, 3])), data.draw(st.sampled_from([(1, 1), (4, 2)]))
+    N = data.draw(st.sampled_from([1, 3, 8]))
+    lengths = data.draw(st.lists(st.integers(0, CAPACITY), min_size=B, max_size=B))
+    shapes = ((B, H, N, width), (B, H_kv, CAPACITY, width), (B, H_kv, CAPACITY, 8))
+    return *(rng.standard_normal(shape).astype(dtype) for shape in shapes), lengths
+
+
+@given(data=st.data())
+def test_each_sequence_is_a_call_of_its_own(data: st.DataObject) -> None:
+    q, k, v, lengths = draw_sequences(data, data.draw(st.sampled_from(["float16", "float32", "float64"])), 8)
+    layout, size = data.draw(st.sampled_from(["bhnd", "bnhd"])), data.draw(st.sampled_from([16, 32, 64, 128, 256]))
+    options = data.draw(st.sampled_from(METHODS)) | {
+        "causal": data.draw(st.sampled_from([False, True, "top-left"])),
+        "window": data.draw(st.sampled_from([None, (100, 3), (None, 0)])),
+        "softcap": data.draw(st.sampled_from([0.0, 2.0])),
+        "return_lse": True,
+    }
+    paged = in_pages(k, v, lengths, size, order=np.random.default_rng(size))
+    arrays, tables = paged.given(q, "numpy", layout)
+    out, lse = distr_attention(*arrays, **tables, **options)
+    out = out.swapaxes(1, 2) if layout == "bnhd" else out
+    for b, length in enumerate(lengths):
+        one = slice(b, b + 1)
+        expected = distr_attention(q[one], k[one, :, :length], v[one, :, :length], **options)
+        assert_same_bits(np.ascontiguousarray(out[one]), expected[0])
+        assert_same_bits(lse[one], expected[1])
+
+
+@pytest.mark.parametrize("kind", ["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])
+def test_where_pages_lie_changes_no_bit(kind: Kind) -> None:
+    """Their order, size and layout, who else has them, and what stands in entries that nobody uses."""
+
+    def examples(data: st.DataObject) -> None:
+        q, k, v, lengths = draw_sequences(data, "float16", data.draw(st.sampled_from([8, 33])))
+        size, layout = data.draw(st.sampled_from([16, 32, 64, 128])), data.draw(st.sampled_from(["bhnd", "bnhd"]))
+        shared = data.draw(st.integers(0, min(lengths) // size))
+        for x in (k, v):
+            x[:, :, : shared * size] = x[:1, :, : shared * size]
+        options = {"causal": data.draw(st.sampled_from([False, True, "top-left"])), "return_lse": True}
+
+        def attend(size: int, layout: str, **how: Any) -> list[np.ndarray]:
+            arrays, tables = in_pages(k, v, lengths, size, **how).given(q, kind, layout)
+            out, lse = (to_host(x) for x in exact_attention(*arrays, **tables, **options))
+            return [np.ascontiguousarray(out.swapaxes(1, 2) if layout == "bnhd" else out), lse]
+
+        plain = attend(256, "bhnd")
+        elsewhere = attend(size, layout, order=np.random.default_rng(size), shared=shared)
+        for one, other in zip(elsewhere, plain, strict=True):
+            assert_same_bits(one, other)
+
+    examples.__name__ = f"where_pages_lie_{kind}"
+    most = settings().max_examples if kind == "numpy" else min(settings().max_examples, 12)
+    settings(max_examples=most)(given(data=st.data())(examples))()
+
+
+def test_results_go_where_the_caller_wants_them() -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal(shape, dtype=np.float32) for shape in ((2, 4, 3, 8), (2, 2, 64, 8), (2, 2, 64, 5)))
+    arrays, tables = in_pages(k, v, [50, 9], 16).given(q, "numpy")
+    expected = exact_attention(*arrays, **tables, return_lse=True)
+    out, lse = (np.full_like(x, np.nan) for x in expected)
+    results = exact_attention(*arrays, **tables, out=out, lse=lse, return_lse=True)
+    assert results[0] is out
+    assert results[1] is lse
+    for written, wanted in zip(results, expected, strict=True):
+        assert_same_bits(written, wanted)
+
+
+@pytest.mark.parametrize(("batch", "heads", "rows"), [(0, 2, 3), (2, 0, 3), (2, 2, 0)])
+def test_empty_axes(batch: int, heads: int, rows: int) -> None:
+    q, k, v = (np.ones(shape, np.float32) for shape in ((batch, heads, rows, 4), (3, heads, 16, 4), (3, heads, 16, 5)))
+    tables = {"page_table": np.zeros((batch, 2), np.int32), "seqlens_k": np.full(batch, 20, np.int32)}
+    out, lse = exact_attention(q, k, v, **tables, return_lse=True)
+    assert out.shape == (batch, heads, rows, 5)
+    assert lse.shape == (batch, heads, rows)
+
+
+def test_no_pages_at_all() -> None:
+    q, k, v = np.ones((2, 1, 3, 4), np.float32), np.ones((0, 1, 16, 4), np.float32), np.ones((0, 1, 16, 5), np.float32)
+    tables = {"page_table": np.zeros((2, 0), np.int32), "seqlens_k": np.zeros(2, np.int32)}
+    out, lse = exact_attention(q, k, v, **tables, return_lse=True)
+    assert not out.any()
+    assert np.isneginf(lse).all()
