@@ -20,13 +20,13 @@ def test_tables_are_current():
 
 def test_a_document_is_filled(tmp_path, capsys):
     document = tmp_path / "page.md"
-    document.write_text(f"before\n{EMPTY}after\n", encoding="utf-8")
+    document.write_text(f"before\n{EMPTY}\nafter\n", encoding="utf-8")
     assert cli.main(["--show", str(DOCS / "models.json"), "--markdown", "--document", str(document)]) == 0
     capsys.readouterr()
     text = document.read_text(encoding="utf-8")
     assert text.startswith(f"before\n{report.marks('models')[0]}\n**SmolLM2")
     assert text.endswith(f"\n{report.marks('comparison')[1]}\nafter\n")
-    assert text.count("| peer |") == 5
+    assert text.count("| peer |") == len(report.by_task(MEASURED)) > 1
     assert "old" not in text
 
 
