@@ -91,7 +91,7 @@ def comparison(report: Report) -> str:
             nearer = [] if best is None else nearer_in(best, peer, exact)
             best_cells = ["none", *[""] * (1 + len(measures))] if best is None else _cells(best, exact)
             lines.append([*_cells(peer, exact), *best_cells, ", ".join(nearer) or "none"])
-        spans = ", ".join(f"{low:.2f} to {high:.2f}" for low, high in ranges(own, peers, exact, first))
+        spans = ", ".join(f"{low:.3f} to {high:.3f}" for low, high in ranges(own, peers, exact, first))
         parts += [f"**{title}**", "", *_markdown_table(headings, lines, left=("peer", "own", headings[-1])), ""]
         parts += [f"Own rows are nearer than every peer in {first} at a FLOP of: {spans or 'none'}.", ""]
     return "\n".join(parts).rstrip()

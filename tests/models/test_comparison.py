@@ -63,7 +63,7 @@ def test_comparison_as_markdown():
     assert "`hyper:0.7` | 0.70 | 13.00 (+30 %) | 0.3500 | `subspace:0.6` | 0.60 | 14.00 (+40 %)" in lines[5]
     assert lines[5].endswith("| accuracy |")
     assert lines[6].endswith("| perplexity |")
-    assert lines[-1] == "Own rows are nearer than every peer in perplexity at a FLOP of: 0.60 to 0.70, 0.90 to 1.00."
+    assert lines[-1].endswith("nearer than every peer in perplexity at a FLOP of: 0.600 to 0.700, 0.900 to 1.000.")
     assert report.comparison({"rows": [EXACT, *OWN]}) == ""
 
 
