@@ -58,7 +58,13 @@ __device__ __forceinline__ void clear_rows(element_t* tile, int valid) {
 extern "C" __global__ __launch_bounds__(NUM_THREADS, 1)
 void gram_sm90(const __grid_constant__ TensorMap x_map,
                float* __restrict__ grams,  // [B, grams of a batch, S, D, D]
-               int grams_per_batch, int heads_per_gram, int S, int segment_rows, int shift, int lower, int upper) {
+               int grams_per_batch, int heads_per_gram, int S, int segment_rows,
+#if RAGGED
+               const Piece* __restrict__ pieces, int offset, int direction
+#else
+               int shift, int lower, int upper
+#endif
+) {
   extern __shared__ unsigned char shared_bytes[];
   SharedTiles& shared = *reinterpret_cast<SharedTiles*>(
       shared_bytes + (SWIZZLE_ALIGNMENT - shared_address(shared_bytes) % SWIZZLE_ALIGNMENT) % SWIZZLE_ALIGNMENT);
@@ -66,8 +72,12 @@ void gram_sm90(const __grid_constant__ TensorMap x_map,
   // ---- which rows this block owns ----
   const int gram = blockIdx.x / S, s = blockIdx.x % S;
   const int first_head = gram % grams_per_batch * heads_per_gram, b = gram / grams_per_batch;
+#if RAGGED
+  const Segments segments{pieces, segment_rows, offset, direction};
+#else
   const Segments segments{S, segment_rows, shift, lower, upper};
-  const int begin = segments.edge(s), end = segments.edge(s + 1);
+#endif
+  const int begin = segments.range(s).begin, end = segments.range(s).end;
   const int tiles_per_head = (end - begin + ROW_TILE - 1) / ROW_TILE;
   const int tiles = tiles_per_head * heads_per_gram;
 

@@ -60,6 +60,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "subspace-options": {"window": (100, None), "softcap": 2.0, "bias": TABLES["bias"]},
     "subspace-queries-options": {"group_by": "queries", **TABLES},
 }
+RAGGED_OPTIONS = [name for name, options in OPTIONS.items() if not {"mask", "bias", "N"} & options.keys()]
+WITHOUT_ROWS = ("cut_sequences", "group_channels", "narrow_maps")
+"""What knows no rows of sequences, or makes the pieces."""
 SCORE_OPTIONS = ("window", "softcap", "mask", "bias")
 ARCHS = ["sm_75", "sm_80", "sm_90", "sm_90a", "sm_120"]
 TABLE_REGIONS = (ARGUMENTS + 5, ARGUMENTS + 6)
@@ -95,6 +98,31 @@ def make_problem(dtype: str, causal: bool, layout: str = "bhnd", D: int = 64, **
     return problem, [*(Placed.of(x, problem.layout) for x in (q, k, v)), O, None, *placed_tables]
 
 
+def make_ragged_problem(dtype: str, causal: bool, D: int = 64, **options: Any) -> Any:
+    """Return the problem of three packed sequences and its arrays; ``options`` as in `OPTIONS`, without tables."""
+    _, H, H_kv, N, M, _, E = SIZES.values()
+    shapes = [(N, H, D), (M, H_kv, D), (M, H_kv, E)]
+    q, k, v = (array_at(place * REGION, shape, DTYPES[dtype]) for place, shape in enumerate(shapes, start=1))
+    score_options = {name: options.pop(name) for name in SCORE_OPTIONS if name in options}
+    problem = checks.check_ragged(
+        q,
+        k,
+        v,
+        cu_seqlens_q=np.array([0, 1, 1, N], np.int32),
+        cu_seqlens_k=np.array([0, 0, 9, M], np.int32),
+        causal=causal,
+        layout="bhnd",
+        scale=None,
+        out=None,
+        mask=None,
+        bias=None,
+        grouping=checks.check_grouping(q, axes=3, **({"method": "subspace"} | options)),
+        **score_options,
+    )
+    O = Placed.contiguous((1, H, N, E), problem.packed.dtype, problem.packed.layout)
+    return problem, [*(Placed.of(x, problem.packed.layout) for x in (q, k, v)), O, None]
+
+
 def make_plan(problem: Any, placed: list[Placed | None], arch: str) -> Plan:
     planned = (None if x is None else x.planned(place) for place, x in enumerate(placed))
     return cupy_backend.BACKEND.plan(problem, ARCHITECTURES[arch], *planned)
@@ -111,6 +139,8 @@ def fits(parameter: Parameter, argument: Any, element: np.dtype) -> bool:
         "element_t": element,
         "accumulate_t": wide,
         "real_t": wide,
+        "Piece": np.dtype(np.int32),
+        "edge_t": np.dtype(np.int32),
     }
     name = parameter.type.removeprefix("const ").removesuffix("*")
     if parameter.is_pointer:
@@ -135,29 +165,42 @@ def last_byte(array: np.ndarray) -> int:
     return array.data.ptr % REGION + steps + array.itemsize
 
 
+def assert_launches_fit(plan: Plan, dtype: str, arch: str) -> None:
+    names = {number: DTYPES[dtype] for dtype, number in ELEMENTS.items()}
+    assert plan.launches
+    for launch in plan.launches:
+        element = np.dtype(names[launch.defines.get("ELEMENT", ELEMENTS[dtype])])
+        expected = parameters(launch.stem, launch.defines)
+        assert len(expected) == len(launch.arguments), launch.stem
+        for parameter, argument in zip(expected, launch.arguments, strict=True):
+            assert fits(parameter, argument, element), (launch.stem, parameter, argument)
+            arrays = [argument.array] if isinstance(argument, PlannedTensorMap) else [argument]
+            for array in arrays:
+                if isinstance(array, PlannedArray) and array.data.ptr // REGION == WORKSPACE:
+                    assert last_byte(array) <= plan.memory.bytes, (launch.stem, parameter)
+        assert 0 < launch.blocks < 2**31
+        assert 0 < launch.threads <= 1024
+        assert launch.shared <= ARCHITECTURES[arch].shared_limit
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_launches_pass_what_the_sources_ask_for(name: str, dtype: str, arch: str) -> None:
-    names = {number: DTYPES[dtype] for dtype, number in ELEMENTS.items()}
     for causal, layout, D in itertools.product((False, True), ("bhnd", "bnhd"), (64, 30)):
         options = OPTIONS[name]
         problem, placed = make_problem(dtype, causal, layout, D, **options)
-        plan = make_plan(problem, placed, arch)
-        assert plan.launches
-        for launch in plan.launches:
-            element = np.dtype(names[launch.defines.get("ELEMENT", ELEMENTS[dtype])])
-            expected = parameters(launch.stem, launch.defines)
-            assert len(expected) == len(launch.arguments), launch.stem
-            for parameter, argument in zip(expected, launch.arguments, strict=True):
-                assert fits(parameter, argument, element), (launch.stem, parameter, argument)
-                arrays = [argument.array] if isinstance(argument, PlannedTensorMap) else [argument]
-                for array in arrays:
-                    if isinstance(array, PlannedArray) and array.data.ptr // REGION == WORKSPACE:
-                        assert last_byte(array) <= plan.memory.bytes, (launch.stem, parameter)
-            assert 0 < launch.blocks < 2**31
-            assert 0 < launch.threads <= 1024
-            assert launch.shared <= ARCHITECTURES[arch].shared_limit
+        assert_launches_fit(make_plan(problem, placed, arch), dtype, arch)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", RAGGED_OPTIONS)
+def test_launches_for_packed_sequences_do_too(name: str, dtype: str, arch: str) -> None:
+    for causal, D in itertools.product((False, True), (64, 30)):
+        plan = make_plan(*make_ragged_problem(dtype, causal, D, **OPTIONS[name]), arch)
+        assert_launches_fit(plan, dtype, arch)
+        assert all(x.defines.get("RAGGED", x.stem in WITHOUT_ROWS) for x in plan.launches)
 
 
 def test_plans_reach_every_kernel() -> None:
@@ -167,6 +210,7 @@ def test_plans_reach_every_kernel() -> None:
         for options, dtype, arch in itertools.product(OPTIONS.values(), DTYPES, ARCHS)
         for launch in make_plan(*make_problem(dtype, True, **options), arch).launches
     }
+    launched |= {launch.stem for launch in make_plan(*make_ragged_problem("float16", True), "sm_80").launches}
     sources = {path.stem for path in (Path(__file__).parents[2] / "raw_kernels").glob("*.cu")}
     of_grouped_keys = {"expected_gram", "rebuild_keys"}  # which hold arrays of CuPy
     assert launched == sources - of_grouped_keys
@@ -240,11 +284,14 @@ class TestWorkspaceSize:
         size = workspace_size(*described(N=65536, M=65536, D=128), method="lsh", group_by="queries")
         assert 128 << 20 < size < 400 << 20
 
-    def test_packed_sequences_are_refused_as_by_the_call(self) -> None:
-        packed = [np.ones(shape, np.float16) for shape in ((9, 4, 64), (8, 2, 64), (8, 2, 32))]
-        lengths = {"cu_seqlens_q": np.array([0, 9]), "cu_seqlens_k": np.array([0, 8])}
-        with pytest.raises(NotImplementedError, match=r"^cu_seqlens_q: is not built for the cupy backend yet, got "):
-            workspace_size(*packed, **lengths, backend="cupy")
+    @pytest.mark.parametrize("name", RAGGED_OPTIONS)
+    def test_packed_sequences_take_what_their_plan_takes(self, name: str) -> None:
+        problem, placed = make_ragged_problem("float16", True, **OPTIONS[name])
+        packed = [np.ones(x.swapped("bnhd").shape[1:], np.float16) for x in placed[:3]]
+        sides = (("q", problem.packed.queries), ("k", problem.packed.keys))
+        lengths = {f"cu_seqlens_{side}": np.array([0, 1, 1, rows]) for side, rows in sides}
+        size = workspace_size(*packed, **lengths, causal=True, backend="cupy", **OPTIONS[name])
+        assert size == make_plan(problem, placed, "sm_90a").memory.bytes > 0
 
     def test_nothing_to_compute(self) -> None:
         assert workspace_size(*described(B=0)) == 0
