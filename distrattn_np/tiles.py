@@ -228,12 +228,14 @@ class Sm90Tiles:
     """Whether the queries' map for the next key block is computed beside a softmax; takes registers."""
 
 
-def sm90_tiles(rank: int, value_width: int, query_block_size: int) -> Sm90Tiles:
+def sm90_tiles(rank: int, value_width: int, query_block_size: int, *, ragged: bool = False) -> Sm90Tiles:
     """Return what measured fastest on an H100 (docs/performance.md) for inner width ``rank`` (padded).
 
     Tiles of 192 queries are faster, unless they leave too many rows of the last tile of a query block empty.
+    ``ragged``: the blocks have that size on average, and half of a last tile is empty.
     """
-    fills_wide_tiles = query_block_size >= 0.95 * 192 * ceil_div(query_block_size, 192)
+    empty = 192 // 2 if ragged else -query_block_size % 192
+    fills_wide_tiles = query_block_size >= 0.95 * (query_block_size + empty)
     if fills_wide_tiles and value_width <= 64:
         return Sm90Tiles(192, 128, 3)
     if fills_wide_tiles and rank > 64:
@@ -260,6 +262,7 @@ def sm90_defines(
     causal: bool,
     mapped_width: int | None = None,
     folds_reference: bool = False,
+    ragged: bool = False,
 ) -> Defines:
     """Return the -D options of forward_sm90.cu for inner width ``rank`` (padded).
 
@@ -283,6 +286,7 @@ def sm90_defines(
         "BLOCK_Q": tiles.block_q,
         "BLOCK_KV": tiles.block_kv,
         "STAGES": tiles.stages,
+        "RAGGED": int(ragged),
     }
 
 
@@ -739,7 +743,7 @@ def _widest(element: int) -> int:
 
 def _forward_sm90_cases() -> Iterator[Defines]:
     for rank, value_width in product(SM90_WIDTHS, SM90_WIDTHS):
-        for keys_per_item in (False, True):
+        for keys_per_item, ragged in product((False, True), repeat=2):
             element = 1 + (rank + value_width) // 16 % 2
             yield sm90_defines(
                 sm90_tiles(rank, value_width, 1024 if keys_per_item else 1920),
@@ -748,11 +752,12 @@ def _forward_sm90_cases() -> Iterator[Defines]:
                 value_width=value_width,
                 keys_per_item=keys_per_item,
                 causal=(rank // 32 + element) % 2 == keys_per_item,
+                ragged=ragged,
             )
     for width, rank, value_width in product((64, 128), SM90_WIDTHS, (64, 128)):
         if rank <= width:
             causal = value_width == width  # so that both are built for every pair of width and rank
-            for folds_reference in (False, True):
+            for folds_reference, ragged in product((False, True), repeat=2):
                 yield sm90_defines(
                     sm90_key_map_tiles(rank, width, value_width),
                     element=1 + (rank // 16 + folds_reference) % 2,
@@ -762,6 +767,7 @@ def _forward_sm90_cases() -> Iterator[Defines]:
                     causal=causal,
                     mapped_width=width,
                     folds_reference=folds_reference,
+                    ragged=ragged,
                 )
 
 

@@ -10,7 +10,7 @@
 // Block     : THREADS, a piece each
 // Shared    : 2 * THREADS ints, static
 // Assumes   : edges that begin with 0, do not fall and end with the number of rows. Whatever they hold, no piece reaches
-//             out of the arrays.
+//             out of the arrays, and none is of a sequence that has others past the last.
 // Alone     : nvcc -cubin -arch=sm_80 raw_kernels/cut_sequences.cu
 
 #include "sequences.cuh"
@@ -79,14 +79,17 @@ void cut_sequences(const edge_t* __restrict__ edges,        // [sequences + 1], 
         else low = middle + 1;
       }
       const Rows cut = rows_of(edges, chunk + low, rows), other = rows_of(other_edges, chunk + low, other_rows);
-      own = {chunk + low,
-             place - (low ? ends_smem[low - 1] : 0),
-             cut.begin,
-             cut.count,
-             other.begin,
-             other.count,
-             other_first + (low ? other_ends_smem[low - 1] : 0),
-             diagonal_sign * (other.count - cut.count)};
+      const int before = low ? ends_smem[low - 1] : 0, other_before = low ? other_ends_smem[low - 1] : 0;
+      const int last_first = other_rows / other_step + sequences - count_pieces(other, other_step);
+      if (first + ends_smem[low] <= count)  // wrong edges may make more
+        own = {chunk + low,
+               place - before,
+               cut.begin,
+               cut.count,
+               other.begin,
+               other.count,
+               min(other_first + other_before, last_first),
+               diagonal_sign * (other.count - cut.count)};
     }
     first += ends_smem[THREADS - 1];
     other_first += other_ends_smem[THREADS - 1];

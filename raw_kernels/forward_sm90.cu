@@ -25,6 +25,8 @@
 //             v_map (E, M, H_kv, B)               (E, BLOCK_KV)
 //             z_map (D, key blocks * R, H_kv, B)  (D, R)                 KEY_MAPS: Z transposed
 //             own_map (D, M, H_kv, B)             (D, BLOCK_KV)          OWN_BLOCK: K as the caller holds it
+// RAGGED    : k_map, v_map and own_map show the rows of all sequences, and z_map their key blocks (sequences.cuh). Boxes may
+//             reach into the next sequence: its keys are hidden, its queries and values set to zero.
 // Assumes   : scale > 0, M > 0; pointers and strides of what the maps show are multiples of 16 bytes, those of O of 4;
 //             KEY_MAPS: key_block_size is a multiple of BLOCK_KV. Q Z (FOLD_REFERENCE: in powers of two) is rounded to
 //             the element type; what is out of its range becomes the largest element.
@@ -282,15 +284,20 @@ struct Producer {
                                              const WorkItem& work, int kv_head, const KeyTiles& keys) {
     const int k_head = KEYS_PER_ITEM ? work.launch_item : kv_head;
     const int k_batch = KEYS_PER_ITEM ? 0 : work.b;
+#if RAGGED
+    [[maybe_unused]] const int first_key = work.first_key(), first_key_block = work.first_key_block();
+#else
+    [[maybe_unused]] constexpr int first_key = 0, first_key_block = 0;
+#endif
     const int visits = keys.visits();
 #if KEY_MAPS
     int key_block = (keys.mapped_end - 1) / tiles_per_key_block;
-    if (keys.mapped_end > 0) copy_map(shared, z_map, key_block, kv_head, work.b);
+    if (keys.mapped_end > 0) copy_map(shared, z_map, first_key_block + key_block, kv_head, work.b);
 #endif
 #pragma unroll 1
     for (int visit = 0; visit <= visits; ++visit) {
       if (visit < visits) {
-        const int row = keys.visited(visit) * BLOCK_KV;
+        const int row = first_key + keys.visited(visit) * BLOCK_KV;
         barrier_wait(shared.K_empty[K_ring.stage], K_ring.parity ^ 1);
 #if OWN_BLOCK
         if (visit < keys.own_count())
@@ -303,14 +310,14 @@ struct Producer {
       if (visit > 0) {
         barrier_wait(shared.V_empty[V_ring.stage], V_ring.parity ^ 1);
         copy_tile<E, BLOCK_KV>(shared.V[V_ring.stage], v_map, shared.V_full[V_ring.stage],
-                               keys.visited(visit - 1) * BLOCK_KV, kv_head, work.b);
+                               first_key + keys.visited(visit - 1) * BLOCK_KV, kv_head, work.b);
         V_ring.advance();
       }
 #if KEY_MAPS
       // Z of the next block, behind what consumers wait for before they release the last Z
       const bool is_mapped = visit >= keys.own_count() && visit < visits;
       if (is_mapped && key_block > 0 && keys.visited(visit) == key_block * tiles_per_key_block)
-        copy_map(shared, z_map, --key_block, kv_head, work.b);
+        copy_map(shared, z_map, first_key_block + --key_block, kv_head, work.b);
 #endif
     }
   }
@@ -402,6 +409,17 @@ __device__ __forceinline__ void finish_map(MappedQueries& QZ, float (&C)[R / 2],
 }
 #endif
 
+#if RAGGED
+// Queries of a sequence without keys: O = 0, lse = -inf.
+__device__ __forceinline__ void write_nothing_seen(element_t* O, float* lse, const WorkItem& work, int H, int N,
+                                                   long long stride_o_h, long long stride_o_n) {
+  for (int i = threadIdx.x; i < (work.query_end - work.query_begin) * E; i += NUM_THREADS)
+    O[work.h * stride_o_h + (work.query_begin + i / E) * stride_o_n + i % E] = element_t(0);
+  for (int n = work.query_begin + threadIdx.x; n < work.query_end; n += NUM_THREADS)
+    lse[(long long)work.h * N + n] = -INFINITE;
+}
+#endif
+
 template <bool VALUE>
 struct Bool {
   static constexpr bool value = VALUE;
@@ -428,15 +446,27 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
                   const float* __restrict__ mean,          // [B, H_kv, D], taken off the keys behind k_map; may be null
                   int key_block_size
 #endif
+#if RAGGED
+                  ,
+                  const Piece* __restrict__ pieces         // [query_blocks]
+#endif
 ) {
   extern __shared__ unsigned char shared_bytes[];
   SharedTiles& shared = *reinterpret_cast<SharedTiles*>(
       shared_bytes + (SWIZZLE_ALIGNMENT - shared_address(shared_bytes) % SWIZZLE_ALIGNMENT) % SWIZZLE_ALIGNMENT);
 
   // ---- which query rows this block owns, which keys they see ----
-  const WorkItem work = find_work(BLOCK_Q, H, N, query_blocks, query_block_size, first_item, CAUSAL);
+  const WorkItem work = find_work(BLOCK_Q, H, N, query_blocks, query_block_size, first_item, CAUSAL, pieces);
   if (work.query_begin >= work.query_end) return;
   const int kv_head = work.h / heads_per_kv_head;
+#if RAGGED
+  causal_offset = work.key_offset(causal_offset);
+  M = work.keys(M);
+  if (M == 0) {
+    write_nothing_seen(O, lse, work, H, N, stride_o_h, stride_o_n);
+    return;
+  }
+#endif
   const int key_end = CAUSAL ? visible_key_end(work.query_end, M, causal_offset) : M;
   // Rows that see no key visit one tile all the same, hidden from them, so that every barrier has its use.
   const int tiles = max(1, (key_end + BLOCK_KV - 1) / BLOCK_KV);
@@ -482,7 +512,7 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
       copy_tile<Q_WIDTH, BLOCK_Q>(shared.Q, q_map, shared.Q_full, work.query_begin, work.h, work.b);
 #if KEY_MAPS
     if (threadIdx.x >= WARP_SIZE && mean)
-      producer.multiply_by_mean(shared, mean + (work.b * (H / heads_per_kv_head) + kv_head) * D);
+      producer.multiply_by_mean(shared, mean + (work.sequence() * (H / heads_per_kv_head) + kv_head) * D);
 #endif
     for (int pass = 0; pass < 2; ++pass) {
       if (threadIdx.x == 0) {
@@ -543,6 +573,21 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
     MappedQueries QZ;
 #endif
     barrier_wait(shared.Q_full, 0);
+#if RAGGED
+    // Rows of other sequences: queries that could move the references of a warp, and values, of which a weight of zero
+    // does not make zeros.
+    constexpr int CONSUMER_THREADS = NUM_CONSUMERS * WARPGROUP;
+    if (work.query_end - work.query_begin < BLOCK_Q)
+      clear_rows<Q_WIDTH, BLOCK_Q, WARPGROUP, CONSUMER_THREADS>(shared.Q, work.query_end - work.query_begin);
+    auto clear_other_values = [&](int tile) {
+      const int valid = M - tile * BLOCK_KV;
+      if (valid >= BLOCK_KV) return;
+      barrier_wait(shared.V_full[V_ring.stage], V_ring.parity);
+      clear_rows<E, BLOCK_KV, WARPGROUP, CONSUMER_THREADS>(shared.V[V_ring.stage], valid);
+    };
+#else
+    auto clear_other_values = [](int) {};  // the copy engine fills up with zeros
+#endif
 
     // ---- the first pass relies on references; the second, if any warp lost it, follows the maximum ----
 #pragma unroll 1
@@ -670,6 +715,7 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
       // ---- the tiles, from the last one down ----
 #if OWN_BLOCK
       begin_visits(Bool<true>(), tile--);
+      clear_other_values(tile + 1);
       if (tile >= keys.own_begin) barrier_wait(shared.K_full[K_ring.stage], K_ring.parity);
 #pragma unroll 1
       while (tile >= keys.own_begin) visit_tile(Bool<true>(), Bool<false>());
@@ -688,6 +734,7 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
         map_queries();
 #endif
         begin_visits(Bool<false>(), tile);
+        clear_other_values(tile);
 #if KEY_MAPS
         if (tile > 0 && tile % tiles_per_key_block() == 0) map_queries();
 #endif
@@ -724,7 +771,7 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
       // ---- O / row_sum and lse, rows n < query_end ----
       int item = first_item;
       asm volatile("" : "+r"(item));  // or what follows from it takes registers of the main loop
-      const WorkItem done = find_work(BLOCK_Q, H, N, query_blocks, query_block_size, item, CAUSAL);
+      const WorkItem done = find_work(BLOCK_Q, H, N, query_blocks, query_block_size, item, CAUSAL, pieces);
 #if KEY_MAPS
       if (mean) barrier_wait(shared.mean_scores_full, 0);
 #endif

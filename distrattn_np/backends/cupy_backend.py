@@ -993,7 +993,6 @@ class _Forward:
         read_by_copies = (self.V,) if self.by == "queries" else (self.Q, self.K, self.V)
         return (
             hopper_is_usable()
-            and not self.sequences
             and self.switches == NO_SWITCHES
             and (self.key_limits[1] is None or self.problem.causal_offset is not None)
             and (self.by != "keys" or self._maps_queries_on_hopper())
@@ -1018,7 +1017,13 @@ class _Forward:
         rank = K.shape[3]
         # the queries of blocks over keys come as they are, and the kernel maps them for each block
         by_keys = self.dense_maps if self.by == "keys" else None
-        tiles = self._key_map_tiles() if by_keys else sm90_tiles(rank, problem.value_width, self.query_block_size)
+        ragged = self.sequences is not None
+        on_average = ragged and self.by != "queries"
+        tiles = (
+            self._key_map_tiles()
+            if by_keys
+            else sm90_tiles(rank, problem.value_width, self.query_block_size, ragged=on_average)
+        )
         sizes = self.sizes(first_item, tiles.block_q)
         mapped_width = problem.width if by_keys else None
         defines = sm90_defines(
@@ -1030,6 +1035,7 @@ class _Forward:
             causal=problem.causal_offset is not None,
             mapped_width=mapped_width,
             folds_reference=self.folds_reference,
+            ragged=ragged,
         )
         launch = forward_sm90_launch(
             rank,
@@ -1057,6 +1063,7 @@ class _Forward:
             np.float32(problem.scale * math.log2(math.e)),
             *_strides(self.O),
             *((by_keys.mean, key_block_size) if by_keys else ()),
+            *self.ragged_arguments(sizes)[:1],
             shared=launch.shared_bytes,
         )
 
