@@ -756,8 +756,9 @@ def _forward_sm90_cases() -> Iterator[Defines]:
             )
     for width, rank, value_width in product((64, 128), SM90_WIDTHS, (64, 128)):
         if rank <= width:
-            causal = value_width == width  # so that both are built for every pair of width and rank
-            for folds_reference, ragged in product((False, True), repeat=2):
+            usual = value_width == width  # so that both are built for every pair of width and rank
+            ends = ((usual, False), (False, True), (True, True))
+            for folds_reference, (causal, ragged) in product((False, True), ends):
                 yield sm90_defines(
                     sm90_key_map_tiles(rank, width, value_width),
                     element=1 + (rank // 16 + folds_reference) % 2,

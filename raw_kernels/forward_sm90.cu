@@ -17,7 +17,8 @@
 // Grid      : (query tiles of a block * items); an item is a (batch, head, query block), see work_item.cuh
 // Block     : (1 + NUM_CONSUMERS) * 128 threads. Warpgroup 0 copies tiles, the others own 64 query rows each
 // Shared    : sizeof(SharedTiles) + SWIZZLE_ALIGNMENT bytes, dynamic: 2 (BLOCK_Q Q_WIDTH + STAGES BLOCK_KV (R + E))
-//             + 8 (1 + 4 STAGES) + 1024; KEY_MAPS: and 2 R D + 4 BLOCK_Q + 24; OWN_BLOCK: D in place of R in the tiles of K
+//             + 8 (1 + 4 STAGES) + 1024; KEY_MAPS: and 2 R D + 4 BLOCK_Q + 24; OWN_BLOCK: D in place of R in the tiles of K;
+//             RAGGED: and 16
 // Maps      : 16-bit elements, strides as they are, swizzle as wide as a row of the box, zeros outside
 //             axes from the inner one             box (Panels<width>::COLUMNS, rows, 1, 1)
 //             q_map (Q_WIDTH, N, H, B)            (Q_WIDTH, BLOCK_Q)
@@ -104,6 +105,11 @@ struct SharedTiles {
   element_t Z[R * D];
   float mean_scores[BLOCK_Q];  // q . mean of each row
   Barrier Z_full, Z_empty, mean_scores_full;
+#endif
+#if RAGGED
+  volatile struct {
+    int M, causal_offset, first_key, first_key_block;
+  } sequence;  // read where it is needed: registers of the loops are dearer
 #endif
   Barrier Q_full, K_full[STAGES], K_empty[STAGES], V_full[STAGES], V_empty[STAGES];
 };
@@ -267,6 +273,15 @@ struct RunningSoftmax {
   }
 };
 
+// Where the keys of a block's sequence begin, and their blocks, among all that the maps show.
+#if RAGGED
+#define FIRST_KEY shared.sequence.first_key
+#define FIRST_KEY_BLOCK shared.sequence.first_key_block
+#else
+#define FIRST_KEY 0
+#define FIRST_KEY_BLOCK 0
+#endif
+
 // ---- producer: one thread copies tiles in the order of their use, in which V follows K by one ----
 struct Producer {
   Ring<STAGES> K_ring, V_ring;
@@ -284,20 +299,15 @@ struct Producer {
                                              const WorkItem& work, int kv_head, const KeyTiles& keys) {
     const int k_head = KEYS_PER_ITEM ? work.launch_item : kv_head;
     const int k_batch = KEYS_PER_ITEM ? 0 : work.b;
-#if RAGGED
-    [[maybe_unused]] const int first_key = work.first_key(), first_key_block = work.first_key_block();
-#else
-    [[maybe_unused]] constexpr int first_key = 0, first_key_block = 0;
-#endif
     const int visits = keys.visits();
 #if KEY_MAPS
     int key_block = (keys.mapped_end - 1) / tiles_per_key_block;
-    if (keys.mapped_end > 0) copy_map(shared, z_map, first_key_block + key_block, kv_head, work.b);
+    if (keys.mapped_end > 0) copy_map(shared, z_map, FIRST_KEY_BLOCK + key_block, kv_head, work.b);
 #endif
 #pragma unroll 1
     for (int visit = 0; visit <= visits; ++visit) {
       if (visit < visits) {
-        const int row = first_key + keys.visited(visit) * BLOCK_KV;
+        const int row = FIRST_KEY + keys.visited(visit) * BLOCK_KV;
         barrier_wait(shared.K_empty[K_ring.stage], K_ring.parity ^ 1);
 #if OWN_BLOCK
         if (visit < keys.own_count())
@@ -310,14 +320,14 @@ struct Producer {
       if (visit > 0) {
         barrier_wait(shared.V_empty[V_ring.stage], V_ring.parity ^ 1);
         copy_tile<E, BLOCK_KV>(shared.V[V_ring.stage], v_map, shared.V_full[V_ring.stage],
-                               first_key + keys.visited(visit - 1) * BLOCK_KV, kv_head, work.b);
+                               FIRST_KEY + keys.visited(visit - 1) * BLOCK_KV, kv_head, work.b);
         V_ring.advance();
       }
 #if KEY_MAPS
       // Z of the next block, behind what consumers wait for before they release the last Z
       const bool is_mapped = visit >= keys.own_count() && visit < visits;
       if (is_mapped && key_block > 0 && keys.visited(visit) == key_block * tiles_per_key_block)
-        copy_map(shared, z_map, first_key_block + --key_block, kv_head, work.b);
+        copy_map(shared, z_map, FIRST_KEY_BLOCK + --key_block, kv_head, work.b);
 #endif
     }
   }
@@ -466,6 +476,12 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
     write_nothing_seen(O, lse, work, H, N, stride_o_h, stride_o_n);
     return;
   }
+  if (threadIdx.x == 0) {  // seen behind the barrier below
+    shared.sequence.M = M;
+    shared.sequence.causal_offset = causal_offset;
+    shared.sequence.first_key = work.first_key();
+    shared.sequence.first_key_block = work.first_key_block();
+  }
 #endif
   const int key_end = CAUSAL ? visible_key_end(work.query_end, M, causal_offset) : M;
   // Rows that see no key visit one tile all the same, hidden from them, so that every barrier has its use.
@@ -536,11 +552,17 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
 #if OWN_BLOCK
     // The first key that a row scores exactly. Rows that do not exist count as the last one that does.
     const auto own_begin_of = [&](int n) {
+#if RAGGED
+      const int causal_offset = shared.sequence.causal_offset;
+#endif
       return own_block_begin(min(n, work.query_end - 1), causal_offset, key_block_size);
     };
 #endif
     // Hides from each row the keys of a tile that it does not see, or that it does not score in the way of the tile.
     auto hide_edge = [&](auto is_own, float (&S)[BLOCK_KV / 2], int tile) {
+#if RAGGED
+      const int M = shared.sequence.M, causal_offset = shared.sequence.causal_offset;
+#endif
       const int row = first_row + row_of_lane(), first_column = thread_index_anew() % 4 * 2;
       int last_seen[2];
 #pragma unroll
@@ -580,7 +602,7 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
     if (work.query_end - work.query_begin < BLOCK_Q)
       clear_rows<Q_WIDTH, BLOCK_Q, WARPGROUP, CONSUMER_THREADS>(shared.Q, work.query_end - work.query_begin);
     auto clear_other_values = [&](int tile) {
-      const int valid = M - tile * BLOCK_KV;
+      const int valid = shared.sequence.M - tile * BLOCK_KV;
       if (valid >= BLOCK_KV) return;
       barrier_wait(shared.V_full[V_ring.stage], V_ring.parity);
       clear_rows<E, BLOCK_KV, WARPGROUP, CONSUMER_THREADS>(shared.V[V_ring.stage], valid);

@@ -1042,6 +1042,7 @@ class _Forward:
             problem.value_width,
             mapped_width=mapped_width,
             own_block=problem.own_block_is_exact,
+            ragged=ragged,
             block_q=tiles.block_q,
             block_kv=tiles.block_kv,
             stages=tiles.stages,
