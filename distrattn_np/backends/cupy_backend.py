@@ -778,8 +778,8 @@ class _Forward:
         problem = self.problem
         if self.sequences:
             rows = problem.queries + problem.keys  # a window of more hides nothing
-            window = tuple(None if side is None else min(side, rows) for side in problem.window)
-            return key_limits(0, 0, None if problem.causal_offset is None else 0, window)
+            left, right = (None if side is None else min(side, rows) for side in problem.window)
+            return key_limits(0, 0, None if problem.causal_offset is None else 0, (left, right))
         low, high = problem.key_limits
         if low is not None and low <= 1 - self.problem.queries:
             low = None
