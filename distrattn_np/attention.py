@@ -129,7 +129,7 @@ def distr_attention(
     workspace : array, shape (bytes,), uint8, kind and device of ``q``, optional
         Device memory for all that a call needs beside its results; `workspace_size` says how much. It must begin at a
         multiple of 256 bytes, and holds nothing of worth afterwards. With ``out``, and ``lse`` or no ``return_lse``, a
-        call allocates no device memory. CuPy backend only; not with packed sequences.
+        call allocates no device memory. CuPy backend only.
     stream : int or stream, optional
         What the call runs on, with device arrays: the handle of a CUDA stream, or any package's stream that has
         ``__cuda_stream__``. Default: CuPy's current stream; of Numba arrays their own.

@@ -178,14 +178,16 @@ class Backend(ABC):
 
         On a GPU without reading the lengths on the host: B sequences with N queries in all have at most
         ``N // BLOCK_Q + B`` tiles of queries, and grouping blocks likewise. So many work items are launched. Each finds
-        its sequence in a running sum of ``ceil(length / BLOCK_Q)`` over ``cu_seqlens_q``; one that finds none exits.
+        its sequence in running sums of ``ceil(length / BLOCK_Q)`` over ``cu_seqlens_q``; one that finds none exits.
 
         Returns
         -------
         result : array, shape (N, H, E), in the caller's kind
         lse : array, shape (H, N), in the caller's kind
         blocks : (ranks, score_errors), each of shape (H_x, C), in the caller's kind
-            As in `AttentionInfo`; None unless the method is "subspace".
+            As in `AttentionInfo`, the blocks of all sequences one after another; None unless the method is "subspace".
+            Where the host does not know how many there are, C is the most that there can be, ``rows // L + B`` for
+            ``rows`` rows of the side that is cut into blocks of L, and both are zero behind the last block.
         """
         self.refuse(problem, q)
         raise NotImplementedError  # a backend that attends them has a method of its own

@@ -203,7 +203,7 @@ def test_lengths_of_another_kind_are_named() -> None:
 
 
 @pytest.mark.parametrize("function", CALLS)
-@pytest.mark.parametrize("name", ["cupy", "numba"])
+@pytest.mark.parametrize("name", ["numba"])
 def test_backend_that_does_not_take_lengths_is_named(function: Any, name: str) -> None:
     pytest.importorskip(name)
     assert not backends.load_by_name(name).attends_ragged

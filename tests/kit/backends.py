@@ -109,7 +109,7 @@ LIMITS = {
         ("lsh", "subspace"),
         ragged=True,
     ),
-    "cupy": Limits(12, (1, 2), HEADS, ROWS, (7, 64), ("float16", "float32"), ("lsh", "subspace")),
+    "cupy": Limits(12, (1, 2), HEADS, ROWS, (7, 64), ("float16", "float32"), ("lsh", "subspace"), ragged=True),
     "numba": Limits(5, (1, 2), HEADS, ROWS, (6, 32), ("float32",), ("lsh", "subspace")),
     # one operating-system thread plays each CUDA thread
     "numba-simulator": Limits(
