@@ -327,16 +327,16 @@ class NumbaBackend(Backend):
         return grams
 
     def reduce_rows(
-        self, X: Any, maps: SubspaceMaps, block_size: int, sequences: Sequences, *, is_centred: bool
+        self, X: Any, maps: SubspaceMaps, block_size: int, sequences: Sequences | None, *, is_centred: bool
     ) -> Any:
         """Return the rows of X, less their mean where centred, times W of their block, (B, H_x, rows, R) (eq. 4)."""
         batch, heads, rows, width = X.shape
         accumulator, tiles = _accumulator(X.dtype), THREADS.product
         sampled = _empty((batch, heads, rows, maps.sampling.shape[4]), accumulator, X)
-        kernel = make_reduce_rows(accumulator, width, is_centred, tiles)
-        grid = batch * heads * most_tiles(rows, sequences.count, block_size, tiles.size)
+        kernel = make_reduce_rows(accumulator, width, is_centred, sequences is not None, tiles)
+        grid = batch * heads * _most_tiles(rows, block_size, tiles.size, sequences)
         threads = (tiles.thread_columns, tiles.thread_rows)
-        arrays = (maps.key_mean, maps.sampling, maps.ranks, sampled, sequences.table, sequences.blocks)
+        arrays = (maps.key_mean, maps.sampling, maps.ranks, sampled, *_tables(sequences, sampled))
         _launch(kernel, grid, threads, X, *arrays, block_size)
         return sampled
 
@@ -349,8 +349,8 @@ class NumbaBackend(Backend):
             _accumulator(X.dtype), THREADS.hash_channels, THREADS.hash_bits, sequences is not None
         )
         grid = batch * heads * blocks * ceil_div(width, THREADS.hash_channels)
-        threads, table = (THREADS.hash_bits, THREADS.hash_channels), _block_table(sequences, words)
-        _launch(kernel, grid, threads, X, _copy_in(planes, X), words, table, block_size)
+        threads = (THREADS.hash_bits, THREADS.hash_channels)
+        _launch(kernel, grid, threads, X, _copy_in(planes, X), words, _tables(sequences, words)[1], block_size)
         return words
 
     def group_channels(self, words: Any) -> Any:
@@ -379,7 +379,7 @@ class NumbaBackend(Backend):
         grid = problem.batch * problem.grouped_heads * blocks * ceil_div(problem.width, THREADS.reduction_columns)
         numbers = (grouping.block_size, problem.grouped_rows, problem.causal_offset or 0)
         threads = (THREADS.reduction_columns, THREADS.reduction_rows)
-        _launch(kernel, grid, threads, Y, norms, _block_table(sequences, norms), *numbers)
+        _launch(kernel, grid, threads, Y, norms, _tables(sequences, norms)[1], *numbers)
         return norms
 
     def fusion_gains(
@@ -391,8 +391,8 @@ class NumbaBackend(Backend):
         gains = _empty((batch, heads, blocks, width), accumulator, X)
         threads = (THREADS.reduction_columns, THREADS.reduction_rows)
         kernel = make_fusion_gains(accumulator, width, group_size, sequences is not None, *reversed(threads))
-        table = _block_table(sequences, gains)
-        _launch(kernel, batch * heads * blocks, threads, X, norms, channels, gains, table, block_size)
+        arrays = (X, norms, channels, gains, _tables(sequences, gains)[1])
+        _launch(kernel, batch * heads * blocks, threads, *arrays, block_size)
         return gains
 
     def attend(
@@ -435,20 +435,16 @@ class NumbaBackend(Backend):
             tiles,
         )
         query_block, key_block = _row_blocks(problem)
-        diagonal = 0
-        query_tiles = ceil_div(problem.queries, query_block) * ceil_div(query_block, tiles.block_q)
-        if sequences is not None:
-            diagonal = sequences.diagonal
-            query_tiles = most_tiles(problem.queries, sequences.count, query_block, tiles.block_q)
+        diagonal = 0 if sequences is None else sequences.diagonal
         _launch(
             kernel,
-            problem.batch * problem.heads * query_tiles,
+            problem.batch * problem.heads * _most_tiles(problem.queries, query_block, tiles.block_q, sequences),
             (tiles.thread_columns, tiles.thread_rows),
             Q,
             K,
             V,
             *self._map_arrays(problem, Q, K, maps, sequences, lse),
-            lse if sequences is None else sequences.table,
+            _tables(sequences, lse)[0],
             O,
             lse,
             query_block,
@@ -474,7 +470,6 @@ class NumbaBackend(Backend):
                 assert problem.grouping is not None
                 by_keys = problem.grouping.by == "keys"
                 X = K.bind(Q.stream) if by_keys else Q
-                sequences = sequences or self.sequences(problem, Q)
                 sampled = self.reduce_rows(X, maps, _row_blocks(problem)[by_keys], sequences, is_centred=by_keys)
                 return absent, absent, sampled, maps.fusion, maps.ranks, maps.key_mean
             case _:
@@ -554,8 +549,16 @@ def _forward_tiles(problem: Problem) -> Tiles:
     return choose_tiles(problem.width, inner_width, problem.value_width, _accumulator(problem.dtype), SIMULATED)
 
 
-def _block_table(sequences: Sequences | None, absent: Any) -> Any:
-    return absent if sequences is None else sequences.blocks
+def _most_tiles(rows: int, block: int, tile: int, sequences: Sequences | None) -> int:
+    """Return the most tiles that rows can have if none reaches over the edge of a block or a sequence."""
+    if sequences is None:
+        return ceil_div(rows, block) * ceil_div(block, tile)
+    return most_tiles(rows, sequences.count, block, tile)
+
+
+def _tables(sequences: Sequences | None, absent: Any) -> tuple[Any, Any]:
+    """Return those of sequences and blocks; ``absent``, any array, stands for them where no kernel reads them."""
+    return (absent, absent) if sequences is None else (sequences.table, sequences.blocks)
 
 
 def _accumulator(dtype: Any) -> Any:

@@ -21,7 +21,7 @@ from typing import Any
 from numba import cuda
 
 from .gram import ProductTiles
-from .sequences import BLOCKS, SAMPLE_TILES, START, STOP, find_sequence
+from .sequences import BLOCKS, SAMPLE_TILES, find_sequence, make_block_rows
 
 
 @cache
@@ -86,9 +86,10 @@ def make_reduce_tile(accumulator: Any, width: int, is_centred: bool, thread_rows
 
 
 @cache
-def make_reduce_rows(accumulator: Any, width: int, is_centred: bool, tiles: ProductTiles) -> Any:
+def make_reduce_rows(accumulator: Any, width: int, is_centred: bool, is_ragged: bool, tiles: ProductTiles) -> Any:
     """Return the kernel that reduces every row with the map of its own block."""
     SIZE = tiles.size
+    block_rows = make_block_rows(is_ragged)
     reduce_tile = make_reduce_tile(accumulator, width, is_centred, tiles.thread_rows, tiles.thread_columns)
 
     def reduce_rows(
@@ -97,7 +98,7 @@ def make_reduce_rows(accumulator: Any, width: int, is_centred: bool, tiles: Prod
         maps: Any,  # [B, H_x, C, D, R]
         ranks: Any,  # [B, H_x, C]
         out: Any,  # [B, H_x, rows, R]; columns from the rank of a row's block on are not written
-        sequences: Any,  # [SEQUENCE_FIELDS, S + 1], sequences.py
+        sequences: Any,  # [SEQUENCE_FIELDS, S + 1], sequences.py; this and the next are read only where ragged
         blocks: Any,  # [BLOCK_FIELDS, C]
         block_size: int,
     ) -> None:
@@ -105,18 +106,25 @@ def make_reduce_rows(accumulator: Any, width: int, is_centred: bool, tiles: Prod
         ty = cuda.threadIdx.y
         heads = maps.shape[1]
         tiles = cuda.gridDim.x // (maps.shape[0] * heads)
+        tile = cuda.blockIdx.x % tiles
         h = cuda.blockIdx.x // tiles % heads
         b = cuda.blockIdx.x // tiles // heads
-        s, tile = find_sequence(sequences[SAMPLE_TILES], cuda.blockIdx.x % tiles)
-        if s < 0:
-            return
+        mean_b = b
+        first_block = 0
+        if is_ragged:
+            s, tile = find_sequence(sequences[SAMPLE_TILES], tile)
+            if s < 0:
+                return
+            mean_b = s
+            first_block = sequences[BLOCKS, s]
         tiles_per_block = (block_size + SIZE - 1) // SIZE
-        c = sequences[BLOCKS, s] + tile // tiles_per_block
-        start = blocks[START, c] + tile % tiles_per_block * SIZE
-        stop = min(start + SIZE, blocks[STOP, c])
+        c = first_block + tile // tiles_per_block
+        start, stop = block_rows(blocks, c, block_size, X.shape[2])
+        start += tile % tiles_per_block * SIZE
+        stop = min(start + SIZE, stop)
         if start < stop:
             h_kv = h * mean.shape[1] // heads
             rows = out[b, h, start:stop]
-            reduce_tile(X, b, h, start, stop, maps[b, h, c], ranks[b, h, c], mean[b + s, h_kv], rows, ty, tx)
+            reduce_tile(X, b, h, start, stop, maps[b, h, c], ranks[b, h, c], mean[mean_b, h_kv], rows, ty, tx)
 
     return cuda.jit(reduce_rows)

@@ -2,8 +2,8 @@
 
     sequence s: queries a_s <= n < a_(s+1) and keys c_s <= m < c_(s+1), cut into blocks and tiles from its own first row
 
-Called by : reference/ragged_attention.py has it as slices
-Launcher  : distrattn_np/backends/numba_backend.py, once a call, before all kernels that read the tables
+Reference : reference/ragged_attention.py, which has them as slices
+Launcher  : distrattn_np/backends/numba_backend.py, before all kernels that read the tables
 
 Grid      : one block
 Block     : any number of threads; each takes a run of sequences, then every so many of the blocks
@@ -58,7 +58,7 @@ def _find_sequence(counts: Any, item: int) -> tuple[int, int]:
     if item >= counts[high]:
         return -1, 0
     while high - low > 1:
-        middle = (low + high) // 2
+        middle = (low + high) >> 1
         if counts[middle] <= item:
             low = middle
         else:

@@ -40,12 +40,18 @@ FORWARDS = {
     "forward-ragged-subspace-keys": (128, 128, 64, "keys", False, True, True, {}),
     "forward-ragged-subspace-queries": (128, 128, 64, "queries", False, True, False, {}),
 }
-RAGGED = {f"{name}-ragged": name for name in ("hash_channels", "channel_norms", "fusion_gains", "sequence_tables")}
+RAGGED = (
+    "hash_channels-ragged",
+    "channel_norms-ragged",
+    "fusion_gains-ragged",
+    "reduce_rows-ragged",
+    "sequence_tables-ragged",
+)
 # (D, R, whether blocks choose their rank)
 MAPS = {"subspace_maps-odd": (33, 20, False), "subspace_maps-widest": (256, 256, True)}
 PLAIN = ("hash_channels", "group_channels", "channel_norms", "fusion_gains", "key_mean", "gram", "gram-centred")
 KERNELS = (*PLAIN, *RAGGED, "sequence_tables", "merge_results", "sum_segments", "reduce_rows", *MAPS, *FORWARDS)
-UNSHARED = ("merge_results", "sum_segments", "reduce_rows")
+UNSHARED = ("merge_results", "sum_segments", "reduce_rows", "reduce_rows-ragged")
 """Kernels whose threads have nothing to tell one another."""
 INTEGER = ("group_channels", "sequence_tables", "sequence_tables-ragged")
 ADDING = ("key_mean", "sum_segments")
@@ -144,6 +150,8 @@ def kernels(types: Any) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
             kernel = make_fusion_gains(accumulator, 128, 4, is_ragged, 8, 32)
             yield f"fusion_gains{suffix} {element}", kernel, (X, sums, channels, sums, blocks, integer)
             kernel = make_sequence_tables(is_ragged, is_ragged, True, True, GPU_THREADS.group)
+            kernel = make_reduce_rows(accumulator, 128, True, is_ragged, product)
+            yield f"reduce_rows{suffix} {element}", kernel, (X, vectors, matrices, ranks, sums, blocks, blocks, integer)
             lengths = edges if is_ragged else types.none
             signature: tuple[Any, ...] = (table, table, lengths, lengths, *(integer,) * 7)
             yield f"sequence_tables{suffix} {element}", kernel, signature
@@ -155,8 +163,6 @@ def kernels(types: Any) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
         signature = (X, vectors, table, integer, matrices)
         yield f"gram-centred {element}", make_gram(accumulator, True, product), signature
         yield f"sum_segments {element}", make_sum_segments(True, product.size), (matrices, table)
-        signature = (X, vectors, matrices, ranks, sums, table, table, integer)
-        yield f"reduce_rows {element}", make_reduce_rows(accumulator, 128, True, product), signature
         for name, (D, R, chooses) in MAPS.items():
             kernel = make_subspace_maps(accumulator, D, R, chooses, True, product)
             outputs = (matrices, matrices, ranks, vectors)
