@@ -1,4 +1,4 @@
-"""Packed sequences on the Numba backend: calls of their own on a GPU too, and a host that never waits for lengths?
+"""Whether packed sequences on the Numba backend are calls of their own on a GPU, whose host never waits for lengths.
 
 Not checked here: which rows belong to whom in odd cases, which tests/properties and Numba's simulator look at.
 """
