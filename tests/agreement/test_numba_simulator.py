@@ -455,6 +455,20 @@ def test_tables_say_where_sequences_and_blocks_are(by: str, causal: bool | str) 
     assert_same_bits(blocks, np.array([*wanted, *surplus], np.int64).T)
 
 
+@pytest.mark.parametrize("wrong", [(3, 2, 1, 0), (0, 100, -7, 9), (-5, 4, 2, 2**40)], ids=str)
+def test_wrong_lengths_make_no_more_work_than_right_ones(wrong: tuple[int, ...]) -> None:
+    """Edges that fall or leave the array are cut off, so nothing is numbered past what is launched and allocated."""
+    from distrattn_np.numba_kernels import sequences as tables
+
+    problem = ragged_problem("keys", True, 9, 9, 3, 2)
+    edges = to_kind(np.array(wrong), "numba")
+    table = to_host(BACKEND.sequences(problem.packed, edges, problem, edges, edges).table)
+    inside = np.maximum.accumulate(np.clip(wrong, 0, 9))
+    assert_same_bits(table[[tables.QUERIES, tables.KEYS]], np.array([inside, inside]))
+    assert table[tables.BLOCKS, -1] <= tables.most_tiles(9, 3, 2, 2)
+    assert table[tables.QUERY_TILES, -1] <= tables.most_tiles(9, 3, 9, 16)
+
+
 @pytest.mark.parametrize("how", [EXACT, *GROUPINGS, *SUBSPACES], ids=str)
 def test_host_reads_no_lengths(monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]) -> None:
     """Nothing is copied from the device, and the same is launched whatever the lengths are."""

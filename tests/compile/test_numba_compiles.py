@@ -149,9 +149,9 @@ def kernels(types: Any) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
             yield f"channel_norms{suffix} {element}", kernel, (X, sums, blocks, integer, integer, integer)
             kernel = make_fusion_gains(accumulator, 128, 4, is_ragged, 8, 32)
             yield f"fusion_gains{suffix} {element}", kernel, (X, sums, channels, sums, blocks, integer)
-            kernel = make_sequence_tables(is_ragged, is_ragged, True, True, GPU_THREADS.group)
             kernel = make_reduce_rows(accumulator, 128, True, is_ragged, product)
             yield f"reduce_rows{suffix} {element}", kernel, (X, vectors, matrices, ranks, sums, blocks, blocks, integer)
+            kernel = make_sequence_tables(is_ragged, is_ragged, True, True, GPU_THREADS.group)
             lengths = edges if is_ragged else types.none
             signature: tuple[Any, ...] = (table, table, lengths, lengths, *(integer,) * 7)
             yield f"sequence_tables{suffix} {element}", kernel, signature
