@@ -7,7 +7,7 @@ Launcher  : distrattn_np/backends/numba_backend.py, before all kernels that read
 
 Grid      : one block
 Block     : any number of threads; each takes a run of sequences, then every so many of the blocks
-Shared    : for each thread what its run has of everything that is counted
+Shared    : a number a thread
 Assumes   : nothing of the lengths: those that fall or pass the end of an array are cut off
 
 S sequences have at most S short tiles, so as many items are launched as `most_tiles` says, and each finds its sequence;
