@@ -110,7 +110,6 @@ class CupyBackend(Backend):
     builds_subspace: ClassVar[bool] = True
     kinds_of_grouped_keys: ClassVar[frozenset[Kind]] = frozenset({"cupy"})
     attends_pages: ClassVar[bool] = True
-    attends_ragged: ClassVar[bool] = True
 
     def attention(
         self,
