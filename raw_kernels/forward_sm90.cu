@@ -95,8 +95,9 @@ static_assert(R % MMA_DEPTH == 0 && E % MMA_DEPTH == 0 && Q_WIDTH % MMA_DEPTH ==
 
 // Registers of a thread. What the warpgroups hold together may not exceed what they are launched with, or the block
 // hangs: 65536 / NUM_THREADS each, rounded down to a multiple of eight.
-constexpr int PRODUCER_REGISTERS = NUM_CONSUMERS == 2 ? 24 : 32;
-constexpr int CONSUMER_REGISTERS = NUM_CONSUMERS == 2 ? 240 : NUM_CONSUMERS == 3 ? 160 : 112;
+// Two consumers of narrow values leave some to the producer.
+constexpr int PRODUCER_REGISTERS = NUM_CONSUMERS == 2 ? (E <= 64 ? 40 : 24) : 32;
+constexpr int CONSUMER_REGISTERS = NUM_CONSUMERS == 2 ? (E <= 64 ? 232 : 240) : NUM_CONSUMERS == 3 ? 160 : 112;
 static_assert(PRODUCER_REGISTERS + NUM_CONSUMERS * CONSUMER_REGISTERS <=
                   (1 + NUM_CONSUMERS) * (65536 / NUM_THREADS / 8 * 8),
               "the register file holds all warpgroups");

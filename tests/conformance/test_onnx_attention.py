@@ -84,6 +84,8 @@ def test_node(name: str, call: Any) -> None:
     outputs = [output for output in node.output if output]
     ((given, expected),) = case.data_sets
     inputs = dict(zip((name for name in node.input if name), given, strict=True))
+    if call is ON_GPU["exact-numba"] and inputs["Q"].dtype.name == "bfloat16":
+        pytest.skip("Numba has no bfloat16")
     results = run_node(call, inputs, attributes, outputs)
     for output, want in zip(outputs, expected, strict=True):
         # onnx's reference rounds q, k, every score and every weight to 16 bits; the call rounds the result alone

@@ -119,7 +119,8 @@ def test_jax_function_agrees_inside_jit(dtype):
     jax = pytest.importorskip("jax", reason="jax, which the example needs, is not installed")
     attention = run_snippets(ROOT / "docs" / "interop.md", "jax")["attention"]
     arrays = np.random.default_rng(0).standard_normal((3, 2, 4, 33, 16), dtype=np.float32)
-    q, k, v = (jax.numpy.asarray(x, dtype) for x in arrays)
+    cpu = jax.devices("cpu")[0]
+    q, k, v = (jax.device_put(jax.numpy.asarray(x, dtype), cpu) for x in arrays)
     for options in ({"causal": True}, {"method": "lsh", "block_size": 16}, {"group_size": 1}):
         out = jax.jit(lambda q, k, v, options=options: attention(q, k, v, **options) * 2)(q, k, v)
         expected = distr_attention(q, k, v, **options)
