@@ -97,9 +97,7 @@ class NumbaGroupedKeys(DeviceGroupedKeys):
         of_head, of_block, of_row, of_number = maps.strides
         made = SubspaceMaps(
             sampling=_empty((heads, blocks, 1, width, rank), accumulator, X),
-            fusion=_view(
-                maps, (heads, blocks, 1, width, rank), (of_head, of_block, of_block, of_number, of_row)
-            ),
+            fusion=_view(maps, (heads, blocks, 1, width, rank), (of_head, of_block, of_block, of_number, of_row)),
             key_mean=mean,
             ranks=ranks,
             score_errors=score_errors,
