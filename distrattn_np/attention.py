@@ -10,6 +10,7 @@ from . import backends, checks
 from .arrays import REGION, array_at
 from .block_size import choose_block_size
 from .grouped_keys import GroupedKeys
+from .grouped_pages import GroupedPages
 from .problem import AttentionInfo, PagedProblem, Problem, RaggedProblem, Subspace, SubspaceMaps
 
 NOTHING_GROUPED = AttentionInfo("exact", None, "the rank is the width, so nothing is grouped", None, None)
@@ -63,9 +64,10 @@ def distr_attention(
     q : array, shape (B, H, N, D), float16 | bfloat16 | float32 | float64
         Queries: a NumPy, CuPy or Numba device array, or what becomes one without a copy (Notes). The last axis must be
         contiguous; any other strides are used as they are. D is 1 to 256.
-    k : array, shape (B, H_kv, M, D), dtype and kind of ``q``; or GroupedKeys
-        Keys. H_kv divides H: query head h uses key head ``h * H_kv // H``. Keys from `group_keys` bring their grouping
-        with them: all options from ``method`` to ``block_size`` must be left as they are by default then.
+    k : array, shape (B, H_kv, M, D), dtype and kind of ``q``; or GroupedKeys, GroupedPages
+        Keys. H_kv divides H: query head h uses key head ``h * H_kv // H``. Keys from `group_keys` and `group_pages`
+        bring their grouping with them: all options from ``method`` to ``block_size`` must be left as they are by
+        default then.
     v : array, shape (B, H_kv, M, E), dtype and kind of ``q``
         Values. E is 1 to 256.
     method : {"lsh", "subspace"}
@@ -114,7 +116,7 @@ def distr_attention(
         and 256. Sequence b has ``seqlens_k[b]`` keys; key m is row ``m % S`` of page ``page_table[b, m // S]``. Pages
         may be shared, and entries behind the last page that a sequence begins may hold anything. ``mask``, ``bias`` and
         ``return_info`` must be left out. Values are checked only where they lie on the host. CuPy backend: at most 8
-        queries, exact, in 16 bits (docs/caches.md).
+        queries, exact or of GroupedPages, in 16 bits (docs/caches.md).
     layout : {"bhnd", "bnhd"}
         Order of the axes of q, k, v and the result; "bnhd" is (B, N, H, D).
     out : array, optional
@@ -204,7 +206,7 @@ def distr_attention(
         lse=lse,
         workspace=workspace,
     )
-    keys = k if isinstance(k, GroupedKeys) else None
+    keys = k if isinstance(k, GroupedKeys | GroupedPages) else None
     is_packed = not (cu_seqlens_q is None and cu_seqlens_k is None) and page_table is None and seqlens_k is None
     if keys is None:
         grouping = checks.check_grouping(
@@ -287,7 +289,9 @@ def distr_attention(
     else:
         result, lse, maps = chosen.attention(problem, q, k, v, out, tables, lent)
         if return_info:
-            info = _info(problem, chosen, maps, q, block_size) if keys is None else _info_of_grouped_keys(keys)
+            info = (
+                _info_of_grouped_keys(k) if isinstance(k, GroupedKeys) else _info(problem, chosen, maps, q, block_size)
+            )
     results = [result if given_out is None else given_out]
     if return_lse:
         results.append(lse if given_lse is None else given_lse)
@@ -439,7 +443,7 @@ def workspace_size(q: Any, k: Any, v: Any, *, backend: str | None = None, **opti
 def _described(array: Any, place: int) -> Any:
     """Return ``array``, or where it has no memory, an array like it at an address of its own."""
     has_memory = ("__dlpack__", "__cuda_array_interface__", "__array_interface__", "__array__")
-    if isinstance(array, GroupedKeys) or any(hasattr(array, name) for name in has_memory):
+    if isinstance(array, GroupedKeys | GroupedPages) or any(hasattr(array, name) for name in has_memory):
         return array
     try:
         shape, dtype = tuple(array.shape), np.dtype(array.dtype)

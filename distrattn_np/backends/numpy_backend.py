@@ -25,6 +25,7 @@ import numpy as np
 from .. import reference
 from ..arrays import Kind
 from ..grouped_keys import GroupedKeys
+from ..grouped_pages import GroupedPages
 from ..problem import (
     Grouping,
     GroupMaps,
@@ -239,7 +240,7 @@ class NumpyBackend(Backend):
         self,
         problem: PagedProblem,
         q: np.ndarray,
-        k: np.ndarray,
+        k: np.ndarray | GroupedPages,
         v: np.ndarray,
         out: np.ndarray | None,
         page_table: np.ndarray,
@@ -249,13 +250,19 @@ class NumpyBackend(Backend):
         """Compute one checked call: each sequence as a call of its own would, on a copy of its rows."""
         self.refuse(problem, q)
         longest = problem.longest
-        Q, K, V = (self.bring_in(x, longest.layout) for x in (q, k, v))
+        Q, V = (self.bring_in(x, longest.layout) for x in (q, v))
+        K = k if isinstance(k, GroupedPages) else self.bring_in(k, longest.layout)
         shape = (longest.batch, longest.heads, longest.queries, longest.value_width)
         O = self.empty(shape, q, longest.layout) if out is None else self.bring_in(out, longest.layout)
         lse = np.empty(problem.lse_shape, np.float32) if lent.lse is None else lent.lse
         for b, keys in enumerate(seqlens_k.tolist()):
             one = slice(b, b + 1)
-            K_b, V_b = (reference.rows_of_pages(x, page_table[b], keys)[np.newaxis] for x in (K, V))
+            V_b = reference.rows_of_pages(V, page_table[b], keys)[np.newaxis]
+            K_b: np.ndarray | GroupedKeys
+            if isinstance(K, GroupedPages):
+                K_b = K.sequence(page_table[b], keys)
+            else:
+                K_b = reference.rows_of_pages(K, page_table[b], keys)[np.newaxis]
             self.compute(problem.sequence(keys), Q[one], K_b, V_b, O[one], lse[one])
         return self.hand_back(O, longest.layout, like=q, out=out), lse
 
