@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from sys import maxsize
 from typing import IO, Any, ClassVar
@@ -39,6 +39,13 @@ class QueryStatistics:
 
     gram: Any  # (B, H_kv, D, D) float64; on a GPU in the type of the sums; CuPy: D padded
     rows: int  # that it is a sum over
+
+    def padded(self, width: int, dtype: Any) -> QueryStatistics:
+        """Return host arrays with more columns, which are zero."""
+        gram = np.zeros((*self.gram.shape[:2], width, width), dtype)
+        columns = self.gram.shape[3]
+        gram[..., :columns, :columns] = self.gram
+        return replace(self, gram=gram)
 
 
 def group_keys(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
@@ -13,8 +14,6 @@ from . import checks
 from .arrays import Kind, kind_of
 from .grouped_keys import (
     FORMAT,
-    GroupedKeys,
-    KeyBlock,
     QueryStatistics,
     as_plain,
     class_for,
@@ -167,6 +166,7 @@ class GroupedPages:
         self.score_errors = self._zeros((pages, heads), self._sum_type(like.dtype))
         self.tails = self._zeros((tails, heads, L, self._width), like.dtype)
         self.filled = np.zeros(pages, np.int32)
+        self.tail_of = self._zeros((pages,), np.int32)
         self._take_tails(np.full(pages, -1, np.int32))
 
     def __repr__(self) -> str:
@@ -193,7 +193,8 @@ class GroupedPages:
     @property
     def page_size(self) -> int:
         """S, keys in a page."""
-        return self.grouping.block_size
+        size: int = self.sampled.shape[2]
+        return size
 
     @property
     def rank(self) -> int:
@@ -237,7 +238,7 @@ class GroupedPages:
         plan = _Append(self)
         for b, length in enumerate(seqlens_k.tolist()):
             plan.add(b, page_table[b], length, new.shape[2])
-        with keys.on_stream(handle):
+        with self._current(), keys.on_stream(handle):
             self._put_rows(plan.rows_before, new)
             blocks = {page: self.tails[place] for page, place in plan.from_tails.items()}
             blocks |= {page: new[b, :, i : i + self.page_size] for page, (b, i) in plan.whole.items()}
@@ -254,28 +255,8 @@ class GroupedPages:
         self.filled[numbers] = 0
         tail_of = self._tail_of_on_host.copy()
         tail_of[numbers] = -1
-        self._take_tails(tail_of)
-
-    def sequence(self, page_table: np.ndarray, keys: int) -> GroupedKeys:
-        """Return the keys of one sequence, whose pages are ``page_table`` (T,), as `GroupedKeys` of a batch of one."""
-        size, heads = self.page_size, self.tails.shape[1]
-        used = page_table[: ceil_div(keys, size)].tolist()
-        tail = np.zeros((heads, 0, self._width), self.dtype)
-        if used and self.tail_of[used[-1]] >= 0:
-            tail = self.tails[self.tail_of[used.pop()], :, : keys - len(used) * size]
-        blocks = []
-        for page in used:
-            fusion = np.ascontiguousarray(self.maps[page, :, :-1].swapaxes(1, 2))
-            kept = (self.sampled[page], fusion, self.maps[page, :, -1], self.ranks[page], self.score_errors[page])
-            blocks.append(KeyBlock(*(x[np.newaxis] for x in kept)))
-        return GroupedKeys(
-            tail[np.newaxis],
-            blocks,
-            grouping=self.grouping,
-            queries=self.queries,
-            scale=self.scale,
-            layout=self.layout,
-        )
+        with self._current():
+            self._take_tails(tail_of)
 
     def save(self, file: str | Path | IO[bytes]) -> None:
         """Write everything as plain arrays, in NumPy's npz format, to a path or a binary file."""
@@ -350,12 +331,12 @@ class GroupedPages:
         """Write rows of new keys (B, H_kv, rows, D) into tails: (place, row in it, sequence, row of the sequence)."""
         if rows:
             place, to, b, of = self._on_device(np.array(rows).T.copy())
-            self.tails[place, :, to] = new[b, :, of]
+            self.tails.swapaxes(1, 2)[place, to] = new.swapaxes(1, 2)[b, of]
 
     def _take_tails(self, tail_of: np.ndarray) -> None:
         """Take over the places of unfinished pages."""
         self._tail_of_on_host = tail_of
-        self.tail_of = self._on_device(tail_of)
+        self.tail_of[...] = self._on_device(tail_of)  # in its place, where graphs read it
 
     def _finish(self, blocks: dict[int, Any]) -> None:
         """Write what is kept of pages, by their keys (H_kv, S, D)."""
@@ -367,6 +348,10 @@ class GroupedPages:
             self.ranks[page], self.score_errors[page] = block.ranks[0], block.score_errors[0]
 
     # ---- what the kinds of arrays differ in ----
+
+    def _current(self) -> AbstractContextManager[Any]:
+        """Return a context in which the device that holds the pages is current."""
+        return nullcontext()
 
     @staticmethod
     def _padded(size: int) -> int:
@@ -407,7 +392,7 @@ class _Append:
     def __init__(self, pages: GroupedPages) -> None:
         self.size, self.places = pages.page_size, len(pages.tails)
         self.filled, self.tail_of = pages.filled.copy(), pages._tail_of_on_host.copy()
-        self.free = np.setdiff1d(np.arange(self.places), self.tail_of).tolist()
+        self.free: list[int] = np.setdiff1d(np.arange(self.places), self.tail_of).tolist()
         self.rows_before: list[tuple[int, int, int, int]] = []
         """Of pages that have some already; see `GroupedPages._put_rows`."""
         self.from_tails: dict[int, int] = {}

@@ -24,7 +24,7 @@ import numpy as np
 
 from .. import reference
 from ..arrays import Kind
-from ..grouped_keys import GroupedKeys
+from ..grouped_keys import GroupedKeys, KeyBlock
 from ..grouped_pages import GroupedPages
 from ..problem import (
     Grouping,
@@ -260,7 +260,7 @@ class NumpyBackend(Backend):
             V_b = reference.rows_of_pages(V, page_table[b], keys)[np.newaxis]
             K_b: np.ndarray | GroupedKeys
             if isinstance(K, GroupedPages):
-                K_b = K.sequence(page_table[b], keys)
+                K_b = _keys_in_pages(K, page_table[b], keys)
             else:
                 K_b = reference.rows_of_pages(K, page_table[b], keys)[np.newaxis]
             self.compute(problem.sequence(keys), Q[one], K_b, V_b, O[one], lse[one])
@@ -293,6 +293,28 @@ class NumpyBackend(Backend):
         if out is not None:
             return out
         return array.transpose(0, 2, 1, 3) if layout == "bnhd" else array
+
+
+def _keys_in_pages(pages: GroupedPages, page_table: np.ndarray, keys: int) -> GroupedKeys:
+    """Return the keys of one sequence, whose pages are ``page_table`` (T,), as `GroupedKeys` of a batch of one."""
+    size, heads = pages.page_size, pages.tails.shape[1]
+    used = page_table[: ceil_div(keys, size)].tolist()
+    tail = np.zeros((heads, 0, pages.tails.shape[3]), pages.dtype)
+    if used and pages.tail_of[used[-1]] >= 0:
+        tail = pages.tails[pages.tail_of[used.pop()], :, : keys - len(used) * size]
+    blocks = []
+    for page in used:
+        fusion = np.ascontiguousarray(pages.maps[page, :, :-1].swapaxes(1, 2))
+        kept = (pages.sampled[page], fusion, pages.maps[page, :, -1], pages.ranks[page], pages.score_errors[page])
+        blocks.append(KeyBlock(*(x[np.newaxis] for x in kept)))
+    return GroupedKeys(
+        tail[np.newaxis],
+        blocks,
+        grouping=pages.grouping,
+        queries=pages.queries,
+        scale=pages.scale,
+        layout=pages.layout,
+    )
 
 
 def _row_slices(cu_seqlens: np.ndarray) -> Iterator[slice]:
