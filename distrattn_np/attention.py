@@ -276,6 +276,7 @@ def distr_attention(
     )
     chosen = backends.load(backend, like=q)
     if keys is not None:  # before a device is looked for
+        chosen.refuse(problem, q)
         checks.check_kind_of_grouped_keys(q, keys, chosen.name, chosen.kinds_of_grouped_keys)
     tables = backends.ScoreTables(mask, bias)
     if workspace is _MEASURE:
