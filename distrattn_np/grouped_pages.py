@@ -331,7 +331,7 @@ class GroupedPages:
         """Write rows of new keys (B, H_kv, rows, D) into tails: (place, row in it, sequence, row of the sequence)."""
         if rows:
             place, to, b, of = self._on_device(np.array(rows).T.copy())
-            self.tails.swapaxes(1, 2)[place, to] = new.swapaxes(1, 2)[b, of]
+            as_bits(self.tails.swapaxes(1, 2))[place, to] = as_bits(new.swapaxes(1, 2))[b, of]
 
     def _take_tails(self, tail_of: np.ndarray) -> None:
         """Take over the places of unfinished pages."""
@@ -375,6 +375,11 @@ class GroupedPages:
     def _on_host(array: Any) -> np.ndarray:
         host: np.ndarray = array
         return host
+
+
+def as_bits(array: Any) -> Any:
+    """Return a view of integers of the same size, which index arrays take where they do not take bfloat16."""
+    return array.view(f"u{array.dtype.itemsize}")
 
 
 def _pages_for(kind: Kind) -> type[GroupedPages]:

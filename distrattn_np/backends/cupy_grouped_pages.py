@@ -11,7 +11,7 @@ import numpy as np
 
 from ..arrays import Kind, kind_of
 from ..grouped_keys import QueryStatistics
-from ..grouped_pages import GroupedPages
+from ..grouped_pages import POOLS, GroupedPages, as_bits
 from ..problem import Layout, Subspace
 from ..tiles import pad
 from .cupy_backend import _sum_type
@@ -53,16 +53,20 @@ class CupyGroupedPages(GroupedPages):
     def _finish(self, blocks: dict[int, Any]) -> None:
         """Reduce as many pages together as a workspace takes; no bit depends on how many."""
         _, heads, size, width = self.tails.shape
-        kept = [
-            x.swapaxes(0, 1) for x in (self.sampled, self.maps, self.ranks[..., None], self.score_errors[..., None])
-        ]
         numbers, at_once = list(blocks), blocks_at_once(heads, width, self.dtype)
+        pools = [getattr(self, name) for name in POOLS]
         for first in range(0, len(numbers), at_once):
             pages = numbers[first : first + at_once]
             X = cupy.empty((heads, len(pages), size, width), self.dtype)
             for i, page in enumerate(pages):
                 X[:, i] = blocks[page]
-            reduce_blocks(X, self.queries, self.grouping, self.scale, kept, cupy.asarray(np.array(pages)))
+            made = [cupy.zeros((len(pages), *pool.shape[1:]), pool.dtype) for pool in pools]
+            sampled, maps, ranks, score_errors = (x.swapaxes(0, 1) for x in made)
+            kept = [sampled, maps, ranks[..., np.newaxis], score_errors[..., np.newaxis]]
+            reduce_blocks(X, self.queries, self.grouping, self.scale, kept, slice(None))
+            where = cupy.asarray(np.array(pages))
+            for pool, new in zip(pools, made, strict=True):
+                as_bits(pool)[where] = as_bits(new)
 
     def _current(self) -> AbstractContextManager[Any]:
         device: AbstractContextManager[Any] = self.tails.device
