@@ -158,7 +158,8 @@ class GroupedPages:
         self.scale = scale
         self.layout = layout
         _, heads, _, self._width = like.shape
-        self._rank, L = grouping.rank or 0, grouping.block_size
+        self._rank: int = grouping.rank or 0
+        L = grouping.block_size
         rank, width = self._padded(self._rank), self._padded(self._width)
         self.sampled = self._zeros((pages, heads, L, rank), like.dtype)
         self.maps = self._zeros((pages, heads, rank + 1, width), like.dtype)
@@ -205,7 +206,9 @@ class GroupedPages:
     def nbytes(self) -> int:
         """Memory that the pages and what belongs to them take."""
         arrays = [getattr(self, name) for name in POOLS] + [self.tails, self.tail_of]
-        return sum(x.nbytes for x in arrays) + (0 if self.queries is None else self.queries.gram.nbytes)
+        if self.queries is not None:
+            arrays.append(self.queries.gram)
+        return sum(x.nbytes for x in arrays)
 
     def append(self, k: Any, page_table: np.ndarray, seqlens_k: np.ndarray, *, stream: Any = None) -> None:
         """Append as many keys to each sequence; every page that they fill and exceed is finished.
@@ -409,7 +412,9 @@ class _Append:
 
     def add(self, b: int, page_table: np.ndarray, length: int, rows: int) -> None:
         """Append ``rows`` keys to a sequence of this length."""
-        if rows and length:
+        if not rows:
+            return
+        if length:
             last, room = int(page_table[(length - 1) // self.size]), -length % self.size
             checks.check_filled(last, int(self.filled[last]), self.size - room, b)
             if room == 0:

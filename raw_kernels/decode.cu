@@ -10,7 +10,8 @@
 // the keys of another, a sequence's last, in place tail_of[page] of K.                        docs/math.md (eq. 30)
 //
 // With pages the host knows no lengths: it cuts the keys that would fill all pages, and splits behind the end of a
-// sequence find nothing. Every row looks its page up, one of eight in 32 bytes that stay in L1.
+// sequence find nothing. Every row looks its page up, one of eight in 32 bytes that stay in L1; with MAPPED each tile does,
+// for none leaves its block.
 //
 // The queries of all heads that share a key head are the rows of one tile, so keys and values are read once. The keys of
 // a head are cut into splits, one thread block each; merge_splits.cu adds up what they write.
@@ -389,11 +390,9 @@ void decode(const element_t* __restrict__ Q,         // [B, H, N, D]
   const int end = min(begin + min(keys_per_split, keys - begin), visible_end(last_row));
 
   // ---- the copies ----
-  const element_t* const finished_head = finished + head * stride_finished;
-  const element_t* const maps_head = maps + head * stride_maps;
   const element_t* const K_head = K + (PAGED ? 0 : b * stride_k_b) + h_kv * stride_k_h;
   const element_t* const V_head = V + (PAGED ? 0 : b * stride_v_b) + h_kv * stride_v_h;
-#if MAPPED && PAGED  // no tile leaves its page
+#if MAPPED && PAGED
   auto row_of = [&](const Item& item) { return item.begin & (block_size - 1); };
   auto page_of = [&](const Item& item) -> long long {
     return table[item.kind == MAP ? item.block : item.begin >> page_shift];
@@ -407,6 +406,8 @@ void decode(const element_t* __restrict__ Q,         // [B, H, N, D]
   auto K_rows = [&](const Item& item) { return K_head + place * stride_k_b + row_of(item) * stride_k_m; };
   auto V_rows = [&](const Item& item) { return V_head + page_of(item) * stride_v_b + row_of(item) * stride_v_m; };
 #else
+  const element_t* const finished_head = finished + head * stride_finished;
+  const element_t* const maps_head = maps + head * stride_maps;
   auto map_rows = [&](const Item& item) {
     return maps_head + (static_cast<long long>(item.block) * (R_PADDED + 1) + item.begin) * D_PADDED;
   };

@@ -135,3 +135,10 @@ def test_a_released_page_serves_again() -> None:
     assert keys.filled.tolist() == [0, 0, 0, 0, 0, 5, 0, 0]
     keys.append(k[:, :, 5:7], np.array([[5]], np.int32), np.array([5], np.int32))
     assert_same_bits(keys.tails[0, :, :7], k[0, :, :7])
+
+
+def test_no_keys_change_nothing() -> None:
+    k, _, keys = small()
+    keys.append(k[:, :, :3], np.array([[4]], np.int32), np.array([0], np.int32))
+    keys.append(k[:, :, :0], np.array([[4]], np.int32), np.array([9], np.int32))
+    assert keys.filled.tolist() == [0, 0, 0, 0, 3, 0, 0, 0]
