@@ -131,7 +131,7 @@ def distr_attention(
     workspace : array, shape (bytes,), uint8, kind and device of ``q``, optional
         Device memory for all that a call needs beside its results; `workspace_size` says how much. It must begin at a
         multiple of 256 bytes, and holds nothing of worth afterwards. With ``out``, and ``lse`` or no ``return_lse``, a
-        call allocates no device memory. CuPy backend only; not with packed sequences.
+        call allocates no device memory. CuPy backend only.
     stream : int or stream, optional
         What the call runs on, with device arrays: the handle of a CUDA stream, or any package's stream that has
         ``__cuda_stream__``. Default: CuPy's current stream; of Numba arrays their own.
@@ -191,6 +191,129 @@ def distr_attention(
     array([[[16],
             [16]]], dtype=int32)
     """
+    return _attention(
+        q,
+        k,
+        v,
+        grouping_options={
+            "method": method,
+            "group_size": group_size,
+            "rank": rank,
+            "score_tol": score_tol,
+            "refine": refine,
+            "fusion": fusion,
+            "group_by": group_by,
+            "block_size": block_size,
+            "seed": seed,
+        },
+        causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        mask=mask,
+        bias=bias,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        page_table=page_table,
+        seqlens_k=seqlens_k,
+        layout=layout,
+        out=out,
+        return_lse=return_lse,
+        return_info=return_info,
+        lse=lse,
+        workspace=workspace,
+        stream=stream,
+        backend=backend,
+    )
+
+
+def exact_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    mask: Any = None,
+    bias: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    page_table: Any = None,
+    seqlens_k: Any = None,
+    layout: str = "bhnd",
+    out: Any = None,
+    return_lse: bool = False,
+    lse: Any = None,
+    workspace: Any = None,
+    stream: Any = None,
+    backend: str | None = None,
+) -> Any:
+    """Exact attention ``softmax(scale q k^T + bias) v``: what `distr_attention` gives for ``group_size=1``.
+
+    Parameters, results and errors are those of `distr_attention` without the grouping options; equations (1) to (3),
+    (21) to (24) and (29) of docs/math.md.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> one = np.ones((1, 1, 2, 4), dtype=np.float32)
+    >>> exact_attention(one, one, one)[0, 0, 0]
+    array([1., 1., 1., 1.], dtype=float32)
+    """
+    return _attention(
+        q,
+        k,
+        v,
+        grouping_options=None,
+        causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        mask=mask,
+        bias=bias,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        page_table=page_table,
+        seqlens_k=seqlens_k,
+        layout=layout,
+        out=out,
+        return_lse=return_lse,
+        return_info=False,
+        lse=lse,
+        workspace=workspace,
+        stream=stream,
+        backend=backend,
+    )
+
+
+def _attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    grouping_options: dict[str, Any] | None,
+    causal: bool | str,
+    window: tuple[int | None, int | None] | None,
+    scale: float | None,
+    softcap: float,
+    mask: Any,
+    bias: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    page_table: Any,
+    seqlens_k: Any,
+    layout: str,
+    out: Any,
+    return_lse: bool,
+    return_info: bool,
+    lse: Any,
+    workspace: Any,
+    stream: Any,
+    backend: str | None,
+) -> Any:
+    """Check a call and let its backend compute it; without ``grouping_options`` it is exact attention."""
     given_out, given_lse, handle = out, lse, checks.check_stream(stream)
     page_table, seqlens_k = checks.arrays_in_place(handle, page_table=page_table, seqlens_k=seqlens_k)
     q, k, v, mask, bias, cu_seqlens_q, cu_seqlens_k, out, lse, workspace = checks.arrays_in_place(
@@ -206,40 +329,22 @@ def distr_attention(
         lse=lse,
         workspace=workspace,
     )
-    keys = k if isinstance(k, GroupedKeys | GroupedPages) else None
     is_packed = not (cu_seqlens_q is None and cu_seqlens_k is None) and page_table is None and seqlens_k is None
-    if keys is None:
-        grouping = checks.check_grouping(
-            q,
-            method=method,
-            group_size=group_size,
-            rank=rank,
-            score_tol=score_tol,
-            refine=refine,
-            fusion=fusion,
-            group_by=group_by,
-            block_size=block_size,
-            seed=seed,
-            axes=3 if is_packed else 4,
-        )
-    else:
+    keys = grouping = None
+    if grouping_options is not None and isinstance(k, GroupedKeys | GroupedPages):
+        keys = k
         checks.check_options_of_grouped_keys(
             keys,
-            method=method,
-            refine=refine,
             scale=scale,
-            group_size=group_size,
-            rank=rank,
-            score_tol=score_tol,
-            fusion=fusion,
-            group_by=group_by,
-            block_size=block_size,
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
             page_table=page_table,
             seqlens_k=seqlens_k,
+            **{name: option for name, option in grouping_options.items() if name != "seed"},
         )
-        grouping, scale = None, keys.scale
+        scale = keys.scale
+    elif grouping_options is not None:
+        grouping = checks.check_grouping(q, **grouping_options, axes=3 if is_packed else 4)
     if page_table is not None:
         checks.check_no_info("page_table", return_info)
     checks.check_backend_name(backend)
@@ -281,117 +386,23 @@ def distr_attention(
     tables = backends.ScoreTables(mask, bias)
     if workspace is _MEASURE:
         return chosen.workspace_bytes(problem, q, k, v, out, tables, lent, page_table, seqlens_k)
+    asked_size = None if grouping_options is None else grouping_options["block_size"]
     info: AttentionInfo | None = None
     if isinstance(problem, PagedProblem):
         result, lse = chosen.paged_attention(problem, q, k, v, out, page_table, seqlens_k, lent)
     elif isinstance(problem, RaggedProblem):
         result, lse, blocks = chosen.ragged_attention(problem, q, k, v, out, cu_seqlens_q, cu_seqlens_k, lent)
-        info = _info_of_blocks(problem.packed, blocks or (None, None), block_size)
+        info = _info_of_blocks(problem.packed, blocks or (None, None), asked_size)
     else:
         result, lse, maps = chosen.attention(problem, q, k, v, out, tables, lent)
         if return_info:
-            info = (
-                _info_of_grouped_keys(k) if isinstance(k, GroupedKeys) else _info(problem, chosen, maps, q, block_size)
-            )
+            info = _info(problem, chosen, maps, q, asked_size) if keys is None else _info_of_grouped_keys(k)
     results = [result if given_out is None else given_out]
     if return_lse:
         results.append(lse if given_lse is None else given_lse)
     if return_info:
         results.append(info)
     return tuple(results) if len(results) > 1 else results[0]
-
-
-def exact_attention(
-    q: Any,
-    k: Any,
-    v: Any,
-    *,
-    causal: bool | str = False,
-    window: tuple[int | None, int | None] | None = None,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    mask: Any = None,
-    bias: Any = None,
-    cu_seqlens_q: Any = None,
-    cu_seqlens_k: Any = None,
-    page_table: Any = None,
-    seqlens_k: Any = None,
-    layout: str = "bhnd",
-    out: Any = None,
-    return_lse: bool = False,
-    lse: Any = None,
-    workspace: Any = None,
-    stream: Any = None,
-    backend: str | None = None,
-) -> Any:
-    """Exact attention ``softmax(scale q k^T + bias) v``: what `distr_attention` gives for ``group_size=1``.
-
-    Parameters, results and errors are those of `distr_attention` without the grouping options; equations (1) to (3),
-    (21) to (24) and (29) of docs/math.md.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> one = np.ones((1, 1, 2, 4), dtype=np.float32)
-    >>> exact_attention(one, one, one)[0, 0, 0]
-    array([1., 1., 1., 1.], dtype=float32)
-    """
-    given_out, given_lse, handle = out, lse, checks.check_stream(stream)
-    page_table, seqlens_k = checks.arrays_in_place(handle, page_table=page_table, seqlens_k=seqlens_k)
-    q, k, v, mask, bias, cu_seqlens_q, cu_seqlens_k, out, lse, workspace = checks.arrays_in_place(
-        handle,
-        q=q,
-        k=k,
-        v=v,
-        mask=mask,
-        bias=bias,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        out=out,
-        lse=lse,
-        workspace=workspace,
-    )
-    checks.check_backend_name(backend)
-    problem = checks.check_call(
-        q,
-        k,
-        v,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        page_table=page_table,
-        seqlens_k=seqlens_k,
-        causal=causal,
-        window=window,
-        scale=scale,
-        softcap=softcap,
-        mask=mask,
-        bias=bias,
-        layout=layout,
-        out=out,
-        grouping=None,
-    )
-    checks.check_lent(
-        q,
-        stream=stream,
-        workspace=workspace,
-        lse=lse,
-        lse_shape=problem.lse_shape,
-        others={"q": q, "k": k, "v": v, "mask": mask, "bias": bias, "out": out}
-        | {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-        | {"page_table": page_table, "seqlens_k": seqlens_k},
-    )
-    lent = backends.Lent(handle, workspace, lse, return_lse)
-    chosen = backends.load(backend, like=q)
-    if isinstance(problem, PagedProblem):
-        result, lse = chosen.paged_attention(problem, q, k, v, out, page_table, seqlens_k, lent)
-    elif isinstance(problem, RaggedProblem):
-        result, lse, _ = chosen.ragged_attention(problem, q, k, v, out, cu_seqlens_q, cu_seqlens_k, lent)
-    else:
-        tables = backends.ScoreTables(mask, bias)
-        result, lse, _ = chosen.attention(problem, q, k, v, out, tables, lent)
-    if given_out is not None:
-        result = given_out
-    return (result, lse if given_lse is None else given_lse) if return_lse else result
 
 
 def workspace_size(q: Any, k: Any, v: Any, *, backend: str | None = None, **options: Any) -> int:

@@ -227,7 +227,8 @@ class AttentionInfo:
     ranks: Any
     """(B, H_x, C) int32, of the kind of q: the rank of every block; None unless the method is "subspace".
 
-    With packed sequences (H_x, C), the blocks of all sequences one after another; 0 in a sequence without queries.
+    With packed sequences (H_x, C), the blocks of all sequences one after another; 0 in a sequence without queries. On a
+    GPU, whose host does not know the lengths, C is the most that there can be, rows // L + B, and the rest is 0.
     """
     score_errors: Any
     """(B, H_x, C), of the kind of q: the predicted root-mean-square error of its scores, in nats; None as above."""

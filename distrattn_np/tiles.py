@@ -142,6 +142,7 @@ def mma_defines(
     aligned: bool,
     switches: ScoreSwitches = NO_SWITCHES,
     centred: bool = False,
+    ragged: bool = False,
 ) -> Defines:
     """Return the -D options of forward_mma.cu; ``centred`` matters with switches: whether the keys are."""
     mapped = query_map != NO_MAP
@@ -163,6 +164,7 @@ def mma_defines(
         "BLOCK_KV": tiles.block_kv,
         "NUM_WARPS": tiles.num_warps,
         "LAUNCH_SHARED_BYTES": tiles.shared_bytes(width, rank, value_width, query_map, own_block=own_block),
+        "RAGGED": int(ragged),
     } | switches.defines
 
 
@@ -192,6 +194,7 @@ def simt_defines(
     own_block: bool,
     causal: bool,
     switches: ScoreSwitches = NO_SWITCHES,
+    ragged: bool = False,
 ) -> Defines:
     """Return the -D options of forward_simt.cu; ``dense`` maps have no groups."""
     return {
@@ -206,6 +209,7 @@ def simt_defines(
         "OWN_BLOCK": int(own_block),
         "CAUSAL": int(causal),
         "BLOCK_Q": simt_block_q(element),
+        "RAGGED": int(ragged),
     } | switches.defines
 
 
@@ -226,12 +230,14 @@ class Sm90Tiles:
     """Whether the queries' map for the next key block is computed beside a softmax; takes registers."""
 
 
-def sm90_tiles(rank: int, value_width: int, query_block_size: int) -> Sm90Tiles:
+def sm90_tiles(rank: int, value_width: int, query_block_size: int, *, ragged: bool = False) -> Sm90Tiles:
     """Return what measured fastest on an H100 (docs/performance.md) for inner width ``rank`` (padded).
 
     Tiles of 192 queries are faster, unless they leave too many rows of the last tile of a query block empty.
+    ``ragged``: the blocks have that size on average, and half of a last tile is empty.
     """
-    fills_wide_tiles = query_block_size >= 0.95 * 192 * ceil_div(query_block_size, 192)
+    empty = 192 // 2 if ragged else -query_block_size % 192
+    fills_wide_tiles = query_block_size >= 0.95 * (query_block_size + empty)
     if fills_wide_tiles and value_width <= 64:
         return Sm90Tiles(192, 128, 3)
     if fills_wide_tiles and rank > 64:
@@ -258,6 +264,7 @@ def sm90_defines(
     causal: bool,
     mapped_width: int | None = None,
     folds_reference: bool = False,
+    ragged: bool = False,
 ) -> Defines:
     """Return the -D options of forward_sm90.cu for inner width ``rank`` (padded).
 
@@ -281,7 +288,8 @@ def sm90_defines(
         "BLOCK_Q": tiles.block_q,
         "BLOCK_KV": tiles.block_kv,
         "STAGES": tiles.stages,
-        "MAX_ROUNDS": 1 if causal else SM90_MAX_ROUNDS,
+        "MAX_ROUNDS": 1 if causal or ragged else SM90_MAX_ROUNDS,
+        "RAGGED": int(ragged),
     }
 
 
@@ -408,9 +416,9 @@ def rebuild_defines(element: int, width: int, rank: int) -> Defines:
     return {"ELEMENT": element, "D": width, "R": rank}
 
 
-def gram_defines(*, element: int, width: int, centred: bool, aligned: bool) -> Defines:
+def gram_defines(*, element: int, width: int, centred: bool, aligned: bool, ragged: bool = False) -> Defines:
     """Return the -D options of gram.cu."""
-    return {"ELEMENT": element, "D": width, "CENTRED": int(centred), "ALIGNED": int(aligned)}
+    return {"ELEMENT": element, "D": width, "CENTRED": int(centred), "ALIGNED": int(aligned), "RAGGED": int(ragged)}
 
 
 def gram_blocks(width: int) -> int:
@@ -429,10 +437,10 @@ GRAM_SM90_WIDTHS = (64, 128)
 """Widths that gram_sm90.cu takes."""
 
 
-def gram_sm90_defines(element: int, width: int) -> Defines:
+def gram_sm90_defines(element: int, width: int, *, ragged: bool = False) -> Defines:
     """Return the -D options of gram_sm90.cu."""
     stage_bytes = 2 * GRAM_SM90_ROW_TILE * width + 2 * 8  # a tile and two barriers
-    return {"ELEMENT": element, "D": width, "LAUNCH_SHARED_BYTES": 6 * stage_bytes + 1024}
+    return {"ELEMENT": element, "D": width, "RAGGED": int(ragged), "LAUNCH_SHARED_BYTES": 6 * stage_bytes + 1024}
 
 
 def gram_sm90_threads(width: int) -> int:
@@ -444,9 +452,9 @@ GRAM_SIMT_STRIP = 64
 """Channels of each side of a product that a block of gram_simt.cu makes."""
 
 
-def gram_simt_defines(*, element: int, width: int, centred: bool) -> Defines:
+def gram_simt_defines(*, element: int, width: int, centred: bool, ragged: bool = False) -> Defines:
     """Return the -D options of gram_simt.cu."""
-    return {"ELEMENT": element, "D": width, "CENTRED": int(centred)}
+    return {"ELEMENT": element, "D": width, "CENTRED": int(centred), "RAGGED": int(ragged)}
 
 
 def gram_simt_blocks(width: int) -> int:
@@ -455,9 +463,15 @@ def gram_simt_blocks(width: int) -> int:
     return strips * (strips + 1) // 2
 
 
-def sum_defines(element: int, direction: int, *, to_element: bool = False) -> Defines:
+def sum_defines(element: int, direction: int, *, to_element: bool = False, ragged: bool = False) -> Defines:
     """Return the -D options of sum_segments.cu."""
-    return {"ELEMENT": element, "DIRECTION": direction, "TO_ELEMENT": int(to_element), "THREADS": 128}
+    return {
+        "ELEMENT": element,
+        "DIRECTION": direction,
+        "TO_ELEMENT": int(to_element),
+        "RAGGED": int(ragged),
+        "THREADS": 128,
+    }
 
 
 def maps_pitch(width: int, columns: int) -> int:
@@ -465,7 +479,7 @@ def maps_pitch(width: int, columns: int) -> int:
     return pad(columns) + 2 * pad(width) + 4
 
 
-def maps_defines(element: int, width: int, columns: int, shared_limit: int) -> Defines:
+def maps_defines(element: int, width: int, columns: int, shared_limit: int, *, ragged: bool = False) -> Defines:
     """Return the -D options of subspace_maps.cu: its rows lie in shared memory where that is large enough.
 
     ``element`` is what the arrays hold: it computes in float64 for float64, else in float32, and writes the maps in 16
@@ -481,6 +495,7 @@ def maps_defines(element: int, width: int, columns: int, shared_limit: int) -> D
         "D": width,
         "R": columns,
         "IN_SHARED": int(in_shared),
+        "RAGGED": int(ragged),
         "THREADS": threads,
         "LAUNCH_SHARED_BYTES": fixed_bytes + in_shared * rows_bytes,
     }
@@ -501,6 +516,7 @@ def reduce_defines(
     rows_from_block: bool,
     aligned: bool,
     with_ones: bool = False,
+    ragged: bool = False,
 ) -> Defines:
     """Return the -D options of reduce_rows.cu: rows times the map of their own block, or of every work item.
 
@@ -517,6 +533,7 @@ def reduce_defines(
         "ITEMS_PER_BLOCK": 1 if rows_from_block else 8,
         "ALIGNED": int(aligned),
         "WITH_ONES": int(with_ones),
+        "RAGGED": int(ragged),
         "LAUNCH_SHARED_BYTES": 2 * (REDUCE_ROW_TILE + 2 * map_rows) * (pad(width) + 8),
     }
 
@@ -525,7 +542,9 @@ REDUCE_SIMT_ROW_TILE = 64
 """Rows of a block of reduce_rows_simt.cu."""
 
 
-def reduce_simt_defines(*, element: int, width: int, rank: int, centred: bool, rows_from_block: bool) -> Defines:
+def reduce_simt_defines(
+    *, element: int, width: int, rank: int, centred: bool, rows_from_block: bool, ragged: bool = False
+) -> Defines:
     """Return the -D options of reduce_rows_simt.cu, as of `reduce_defines`."""
     return {
         "ELEMENT": element,
@@ -533,6 +552,7 @@ def reduce_simt_defines(*, element: int, width: int, rank: int, centred: bool, r
         "R": rank,
         "CENTRED": int(centred),
         "ROWS_FROM_BLOCK": int(rows_from_block),
+        "RAGGED": int(ragged),
     }
 
 
@@ -541,28 +561,42 @@ def narrow_defines(element: int) -> Defines:
     return {"ELEMENT": element, "THREADS": 256}
 
 
-def mean_scores_defines(element: int, width: int, vector: int, *, adds: bool = True) -> Defines:
+def mean_scores_defines(element: int, width: int, vector: int, *, adds: bool = True, ragged: bool = False) -> Defines:
     """Return the -D options of add_mean_scores.cu."""
     lanes = min(32, 1 << (ceil_div(width, vector) - 1).bit_length())
-    return {"ELEMENT": element, "VECTOR": vector, "LANES": lanes, "THREADS": 256, "ADDS": int(adds)}
+    return {
+        "ELEMENT": element,
+        "VECTOR": vector,
+        "LANES": lanes,
+        "THREADS": 256,
+        "ADDS": int(adds),
+        "RAGGED": int(ragged),
+    }
 
 
-def hash_defines(element: int, vector: int) -> Defines:
+def cut_defines(edge_bytes: int) -> Defines:
+    """Return the -D options of cut_sequences.cu for edges of 4 or 8 bytes."""
+    return {"LONG_EDGES": int(edge_bytes == 8), "THREADS": 256}
+
+
+def hash_defines(element: int, vector: int, *, ragged: bool = False) -> Defines:
     """Return the -D options of hash_channels.cu."""
-    return {"ELEMENT": element, "VECTOR": vector, "THREADS": 512}
+    return {"ELEMENT": element, "VECTOR": vector, "RAGGED": int(ragged), "THREADS": 512}
 
 
-def norms_defines(element: int, vector: int, power: int = 2) -> Defines:
+def norms_defines(element: int, vector: int, power: int = 2, *, ragged: bool = False) -> Defines:
     """Return the -D options of channel_norms.cu; sums of the elements themselves with ``power`` 1."""
-    return {"ELEMENT": element, "VECTOR": vector, "POWER": power, "THREADS": 256}
+    return {"ELEMENT": element, "VECTOR": vector, "POWER": power, "RAGGED": int(ragged), "THREADS": 256}
 
 
-def gains_defines(element: int, group_size: int) -> Defines:
+def gains_defines(element: int, group_size: int, *, ragged: bool = False) -> Defines:
     """Return the -D options of fusion_gains.cu."""
-    return {"ELEMENT": element, "GROUP_SIZE": group_size, "THREADS": 512}
+    return {"ELEMENT": element, "GROUP_SIZE": group_size, "RAGGED": int(ragged), "THREADS": 512}
 
 
-def fuse_defines(*, element: int, group_size: int, rank: int, with_gains: bool, sample: bool, vector: int) -> Defines:
+def fuse_defines(
+    *, element: int, group_size: int, rank: int, with_gains: bool, sample: bool, vector: int, ragged: bool = False
+) -> Defines:
     """Return the -D options of fuse_channels.cu: Y Z for whole work items, or X W of every block's own rows."""
     return {
         "ELEMENT": element,
@@ -574,6 +608,7 @@ def fuse_defines(*, element: int, group_size: int, rank: int, with_gains: bool, 
         # neighbouring items mostly share rows of Y; a sampled block has rows of its own
         "ITEMS_PER_BLOCK": 1 if sample else 8,
         "VECTOR": vector,
+        "RAGGED": int(ragged),
         "THREADS": 128,
     }
 
@@ -593,6 +628,8 @@ _SWITCHES = (
     ScoreSwitches(window=True, softcap=True, bias=2, mask=True),
 )
 """Each score option, and all of them."""
+_RAGGED_SWITCHES = ScoreSwitches(window=True, softcap=True)
+"""Those that packed sequences may have."""
 
 
 def _forward_mma_cases(shared_limit: int) -> Iterator[Defines]:
@@ -619,8 +656,16 @@ def _forward_mma_cases(shared_limit: int) -> Iterator[Defines]:
         (256, 2, 256, DENSE),
     ]
     for number, (width, group_size, value_width, query_map) in enumerate(shapes):
-        options = (NO_SWITCHES, NO_SWITCHES, _SWITCHES[number % 3], _SWITCHES[3])
-        for switches, causal in zip(options, (False, True, number % 2 == 0, number % 4 < 2), strict=True):
+        options = [
+            (NO_SWITCHES, False, False),
+            (NO_SWITCHES, True, False),
+            (_SWITCHES[number % 3], number % 2 == 0, False),
+            (_SWITCHES[3], number % 4 < 2, False),
+            (NO_SWITCHES, False, True),
+            (NO_SWITCHES, True, True),
+            (_RAGGED_SWITCHES, number % 4 < 2, True),
+        ]
+        for switches, causal, ragged in options:
             rank, own_block = width // group_size, causal and query_map == DENSE
             changes = switches.changes_scores
             tiles = mma_tiles(
@@ -641,6 +686,7 @@ def _forward_mma_cases(shared_limit: int) -> Iterator[Defines]:
                 aligned=width % 8 == 0 and value_width % 8 == 0,
                 switches=switches,
                 centred=query_map == DENSE or (query_map == NO_MAP and number % 2 == 1),
+                ragged=ragged,
             )
 
 
@@ -662,8 +708,12 @@ def _forward_simt_cases() -> Iterator[Defines]:
     for number, (element, shape) in enumerate(product(ELEMENTS.values(), shapes)):
         width, rank, value_width, group_by, dense = shape
         usual = (False, True) if dense and group_by == "keys" else (number % 3 == 0,)
-        plain = ((causal, NO_SWITCHES) for causal in usual)
-        for causal, switches in (*plain, (number % 8 < 4, _SWITCHES[number % 4])):
+        plain = [(causal, NO_SWITCHES, ragged) for causal in usual for ragged in (False, True)]
+        for causal, switches, ragged in (
+            *plain,
+            (number % 8 < 4, _SWITCHES[number % 4], False),
+            (number % 8 < 4, _RAGGED_SWITCHES, True),
+        ):
             yield simt_defines(
                 element=element,
                 width=width,
@@ -676,6 +726,7 @@ def _forward_simt_cases() -> Iterator[Defines]:
                 own_block=dense and group_by == "keys" and causal,
                 causal=causal,
                 switches=switches,
+                ragged=ragged,
             )
 
 
@@ -683,7 +734,7 @@ def _fuse_cases() -> Iterator[Defines]:
     for number, (element, (group_size, rank)) in enumerate(
         product(ELEMENTS.values(), [(2, 64), (4, 32), (3, 11), (128, 2), (256, 1)])
     ):
-        for sample in (False, True):
+        for sample, ragged in product((False, True), repeat=2):
             vector = _widest(element) if number % 2 and rank * group_size % 8 == 0 else 1
             yield fuse_defines(
                 element=element,
@@ -692,6 +743,7 @@ def _fuse_cases() -> Iterator[Defines]:
                 with_gains=number % 2 == 0 and not sample,
                 sample=sample,
                 vector=vector,
+                ragged=ragged,
             )
 
 
@@ -702,7 +754,7 @@ def _widest(element: int) -> int:
 
 def _forward_sm90_cases() -> Iterator[Defines]:
     for rank, value_width in product(SM90_WIDTHS, SM90_WIDTHS):
-        for keys_per_item in (False, True):
+        for keys_per_item, ragged in product((False, True), repeat=2):
             element = 1 + (rank + value_width) // 16 % 2
             yield sm90_defines(
                 sm90_tiles(rank, value_width, 1024 if keys_per_item else 1920),
@@ -711,11 +763,13 @@ def _forward_sm90_cases() -> Iterator[Defines]:
                 value_width=value_width,
                 keys_per_item=keys_per_item,
                 causal=(rank // 32 + element) % 2 == keys_per_item,
+                ragged=ragged,
             )
     for width, rank, value_width in product((64, 128), SM90_WIDTHS, (64, 128)):
         if rank <= width:
-            causal = value_width == width  # so that both are built for every pair of width and rank
-            for folds_reference in (False, True):
+            usual = value_width == width  # so that both are built for every pair of width and rank
+            ends = ((usual, False), (False, True), (True, True))
+            for folds_reference, (causal, ragged) in product((False, True), ends):
                 yield sm90_defines(
                     sm90_key_map_tiles(rank, width, value_width),
                     element=1 + (rank // 16 + folds_reference) % 2,
@@ -725,6 +779,7 @@ def _forward_sm90_cases() -> Iterator[Defines]:
                     causal=causal,
                     mapped_width=width,
                     folds_reference=folds_reference,
+                    ragged=ragged,
                 )
 
 
@@ -761,14 +816,14 @@ def _decode_cases(shared_limit: int) -> Iterator[Defines]:
 
 def _subspace_maps_cases(shared_limit: int) -> Iterator[Defines]:
     shapes = ((128, 64), (128, 128), (128, 96), (64, 32), (80, 40), (33, 11), (2, 1), (256, 128), (256, 256))
-    for (width, columns), element in product(shapes, ELEMENTS.values()):
-        yield maps_defines(element, width, columns, shared_limit)
+    for (width, columns), element, ragged in product(shapes, ELEMENTS.values(), (False, True)):
+        yield maps_defines(element, width, columns, shared_limit, ragged=ragged)
 
 
 def _reduce_rows_cases() -> Iterator[Defines]:
     shapes = [(128, 64), (128, 96), (64, 32), (80, 40), (33, 11), (2, 1), (240, 120), (256, 128), (256, 255)]
     for number, (width, rank) in enumerate(shapes):
-        for rows_from_block in (False, True):
+        for rows_from_block, ragged in product((False, True), repeat=2):
             yield reduce_defines(
                 element=1 + number % 2,
                 width=width,
@@ -777,55 +832,69 @@ def _reduce_rows_cases() -> Iterator[Defines]:
                 rows_from_block=rows_from_block,
                 aligned=width % 8 == 0 and number % 3 != 2,
                 with_ones=rows_from_block and pad(rank) - rank >= 2,
+                ragged=ragged,
             )
 
 
 def _reduce_rows_simt_cases() -> Iterator[Defines]:
     shapes = [(128, 64), (64, 32), (33, 11), (2, 1), (256, 255)]
     for number, (element, (width, rank)) in enumerate(product(ELEMENTS.values(), shapes)):
-        for rows_from_block in (False, True):
+        for rows_from_block, ragged in product((False, True), repeat=2):
             yield reduce_simt_defines(
                 element=element,
                 width=width,
                 rank=rank,
                 centred=(number + rows_from_block) % 2 == 0,
                 rows_from_block=rows_from_block,
+                ragged=ragged,
             )
 
 
 _SIXTEEN_BITS = (ELEMENTS["float16"], ELEMENTS["bfloat16"])
+_EITHER = (False, True)
 _CASES: dict[str, Callable[[int], Iterable[Defines]]] = {
-    "hash_channels": lambda _: [hash_defines(e, v) for e in ELEMENTS.values() for v in (1, _widest(e))],
+    "cut_sequences": lambda _: [cut_defines(size) for size in (4, 8)],
+    "hash_channels": lambda _: [
+        hash_defines(e, v, ragged=ragged) for e in ELEMENTS.values() for v in (1, _widest(e)) for ragged in _EITHER
+    ],
     "group_channels": lambda _: [{}],
     "channel_norms": lambda _: [
-        norms_defines(e, v, power) for e in ELEMENTS.values() for v in (1, _widest(e)) for power in (1, 2)
+        norms_defines(e, v, power, ragged=ragged)
+        for e in ELEMENTS.values()
+        for v, power, ragged in product((1, _widest(e)), (1, 2), _EITHER)
     ],
-    "fusion_gains": lambda _: [gains_defines(e, g) for e in ELEMENTS.values() for g in (2, 3, 4, 256)],
+    "fusion_gains": lambda _: [
+        gains_defines(e, g, ragged=ragged) for e, g, ragged in product(ELEMENTS.values(), (2, 3, 4, 256), _EITHER)
+    ],
     "fuse_channels": lambda _: _fuse_cases(),
     "gram": lambda _: [
-        gram_defines(element=e, width=width, centred=centred, aligned=width % 8 == 0 and aligned)
-        for e, width, centred, aligned in product(
-            _SIXTEEN_BITS, (128, 64, 80, 33, 1, 176, 192, 256), (False, True), (False, True)
+        gram_defines(element=e, width=width, centred=centred, aligned=width % 8 == 0 and aligned, ragged=ragged)
+        for e, width, centred, aligned, ragged in product(
+            _SIXTEEN_BITS, (128, 64, 80, 33, 1, 176, 192, 256), _EITHER, _EITHER, _EITHER
         )
     ],
-    "gram_sm90": lambda _: [gram_sm90_defines(e, width) for e, width in product(_SIXTEEN_BITS, GRAM_SM90_WIDTHS)],
+    "gram_sm90": lambda _: [
+        gram_sm90_defines(e, width, ragged=ragged)
+        for e, width, ragged in product(_SIXTEEN_BITS, GRAM_SM90_WIDTHS, _EITHER)
+    ],
     "gram_simt": lambda _: [
-        gram_simt_defines(element=e, width=width, centred=centred)
-        for e, width, centred in product(ELEMENTS.values(), (128, 64, 33, 1, 256), (False, True))
+        gram_simt_defines(element=e, width=width, centred=centred, ragged=ragged)
+        for e, width, centred, ragged in product(ELEMENTS.values(), (128, 64, 33, 1, 256), _EITHER, _EITHER)
     ],
     "sum_segments": lambda _: [
-        sum_defines(e, direction, to_element=direction == ALL)
-        for e in ELEMENTS.values()
-        for direction in (OWN, ALL, UP_TO, FROM)
+        sum_defines(e, direction, to_element=direction == ALL, ragged=ragged)
+        for e, direction, ragged in product(ELEMENTS.values(), (OWN, ALL, UP_TO, FROM), _EITHER)
+        if not (ragged and direction == OWN)
     ],
     "subspace_maps": _subspace_maps_cases,
     "narrow_maps": lambda _: [narrow_defines(e) for e in ELEMENTS.values()],
     "reduce_rows": lambda _: _reduce_rows_cases(),
     "reduce_rows_simt": lambda _: _reduce_rows_simt_cases(),
     "add_mean_scores": lambda _: [
-        mean_scores_defines(e, width, vector, adds=adds)
+        mean_scores_defines(e, width, vector, adds=adds, ragged=ragged)
         for e in ELEMENTS.values()
         for width, vector, adds in ((128, _widest(e), True), (33, 1, False), (256, _widest(e), True))
+        for ragged in _EITHER
     ],
     "decode": _decode_cases,
     "merge_splits": lambda _: [merge_splits_defines(e, width) for e in _SIXTEEN_BITS for width in (1, 64, 128, 256)],

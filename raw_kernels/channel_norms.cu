@@ -8,6 +8,8 @@
 // Reference : reference/channel_norms.py      Numba : distrattn_np/numba_kernels/channel_norms.py
 // Launcher  : distrattn_np/backends/cupy_backend.py
 //
+// RAGGED with POWER 1 sums the keys that SampledKeys of segments.cuh has; the pieces are those of the keys themselves.
+//
 // Grid      : (B * H * S), s fastest     one thread block per segment
 // Block     : THREADS
 // Shared    : THREADS * VECTOR * sizeof(accumulate_t), static
@@ -36,14 +38,27 @@ static_assert(THREADS * VECTOR >= MAX_D, "the threads reach across the widest ro
 extern "C" __global__ __launch_bounds__(THREADS, MIN_BLOCKS)
 void channel_norms(const element_t* __restrict__ Y,   // [B, H, rows, D]
                    accumulate_t* __restrict__ norms,  // [B, H, S, D]
-                   int H, int S, int rows, int D, int segment_rows, int shift, int lower, int upper, long long stride_y_b,
-                   long long stride_y_h, long long stride_y_n) {
+                   int H, int S, int rows, int D, int segment_rows,
+#if RAGGED
+                   const Piece* __restrict__ pieces, int offset, int direction,
+#else
+                   int shift, int lower, int upper,
+#endif
+                   long long stride_y_b, long long stride_y_h, long long stride_y_n) {
   __shared__ accumulate_t partial_smem[THREADS * VECTOR];  // [slices, D]
 
   // ---- which rows this block owns; which channels and rows of them this thread owns ----
   const int s = blockIdx.x % S, h = blockIdx.x / S % H, b = blockIdx.x / S / H;
+#if !RAGGED
   const Segments segments{S, segment_rows, shift, lower, upper};
-  const int begin = segments.edge(s), end = segments.edge(s + 1);
+#elif POWER == 1
+  const SampledKeys segments{pieces, segment_rows};
+  Y += pieces[s].begin * stride_y_n;
+  stride_y_n *= segments.step(s);
+#else
+  const Segments segments{pieces, segment_rows, offset, direction};
+#endif
+  const int begin = segments.range(s).begin, end = segments.range(s).end;
   const int strips = D / VECTOR;  // a strip is VECTOR neighbouring channels; neighbouring threads read along a row
   const int slices = THREADS / strips;
   const int slice = threadIdx.x / strips;

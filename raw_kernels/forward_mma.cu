@@ -352,7 +352,13 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
                  long long stride_v_b, long long stride_v_h, long long stride_v_m,
                  long long stride_o_b, long long stride_o_h, long long stride_o_n,
                  int window_offset, float softcap, Table<mask_t> mask, Table<bias_t> bias,
-                 const float* __restrict__ mean_scores) {  // [B, H, N], scale * q . mean; unused without CENTRED
+                 const float* __restrict__ mean_scores  // [B, H, N], scale * q . mean; unused without CENTRED
+#if RAGGED
+                 ,
+                 const Piece* __restrict__ pieces,  // [query_blocks]
+                 int key_blocks                     // of all sequences; with maps for blocks of keys
+#endif
+) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   element_t* const raw_Q_smem = reinterpret_cast<element_t*>(shared_bytes);  // [BLOCK_Q, D_STRIDE], with QUERY_MAP
   element_t* const Q_smem = raw_Q_smem + RAW_Q_ELEMENTS;                     // [BLOCK_Q, R_STRIDE]
@@ -361,13 +367,16 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
   // ---- which query rows this block owns, which keys they see ----
   auto find_work_anew = [=]() mutable {  // hidden from the compiler: registers through the main loop are dearer
     asm volatile("" : "+r"(first_item), "+r"(query_block_size));
-    return find_work(BLOCK_Q, H, N, query_blocks, query_block_size, first_item, CAUSAL);
+    return find_work(BLOCK_Q, H, N, query_blocks, query_block_size, first_item, CAUSAL, pieces);
   };
   const WorkItem work = find_work_anew();
   if (work.query_begin >= work.query_end) return;
   const int h_kv = work.h / heads_per_kv_head;
+  causal_offset = work.key_offset(causal_offset);
+  window_offset = work.key_offset(window_offset);
+  const int first_key = work.first_key(), keys_there = work.keys(M);
   KeyRange range;
-  range.end = CAUSAL ? visible_key_end(work.query_end, M, causal_offset) : M;
+  range.end = CAUSAL ? visible_key_end(work.query_end, keys_there, causal_offset) : keys_there;
   range.mapped_end = range.end;
   if (OWN_BLOCK) {
     range.mapped_end = min(range.end, own_block_begin(work.query_end - 1, causal_offset, key_block_size));
@@ -383,8 +392,9 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
   const element_t* K_head = KEYS_PER_ITEM ? K + (long long)work.launch_item * M * K_COLUMNS
                                                 : K + work.b * stride_k_b + h_kv * stride_k_h;
   const long long stride_k = KEYS_PER_ITEM ? K_COLUMNS : stride_k_m;
-  const element_t* V_head = V + work.b * stride_v_b + h_kv * stride_v_h;
-  const element_t* own_K_head = own_K + work.b * stride_own_b + h_kv * stride_own_h;
+  const element_t* V_head = V + work.b * stride_v_b + h_kv * stride_v_h + first_key * stride_v_m;
+  const element_t* own_K_head = own_K + work.b * stride_own_b + h_kv * stride_own_h + first_key * stride_own_m;
+  K_head += first_key * stride_k;
 
   asm volatile("" : "+l"(K_head), "+l"(V_head));  // hold two pointers through the main loop, not what they are sums of
   auto key_tile_anew = [=](int t) mutable {  // hidden as well
@@ -393,7 +403,7 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
   };
   auto mean_of_head = [&]() -> const float* {
     const WorkItem item = find_work_anew();
-    return mean + ((long long)item.b * (H / heads_per_kv_head) + item.h / heads_per_kv_head) * D;
+    return mean + ((long long)item.sequence() * (H / heads_per_kv_head) + item.h / heads_per_kv_head) * D;
   };
   int loads = 0;  // where the mask leaves tiles out, those that were loaded take turns
   auto load_keys_and_values = [&](int t) {
@@ -475,8 +485,11 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
       const WorkItem item = find_work_anew();
       const int H_x = MAPS_FOR_KEY_BLOCKS ? H / heads_per_kv_head : H;
       const int h_x = MAPS_FOR_KEY_BLOCKS ? item.h / heads_per_kv_head : item.h;
-      const int C = MAPS_FOR_KEY_BLOCKS ? (M + key_block_size - 1) / key_block_size : query_blocks;
-      const int c = MAPS_FOR_KEY_BLOCKS ? tile.block : item.c;
+#if !RAGGED
+      const int key_blocks = (M + key_block_size - 1) / key_block_size;
+#endif
+      const int C = MAPS_FOR_KEY_BLOCKS ? key_blocks : query_blocks;
+      const int c = MAPS_FOR_KEY_BLOCKS ? item.first_key_block() + tile.block : item.c;
       const long long map_offset = (((long long)item.b * H_x + h_x) * C + c) * MAP_ELEMENTS;
       map_queries(Q_smem, raw_Q_smem, maps + map_offset, gains + map_offset);
     }

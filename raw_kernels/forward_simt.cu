@@ -132,7 +132,13 @@ void forward_simt(const element_t* __restrict__ Q,   // [B, H, N, D]
                   long long stride_k_b, long long stride_k_h, long long stride_k_m,
                   long long stride_v_b, long long stride_v_h, long long stride_v_m,
                   long long stride_o_b, long long stride_o_h, long long stride_o_n,
-                  int window_offset, accumulate_t softcap, Table<mask_t> mask, Table<bias_t> bias) {
+                  int window_offset, accumulate_t softcap, Table<mask_t> mask, Table<bias_t> bias
+#if RAGGED
+                  ,
+                  const Piece* __restrict__ pieces,  // [query_blocks]
+                  int key_blocks                     // of all sequences; by keys
+#endif
+) {
   __shared__ alignas(16) accumulate_t operands_smem[OPERANDS];
   __shared__ alignas(16) accumulate_t P_smem[BLOCK_KV][P_PITCH];  // transposed: a thread's queries are neighbours
   __shared__ int channels_smem[GROUP_BY == EXACT ? 1 : D];
@@ -143,21 +149,24 @@ void forward_simt(const element_t* __restrict__ Q,   // [B, H, N, D]
   const int ty = threadIdx.x / SIDE, tx = threadIdx.x % SIDE;
 
   // ---- which rows this block owns ----
-  const WorkItem work = find_work(BLOCK_Q, H, N, query_blocks, query_block_size, first_item, CAUSAL);
+  const WorkItem work = find_work(BLOCK_Q, H, N, query_blocks, query_block_size, first_item, CAUSAL, pieces);
   if (work.query_begin >= work.query_end) return;
   const int queries = work.query_end - work.query_begin;
+  causal_offset = work.key_offset(causal_offset);
+  window_offset = work.key_offset(window_offset);
+  const int keys_there = work.keys(M), first_key = work.first_key();
   const int key_begin = WINDOW ? visible_key_begin(work.query_begin, window_offset) : 0;
-  const int key_end = CAUSAL ? visible_key_end(work.query_end, M, causal_offset) : M;
+  const int key_end = CAUSAL ? visible_key_end(work.query_end, keys_there, causal_offset) : keys_there;
   const int h_kv = work.h / heads_per_kv_head, H_kv = H / heads_per_kv_head;
   Q += work.b * stride_q_b + work.h * stride_q_h + work.query_begin * stride_q_n;
-  K += work.b * stride_k_b + h_kv * stride_k_h;
-  V += work.b * stride_v_b + h_kv * stride_v_h;
+  K += work.b * stride_k_b + h_kv * stride_k_h + first_key * stride_k_m;
+  V += work.b * stride_v_b + h_kv * stride_v_h + first_key * stride_v_m;
   O += work.b * stride_o_b + work.h * stride_o_h + work.query_begin * stride_o_n;
   lse += (static_cast<long long>(work.b) * H + work.h) * N + work.query_begin;
   const long long kv_head = static_cast<long long>(work.b) * H_kv + h_kv;
-  mean += kv_head * D;
+  mean += (static_cast<long long>(work.sequence()) * H_kv + h_kv) * D;
   reduced_Q += ((static_cast<long long>(work.b) * H + work.h) * N + work.query_begin) * R_PADDED;
-  reduced_K += (GROUP_BY == QUERIES ? work.launch_item : kv_head) * M * R_PADDED;
+  reduced_K += ((GROUP_BY == QUERIES ? work.launch_item : kv_head) * M + first_key) * R_PADDED;
 
   auto load_maps = [&](long long map) {
     for (int i = threadIdx.x; i < D; i += THREADS) {
@@ -205,8 +214,10 @@ void forward_simt(const element_t* __restrict__ Q,   // [B, H, N, D]
       const int block_key = key % key_block_size;
       keys = min(keys, key_block_size - block_key);
       if (block_key == 0 || (WINDOW && key == key_begin)) {
-        const int C = (M - 1) / key_block_size + 1;
-        const long long map = kv_head * C + key / key_block_size;
+#if !RAGGED
+        const int key_blocks = (M - 1) / key_block_size + 1;
+#endif
+        const long long map = kv_head * key_blocks + work.first_key_block() + key / key_block_size;
 #if DENSE
         // ---- Q Z [BLOCK_Q, R], as many columns at a time as a tile has keys ----
         for (int column = 0; column < R; column += BLOCK_KV) {

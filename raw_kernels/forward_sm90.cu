@@ -15,11 +15,12 @@
 //                            take the softmax's reference off the scores.
 //
 // Grid      : (positions / MAX_ROUNDS or more); see work_item.cuh. A thread block takes one position after the other, at
-//             most MAX_ROUNDS, and copies the first tiles of the next while it finishes one. CAUSAL, where positions
-//             differ: (positions), the longest first
+//             most MAX_ROUNDS, and copies the first tiles of the next while it finishes one. CAUSAL and RAGGED, where
+//             positions differ: (positions), of which CAUSAL takes the longest first
 // Block     : (1 + NUM_CONSUMERS) * 128 threads. Warpgroup 0 copies tiles, the others own 64 query rows each
 // Shared    : sizeof(SharedTiles) + SWIZZLE_ALIGNMENT bytes, dynamic: 2 (BLOCK_Q Q_WIDTH + STAGES BLOCK_KV (R + E))
-//             + 8 (3 + 4 STAGES) + 1024; KEY_MAPS: and 2 R D + 4 BLOCK_Q + 32; OWN_BLOCK: D in place of R in the tiles of K
+//             + 8 (3 + 4 STAGES) + 1024; KEY_MAPS: and 2 R D + 4 BLOCK_Q + 32; OWN_BLOCK: D in place of R in the tiles of K;
+//             RAGGED: and 24
 // Maps      : 16-bit elements, strides as they are, swizzle as wide as a row of the box, zeros outside
 //             axes from the inner one             box (Panels<width>::COLUMNS, rows, 1, 1)
 //             q_map (Q_WIDTH, N, H, B)            (Q_WIDTH, BLOCK_Q)
@@ -27,6 +28,8 @@
 //             v_map (E, M, H_kv, B)               (E, BLOCK_KV)
 //             z_map (D, key blocks * R, H_kv, B)  (D, R)                 KEY_MAPS: Z transposed
 //             own_map (D, M, H_kv, B)             (D, BLOCK_KV)          OWN_BLOCK: K as the caller holds it
+// RAGGED    : k_map, v_map and own_map show the rows of all sequences, and z_map their key blocks (sequences.cuh). Boxes may
+//             reach into the next sequence: its keys are hidden, its queries and values set to zero.
 // Assumes   : scale > 0, M > 0; pointers and strides of what the maps show are multiples of 16 bytes, those of O of 4;
 //             KEY_MAPS: key_block_size is a multiple of BLOCK_KV. Q Z (FOLD_REFERENCE: in powers of two) is rounded to
 //             the element type; what is out of its range becomes the largest element.
@@ -70,7 +73,7 @@
 #define STAGES 2
 #endif
 #ifndef MAX_ROUNDS
-#define MAX_ROUNDS (CAUSAL ? 1 : 31)  // positions that a thread block takes
+#define MAX_ROUNDS (CAUSAL || RAGGED ? 1 : 31)  // positions that a thread block takes
 #endif
 
 #include "hopper.cuh"
@@ -87,7 +90,7 @@ static_assert(BLOCK_Q % CONSUMER_ROWS == 0 && NUM_CONSUMERS >= 2 && NUM_CONSUMER
               "two to four warpgroups own 64 query rows each");
 static_assert(BLOCK_KV % MMA_DEPTH == 0 && BLOCK_KV <= 128, "S [64, BLOCK_KV] is held in registers");
 static_assert(MAX_ROUNDS <= 31, "a bit for each round, and one for the pass");
-static_assert(!CAUSAL || MAX_ROUNDS == 1, "only thread blocks of one position can take the longest first");
+static_assert(!(CAUSAL || RAGGED) || MAX_ROUNDS == 1, "only thread blocks of one position can take the longest first");
 static_assert(R % MMA_DEPTH == 0 && E % MMA_DEPTH == 0 && Q_WIDTH % MMA_DEPTH == 0, "a product is 16 columns deep");
 
 // Registers of a thread. What the warpgroups hold together may not exceed what they are launched with, or the block
@@ -109,6 +112,12 @@ struct SharedTiles {
   element_t Z[R * D];
   float mean_scores[BLOCK_Q];  // q . mean of each row
   Barrier Z_full, Z_empty, mean_scores_full, mean_scores_empty;
+#endif
+#if RAGGED
+  volatile struct {
+    int M, causal_offset, first_key, first_key_block;
+    int queries, unused;  // of this tile
+  } sequence;  // read where it is needed: registers of the loops are dearer
 #endif
   Barrier Q_full, Q_empty, K_full[STAGES], K_empty[STAGES], V_full[STAGES], V_empty[STAGES];
   alignas(8) unsigned lost_rounds;  // a bit for each position that has to be computed again
@@ -272,6 +281,18 @@ struct RunningSoftmax {
   }
 };
 
+// Where the keys of a block's sequence begin, and their blocks, among all that the maps show; how many queries of the
+// tile are of the sequence.
+#if RAGGED
+#define QUERIES shared.sequence.queries
+#define FIRST_KEY shared.sequence.first_key
+#define FIRST_KEY_BLOCK shared.sequence.first_key_block
+#else
+#define QUERIES BLOCK_Q
+#define FIRST_KEY 0
+#define FIRST_KEY_BLOCK 0
+#endif
+
 // ---- producers: a thread of one warp copies tiles in the order of their use, in which V follows K by one; a thread of
 // the other warps copies queries ----
 struct TileCopies {
@@ -289,20 +310,20 @@ struct TileCopies {
 #endif
                                        const WorkItem& work, int kv_head, const KeyTiles& keys) {
     const int k_head = KEYS_PER_ITEM ? work.launch_item : kv_head;
-    const int k_batch = KEYS_PER_ITEM ? 0 : work.b;
+    const int b = RAGGED ? 0 : work.b, k_batch = KEYS_PER_ITEM ? 0 : b;
     const int visits = keys.visits();
 #if KEY_MAPS
     int key_block = (keys.mapped_end - 1) * BLOCK_KV / key_block_size;
-    if (keys.mapped_end > 0) copy_map(shared, z_map, key_block, kv_head, work.b);
+    if (keys.mapped_end > 0) copy_map(shared, z_map, FIRST_KEY_BLOCK + key_block, kv_head, b);
 #endif
 #pragma unroll 1
     for (int visit = 0; visit <= visits; ++visit) {
       if (visit < visits) {
-        const int row = keys.visited(visit) * BLOCK_KV;
+        const int row = FIRST_KEY + keys.visited(visit) * BLOCK_KV;
         barrier_wait(shared.K_empty[K_ring.stage], K_ring.parity ^ 1);
 #if OWN_BLOCK
         if (visit < keys.own_count())
-          copy_tile<D, BLOCK_KV>(shared.K[K_ring.stage], own_map, shared.K_full[K_ring.stage], row, kv_head, work.b);
+          copy_tile<D, BLOCK_KV>(shared.K[K_ring.stage], own_map, shared.K_full[K_ring.stage], row, kv_head, b);
         else
 #endif
           copy_tile<R, BLOCK_KV>(shared.K[K_ring.stage], k_map, shared.K_full[K_ring.stage], row, k_head, k_batch);
@@ -311,14 +332,14 @@ struct TileCopies {
       if (visit > 0) {
         barrier_wait(shared.V_empty[V_ring.stage], V_ring.parity ^ 1);
         copy_tile<E, BLOCK_KV>(shared.V[V_ring.stage], v_map, shared.V_full[V_ring.stage],
-                               keys.visited(visit - 1) * BLOCK_KV, kv_head, work.b);
+                               FIRST_KEY + keys.visited(visit - 1) * BLOCK_KV, kv_head, b);
         V_ring.advance();
       }
 #if KEY_MAPS
       // Z of the next block, behind what consumers wait for before they release the last Z
       const bool is_mapped = visit >= keys.own_count() && visit < visits;
       if (is_mapped && key_block > 0 && keys.visited(visit) * BLOCK_KV == key_block * key_block_size)
-        copy_map(shared, z_map, --key_block, kv_head, work.b);
+        copy_map(shared, z_map, FIRST_KEY_BLOCK + --key_block, kv_head, b);
 #endif
     }
   }
@@ -350,7 +371,7 @@ struct QueryCopies {
     for (int row = threadIdx.x - WARP_SIZE; row < BLOCK_Q; row += WARPGROUP - WARP_SIZE) {
       float sum = 0.0f;
 #pragma unroll 1
-      for (int d = 0; d < D; d += CHUNK) {
+      for (int d = 0; d < (row < QUERIES ? D : 0); d += CHUNK) {
         const uint2 chunk = *reinterpret_cast<const uint2*>(shared.Q + swizzled_place<D, BLOCK_Q>(row, d));
         const element_t(&q)[CHUNK] = reinterpret_cast<const element_t(&)[CHUNK]>(chunk);
 #pragma unroll
@@ -422,6 +443,17 @@ __device__ __forceinline__ void finish_map(MappedQueries& QZ, float (&C)[R / 2],
 }
 #endif
 
+#if RAGGED
+// Queries of a sequence without keys: O = 0, lse = -inf.
+__device__ __forceinline__ void write_nothing_seen(element_t* O, float* lse, const WorkItem& work, int H, int N,
+                                                   long long stride_o_h, long long stride_o_n) {
+  for (int i = threadIdx.x; i < (work.query_end - work.query_begin) * E; i += NUM_THREADS)
+    O[work.h * stride_o_h + (work.query_begin + i / E) * stride_o_n + i % E] = element_t(0);
+  for (int n = work.query_begin + threadIdx.x; n < work.query_end; n += NUM_THREADS)
+    lse[(long long)work.h * N + n] = -INFINITE;
+}
+#endif
+
 template <bool VALUE>
 struct Bool {
   static constexpr bool value = VALUE;
@@ -449,15 +481,36 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
                   const float* __restrict__ mean,          // [B, H_kv, D], taken off the keys behind k_map; may be null
                   int key_block_size
 #endif
+#if RAGGED
+                  ,
+                  const Piece* __restrict__ pieces         // [query_blocks]
+#endif
 ) {
   extern __shared__ unsigned char shared_bytes[];
   SharedTiles& shared = *reinterpret_cast<SharedTiles*>(
       shared_bytes + (SWIZZLE_ALIGNMENT - shared_address(shared_bytes) % SWIZZLE_ALIGNMENT) % SWIZZLE_ALIGNMENT);
 
   const auto find_position = [&](int round) {
-    return find_work(BLOCK_Q, H, N, query_blocks, query_block_size, first_item, CAUSAL,
+    return find_work(BLOCK_Q, H, N, query_blocks, query_block_size, first_item, CAUSAL, pieces,
                      blockIdx.x + round * gridDim.x);
   };
+#if RAGGED
+  const WorkItem only = find_position(0);  // MAX_ROUNDS is 1
+  if (only.query_begin >= only.query_end) return;
+  causal_offset = only.key_offset(causal_offset);
+  M = only.keys(M);
+  if (M == 0) {
+    write_nothing_seen(O, lse, only, H, N, stride_o_h, stride_o_n);
+    return;
+  }
+  if (threadIdx.x == 0) {  // seen behind the barrier below
+    shared.sequence.M = M;
+    shared.sequence.causal_offset = causal_offset;
+    shared.sequence.first_key = only.first_key();
+    shared.sequence.first_key_block = only.first_key_block();
+    shared.sequence.queries = only.query_end - only.query_begin;
+  }
+#endif
   // ---- which keys the query rows of a position see ----
   const auto find_keys = [&](const WorkItem& work) {
     const int key_end = CAUSAL ? visible_key_end(work.query_end, M, causal_offset) : M;
@@ -545,7 +598,8 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
         if (threadIdx.x == WARP_SIZE) queries.copy(shared, q_map, work);
 #if KEY_MAPS
         const int kv_heads = H / heads_per_kv_head;
-        if (mean) queries.multiply_by(mean + (work.b * kv_heads + work.h / heads_per_kv_head) * D, shared);
+        if (mean)
+          queries.multiply_by(mean + (work.sequence() * kv_heads + work.h / heads_per_kv_head) * D, shared);
 #endif
         queries.ring.advance();
         __syncwarp();
@@ -573,6 +627,19 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
     Ring<1> Z_ring;
     MappedQueries QZ;
 #endif
+#if RAGGED
+    // Rows of other sequences: queries that could move the references of a warp, and values, of which a weight of zero
+    // does not make zeros.
+    constexpr int CONSUMER_THREADS = NUM_CONSUMERS * WARPGROUP;
+    auto clear_other_values = [&](int tile) {
+      const int valid = shared.sequence.M - tile * BLOCK_KV;
+      if (valid >= BLOCK_KV) return;
+      barrier_wait(shared.V_full[V_ring.stage], V_ring.parity);
+      clear_rows<E, BLOCK_KV, WARPGROUP, CONSUMER_THREADS>(shared.V[V_ring.stage], valid);
+    };
+#else
+    auto clear_other_values = [](int) {};  // the copy engine fills up with zeros
+#endif
 
     for_positions([&](bool follows_maximum, int round, const WorkItem& work) {
       const int first_row = work.query_begin + consumer * CONSUMER_ROWS;
@@ -580,11 +647,17 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
 #if OWN_BLOCK
       // The first key that a row scores exactly. Rows that do not exist count as the last one that does.
       const auto own_begin_of = [&](int n) {
+#if RAGGED
+        const int causal_offset = shared.sequence.causal_offset;
+#endif
         return own_block_begin(min(n, work.query_end - 1), causal_offset, key_block_size);
       };
 #endif
       // Hides from each row the keys of a tile that it does not see, or that it does not score in the way of the tile.
       auto hide_edge = [&](auto is_own, float (&S)[BLOCK_KV / 2], int tile) {
+#if RAGGED
+        const int M = shared.sequence.M, causal_offset = shared.sequence.causal_offset;
+#endif
         const int row = first_row + row_of_lane(), first_column = thread_index_anew() % 4 * 2;
         int last_seen[2];
 #pragma unroll
@@ -723,8 +796,12 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
 
       // ---- the tiles, from the last one down ----
       barrier_wait(shared.Q_full, Q_ring.parity);
+#if RAGGED
+      if (QUERIES < BLOCK_Q) clear_rows<Q_WIDTH, BLOCK_Q, WARPGROUP, CONSUMER_THREADS>(shared.Q, QUERIES);
+#endif
 #if OWN_BLOCK
       begin_visits(Bool<true>(), tile--);
+      clear_other_values(tile + 1);
       if (follows_maximum) {
 #pragma unroll 1
         while (tile >= keys.own_begin) {
@@ -756,6 +833,7 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
         auto map_next_block = [] {};
 #endif
         begin_visits(Bool<false>(), tile--);
+        clear_other_values(tile + 1);
         if (follows_maximum) {
 #pragma unroll 1
           while (tile >= 0) {

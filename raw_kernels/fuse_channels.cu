@@ -23,6 +23,7 @@
 // Alone     : nvcc -cubin -arch=sm_80 raw_kernels/fuse_channels.cu
 
 #include "element.cuh"
+#include "sequences.cuh"
 
 // ---- the launcher sets these with -D; the defaults let the file compile alone ----
 #ifndef GROUP_SIZE
@@ -86,7 +87,12 @@ void fuse_channels(const element_t* __restrict__ Y,   // [B, H_y, rows, D]
                    const float* __restrict__ gains,   // [B, H_x, C, D]; read only where WITH_GAINS
                    element_t* __restrict__ out,       // [items, rows, R_PADDED] or [B, H_x, rows, R_PADDED]
                    int rows, int D, int R, int H_x, int H_y, int C, int first_item, int items, int block_rows,
-                   int x_rows, int causal_offset, long long stride_y_b, long long stride_y_h, long long stride_y_n) {
+                   int x_rows, int causal_offset, long long stride_y_b, long long stride_y_h, long long stride_y_n
+#if RAGGED
+                   ,
+                   const Piece* __restrict__ pieces  // [C], of block_rows rows
+#endif
+) {
   __shared__ alignas(16) RowWord tile_smem[WORDS][PITCH];
   __shared__ StripMembers member_smem[MEMBERS][MAP_STRIPS];
   __shared__ StripGains gain_smem[WITH_GAINS ? MEMBERS : 1][MAP_STRIPS];
@@ -104,10 +110,9 @@ void fuse_channels(const element_t* __restrict__ Y,   // [B, H_y, rows, D]
     // ---- which rows: `begin` is the tile's first, no row from `end` on is needed ----
     const int item = first_item + launch_item;
     const int c = item % C, h = item / C % H_x, b = item / C / H_x;
-    const int block_begin = c * block_rows;
-    const int block_end = block_begin + min(block_rows, (ROWS_FROM_BLOCK ? rows : x_rows) - block_begin);
-    const int begin = ROWS_FROM_BLOCK ? block_begin + tile_row : tile_row;
-    const int end = ROWS_FROM_BLOCK ? block_end : min(static_cast<long long>(rows), block_end + 0LL + causal_offset);
+    const RowRange range = ROWS_FROM_BLOCK ? rows_of_block(pieces, c, block_rows, rows)
+                                           : rows_seen_by_block(pieces, c, block_rows, x_rows, rows, causal_offset);
+    const int begin = range.begin + tile_row, end = range.end;
     if (begin >= end) continue;
     const int h_y = static_cast<long long>(h) * H_y / H_x;  // the product may pass 2^31
     const element_t* source = Y + b * stride_y_b + h_y * stride_y_h + begin * stride_y_n;

@@ -18,6 +18,7 @@
 // Alone     : nvcc -cubin -arch=sm_80 raw_kernels/fusion_gains.cu
 
 #include "element.cuh"
+#include "sequences.cuh"
 
 // ---- the launcher sets these with -D; the defaults let the file compile alone ----
 #ifndef GROUP_SIZE
@@ -36,16 +37,27 @@ void fusion_gains(const element_t* __restrict__ X,        // [B, H_x, rows, D]
                   int* __restrict__ channels,             // [B, H_x, C, D], reordered in place
                   float* __restrict__ gains,              // [B, H_x, C, D]
                   int rows, int D, int L, int H_x, int H_y, int S, int norm_direction, long long stride_x_b,
-                  long long stride_x_h, long long stride_x_n) {
+                  long long stride_x_h, long long stride_x_n
+#if RAGGED
+                  ,
+                  const Piece* __restrict__ pieces  // [S], of L rows; a segment for each
+#endif
+) {
   __shared__ accumulate_t partial_smem[THREADS];  // [slices, D]
   __shared__ accumulate_t inner_smem[MAX_D];
   __shared__ int channels_smem[MAX_D];
 
   // ---- which rows this block owns; which channel and rows of them this thread owns ----
+#if RAGGED
+  const int C = S;
+#else
   const int C = (rows + L - 1) / L;
+#endif
   const int c = blockIdx.x % C, h = blockIdx.x / C % H_x, b = blockIdx.x / C / H_x;
-  const int block_rows = min(L, rows - c * L);
-  X += b * stride_x_b + h * stride_x_h + c * static_cast<long long>(L) * stride_x_n;
+  const RowRange block = rows_of_block(pieces, c, L, rows);
+  const int block_rows = block.end - block.begin;
+  if (RAGGED && block_rows == 0) return;
+  X += b * stride_x_b + h * stride_x_h + block.begin * stride_x_n;
   const long long map_offset = ((static_cast<long long>(b) * H_x + h) * C + c) * D;
   const int slices = THREADS / D;
   const int slice = threadIdx.x / D;
@@ -76,8 +88,13 @@ void fusion_gains(const element_t* __restrict__ X,        // [B, H_x, rows, D]
   if (slice == 0) {
     const int shared_heads = max(1, H_y / H_x);
     const int first_head = static_cast<long long>(h) * H_y / H_x;  // the product may pass 2^31
-    const int first_segment = norm_direction < 0 ? c : 0;
-    const int last_segment = norm_direction > 0 ? c : S - 1;
+#if RAGGED
+    const int first_of_all = c - pieces[c].index, last_of_all = first_of_all + pieces_of_sequence(pieces[c], L) - 1;
+#else
+    const int first_of_all = 0, last_of_all = S - 1;
+#endif
+    const int first_segment = norm_direction < 0 ? c : first_of_all;
+    const int last_segment = norm_direction > 0 ? c : last_of_all;
     accumulate_t y_norm = 0;
     for (int head = first_head; head < first_head + shared_heads; head++) {
       for (int s = first_segment; s <= last_segment; s++) {

@@ -14,7 +14,7 @@
 // Grid      : (B * grams of a batch * S * PARTS), parts fastest, then s; PARTS = 2 for D > 176, else 1
 // Block     : STRIPS * 32 threads
 // Shared    : (STAGES * ROW_TILE * STRIDE + WIDTH) * 2 bytes, static, under 48 KB: a tile of rows in each of STAGES buffers
-// Assumes   : 1 <= D <= 256; 0 <= lower <= upper <= rows. ALIGNED: X and its strides are multiples of 16 bytes, D of 8.
+// Assumes   : 1 <= D <= 256; 0 <= lower <= upper <= rows. RAGGED: a mean for each sequence. ALIGNED: X and its strides are multiples of 16 bytes, D of 8.
 //             The mean is in the range and precision of the elements; what is multiplied is x - mean rounded to them.
 //             Tensor cores cut sums off instead of rounding them, so the products of 32 rows are summed apart and
 //             added up in float32, in a fixed order. Channels from D on are zero; an empty segment gives 0.
@@ -60,7 +60,13 @@ extern "C" __global__ __launch_bounds__(NUM_THREADS, BLOCKS_PER_PROCESSOR)
 void gram(const element_t* __restrict__ X,  // [B, H, rows, D]
           const float* __restrict__ mean,   // [B, H, D]; read only where CENTRED, with one head a Gram matrix
           float* __restrict__ grams,        // [B, grams of a batch, S, WIDTH, WIDTH]
-          int grams_per_batch, int heads_per_gram, int S, int segment_rows, int shift, int lower, int upper,
+          int grams_per_batch, int heads_per_gram, int S, int segment_rows,
+#if RAGGED
+          const Piece* __restrict__ pieces, int offset, int direction
+#else
+          int shift, int lower, int upper
+#endif
+          ,
           long long stride_x_b, long long stride_x_h, long long stride_x_n) {
   __shared__ alignas(16) element_t X_smem[STAGES][ROW_TILE * STRIDE];
   __shared__ alignas(16) element_t centre_smem[WIDTH];  // -mean / 2
@@ -69,14 +75,19 @@ void gram(const element_t* __restrict__ X,  // [B, H, rows, D]
   const int gram = blockIdx.x / PARTS / S;
   const int s = blockIdx.x / PARTS % S, h = gram % grams_per_batch, b = gram / grams_per_batch;
   const int first_partner = blockIdx.x % PARTS * PARTNERS_HERE;  // counted from a warp's own strip
+#if RAGGED
+  const Segments segments{pieces, segment_rows, offset, direction};
+#else
   const Segments segments{S, segment_rows, shift, lower, upper};
-  const int begin = segments.edge(s), end = segments.edge(s + 1);
+#endif
+  const int begin = segments.range(s).begin, end = segments.range(s).end;
   const int tiles_per_head = (end - begin + ROW_TILE - 1) / ROW_TILE;
   const int tiles = tiles_per_head * heads_per_gram;
   const element_t* const first_head = X + b * stride_x_b + h * static_cast<long long>(heads_per_gram) * stride_x_h;
 
+  const float* const centre = mean + sequence_row(pieces, s, b, h, grams_per_batch) * D;
   for (int d = threadIdx.x; CENTRED && d < WIDTH; d += NUM_THREADS)
-    centre_smem[d] = d < D ? to_element(-0.5f * mean[static_cast<long long>(gram) * D + d]) : element_t(0);
+    centre_smem[d] = d < D ? to_element(-0.5f * centre[d]) : element_t(0);
   __syncthreads();  // the centre is written
 
   // ---- a thread copies the same channels of some rows of every tile, and centres them when they have arrived ----

@@ -41,7 +41,13 @@ extern "C" __global__ __launch_bounds__(THREADS, MIN_BLOCKS)
 void gram_simt(const element_t* __restrict__ X,        // [B, H, rows, D]
                const accumulate_t* __restrict__ mean,  // [B, H, D]; read only where CENTRED, with one head a gram
                accumulate_t* __restrict__ grams,       // [B, grams of a batch, S, WIDTH, WIDTH]
-               int grams_per_batch, int heads_per_gram, int S, int segment_rows, int shift, int lower, int upper,
+               int grams_per_batch, int heads_per_gram, int S, int segment_rows,
+#if RAGGED
+               const Piece* __restrict__ pieces, int offset, int direction
+#else
+               int shift, int lower, int upper
+#endif
+               ,
                long long stride_x_b, long long stride_x_h, long long stride_x_n) {
   __shared__ alignas(16) accumulate_t X_smem[2][ROW_TILE * PITCH];  // of the two strips
 
@@ -50,12 +56,16 @@ void gram_simt(const element_t* __restrict__ X,        // [B, H, rows, D]
   const int s = blockIdx.x / PAIRS % S, h = gram % grams_per_batch, b = gram / grams_per_batch;
   int left = 0, right = blockIdx.x % PAIRS;  // strips; rows of a triangle
   while (right > left) right -= ++left;
+#if RAGGED
+  const Segments segments{pieces, segment_rows, offset, direction};
+#else
   const Segments segments{S, segment_rows, shift, lower, upper};
-  const int begin = segments.edge(s), end = segments.edge(s + 1);
+#endif
+  const int begin = segments.range(s).begin, end = segments.range(s).end;
 
   auto load_strip = [&](int side, int head, int row) {
     const element_t* const source = X + b * stride_x_b + head * stride_x_h + row * stride_x_n;
-    const accumulate_t* const centre = mean + static_cast<long long>(gram) * D;
+    const accumulate_t* const centre = mean + sequence_row(pieces, s, b, h, grams_per_batch) * D;
     for (int i = threadIdx.x; i < ROW_TILE * STRIP; i += THREADS) {
       const int n = i / STRIP, d = (side == 0 ? left : right) * STRIP + i % STRIP;
       const bool is_valid = row + n < end && d < D;

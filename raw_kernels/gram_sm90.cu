@@ -46,19 +46,16 @@ static_assert(SHARED_BYTES <= 227 * 1024, "more shared memory than a block may h
 static_assert(LAUNCH_SHARED_BYTES == SHARED_BYTES, "tiles.py and this file disagree on the shared memory");
 #endif
 
-// Sets the rows of a tile from `valid` on to zero. All consumers call this.
-__device__ __forceinline__ void clear_rows(element_t* tile, int valid) {
-  constexpr int CHUNK = 8;  // elements of 16 bytes
-  const int left = (ROW_TILE - valid) * CHANNELS / CHUNK;  // chunks of a panel; the swizzle keeps a row in its place
-  for (int i = threadIdx.x - WARPGROUP; i < WARPGROUPS * left; i += NUM_CONSUMERS)
-    *reinterpret_cast<uint4*>(tile + i / left * PANEL + valid * CHANNELS + i % left * CHUNK) = make_uint4(0, 0, 0, 0);
-  asm volatile("fence.proxy.async.shared::cta;\nbar.sync 1, %0;" ::"n"(NUM_CONSUMERS) : "memory");
-}
-
 extern "C" __global__ __launch_bounds__(NUM_THREADS, 1)
 void gram_sm90(const __grid_constant__ TensorMap x_map,
                float* __restrict__ grams,  // [B, grams of a batch, S, D, D]
-               int grams_per_batch, int heads_per_gram, int S, int segment_rows, int shift, int lower, int upper) {
+               int grams_per_batch, int heads_per_gram, int S, int segment_rows,
+#if RAGGED
+               const Piece* __restrict__ pieces, int offset, int direction
+#else
+               int shift, int lower, int upper
+#endif
+) {
   extern __shared__ unsigned char shared_bytes[];
   SharedTiles& shared = *reinterpret_cast<SharedTiles*>(
       shared_bytes + (SWIZZLE_ALIGNMENT - shared_address(shared_bytes) % SWIZZLE_ALIGNMENT) % SWIZZLE_ALIGNMENT);
@@ -66,8 +63,12 @@ void gram_sm90(const __grid_constant__ TensorMap x_map,
   // ---- which rows this block owns ----
   const int gram = blockIdx.x / S, s = blockIdx.x % S;
   const int first_head = gram % grams_per_batch * heads_per_gram, b = gram / grams_per_batch;
+#if RAGGED
+  const Segments segments{pieces, segment_rows, offset, direction};
+#else
   const Segments segments{S, segment_rows, shift, lower, upper};
-  const int begin = segments.edge(s), end = segments.edge(s + 1);
+#endif
+  const int begin = segments.range(s).begin, end = segments.range(s).end;
   const int tiles_per_head = (end - begin + ROW_TILE - 1) / ROW_TILE;
   const int tiles = tiles_per_head * heads_per_gram;
 
@@ -102,7 +103,7 @@ void gram_sm90(const __grid_constant__ TensorMap x_map,
     element_t* const X = shared.X[ring.stage];
     barrier_wait(shared.full[ring.stage], ring.parity);
     const int valid = end - (begin + tile % tiles_per_head * ROW_TILE);
-    if (valid < ROW_TILE) clear_rows(X, valid);
+    if (valid < ROW_TILE) clear_rows<D, ROW_TILE, WARPGROUP, NUM_CONSUMERS>(X, valid);
 
     const Descriptor own = describe_inner_rows<CHANNELS, ROW_TILE>(X + panel * PANEL);
     const Descriptor all = describe_inner_rows<D, ROW_TILE>(X);

@@ -9,10 +9,11 @@
 // Block     : THREADS
 // Shared    : 2 * PLANE_ROWS * 16 floats, static; the same bytes then hold the partial sums
 // Assumes   : 1 <= D <= 256; VECTOR divides D; X and its strides are aligned to VECTOR elements, planes to 16 bytes.
-//             Sums run in float32 (float64 for float64), in a fixed order. A NaN sum gives 0.
+//             Sums run in float32 (float64 for float64), in a fixed order. A NaN sum gives 0, and so does no row.
 // Alone     : nvcc -cubin -arch=sm_80 raw_kernels/hash_channels.cu
 
 #include "element.cuh"
+#include "sequences.cuh"
 
 // ---- the launcher sets these with -D; the defaults let the file compile alone ----
 #ifndef THREADS
@@ -41,16 +42,24 @@ extern "C" __global__ __launch_bounds__(THREADS)
 void hash_channels(const element_t* __restrict__ X,    // [B, H, rows, D]
                    const float* __restrict__ planes,   // [L, 16]
                    unsigned short* __restrict__ words, // [B, H, C, D]
-                   int H, int rows, int D, int L, long long stride_x_b, long long stride_x_h, long long stride_x_n) {
+                   int H, int rows, int D, int L, long long stride_x_b, long long stride_x_h, long long stride_x_n
+#if RAGGED
+                   ,
+                   const Piece* __restrict__ pieces, int C  // [C], of L rows
+#endif
+) {
   __shared__ alignas(16) unsigned char shared[SHARED_BYTES];
   float* planes_smem = reinterpret_cast<float*>(shared);                  // [2, PLANE_ROWS, 16]
   accumulate_t* partial_smem = reinterpret_cast<accumulate_t*>(shared);   // [PLANES, PARTIAL_PITCH]
 
   // ---- which rows this block owns; which channels, planes and rows of them this thread owns ----
+#if !RAGGED
   const int C = (rows + L - 1) / L;
+#endif
   const int c = blockIdx.x % C, h = blockIdx.x / C % H, b = blockIdx.x / C / H;
-  const int block_rows = min(L, rows - c * L);
-  X += b * stride_x_b + h * stride_x_h + c * static_cast<long long>(L) * stride_x_n;
+  const RowRange block = rows_of_block(pieces, c, L, rows);
+  const int block_rows = block.end - block.begin;
+  X += b * stride_x_b + h * stride_x_h + block.begin * stride_x_n;
   const int strips = D / VECTOR;            // a strip is VECTOR neighbouring channels
   const int row_threads = strips * PARTS;   // neighbouring threads read along a row
   const int slices = THREADS / row_threads;

@@ -152,6 +152,19 @@ __device__ __forceinline__ void copy_tile(void* tile, const TensorMap& map, Barr
   }
 }
 
+// Sets the rows of a tile that has arrived from `valid` on to zero, for products that come behind. All THREADS threads
+// from FIRST_THREAD on call this.
+template <int WIDTH, int ROWS, int FIRST_THREAD, int THREADS>
+__device__ __forceinline__ void clear_rows(element_t* tile, int valid) {
+  using P = Panels<WIDTH>;
+  constexpr int CHUNK = 8;  // elements of 16 bytes
+  const int left = (ROWS - valid) * P::COLUMNS / CHUNK;  // chunks of a panel; the swizzle keeps a row in its place
+  for (int i = threadIdx.x - FIRST_THREAD; i < P::COUNT * left; i += THREADS)
+    *reinterpret_cast<uint4*>(tile + (i / left * ROWS + valid) * P::COLUMNS + i % left * CHUNK) =
+        make_uint4(0, 0, 0, 0);
+  asm volatile("fence.proxy.async.shared::cta;\nbar.sync 1, %0;" ::"n"(THREADS) : "memory");
+}
+
 // ---- warpgroups ----
 
 template <int REGISTERS>

@@ -49,6 +49,7 @@
 #endif
 
 #include "operands.cuh"
+#include "sequences.cuh"
 
 static_assert(ELEMENT == FLOAT16 || ELEMENT == BFLOAT16, "tensor cores take 16-bit elements");
 static_assert(R >= 1 && R <= D && D <= 256, "a map has at least one column and at most D");
@@ -80,7 +81,12 @@ void reduce_rows(const element_t* __restrict__ X,     // [B, H_y, rows, D]
                  const element_t* __restrict__ maps,  // [B, H_x, C, R_PADDED, WIDTH], transposed
                  element_t* __restrict__ out,         // [items, rows, R_PADDED] or [B, H_x, rows, R_PADDED]
                  int rows, int H_x, int H_y, int C, int first_item, int items, int block_rows, int x_rows,
-                 int causal_offset, long long stride_x_b, long long stride_x_h, long long stride_x_n) {
+                 int causal_offset, long long stride_x_b, long long stride_x_h, long long stride_x_n
+#if RAGGED
+                 ,
+                 const Piece* __restrict__ pieces  // [C], of block_rows rows
+#endif
+) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   element_t* const X_smem = reinterpret_cast<element_t*>(shared_bytes);  // [ROW_TILE, STRIDE]
   element_t* const maps_smem = X_smem + ROW_TILE * STRIDE;               // 2 x [MAP_ROWS, STRIDE]
@@ -94,16 +100,15 @@ void reduce_rows(const element_t* __restrict__ X,     // [B, H_y, rows, D]
   // ---- which rows an item maps: from `begin` on, none from `end` on ----
   struct Rows {
     int b, h_y, begin, end;
+    long long mean;  // which
   };
   auto rows_of = [&](int launch_item) -> Rows {
     const int item = first_item + launch_item;
     const int c = item % C, h = item / C % H_x, b = item / C / H_x;
-    const int block_begin = c * block_rows;
-    const int block_end = block_begin + min(block_rows, (ROWS_FROM_BLOCK ? rows : x_rows) - block_begin);
-    const long long seen_end = min(static_cast<long long>(rows), block_end + 0LL + causal_offset);
-    return {b, static_cast<int>(static_cast<long long>(h) * H_y / H_x),
-            ROWS_FROM_BLOCK ? block_begin + tile_row : tile_row,
-            ROWS_FROM_BLOCK ? block_end : static_cast<int>(seen_end)};
+    const RowRange range = ROWS_FROM_BLOCK ? rows_of_block(pieces, c, block_rows, rows)
+                                           : rows_seen_by_block(pieces, c, block_rows, x_rows, rows, causal_offset);
+    const int h_y = static_cast<long long>(h) * H_y / H_x;
+    return {b, h_y, range.begin + tile_row, range.end, sequence_row(pieces, c, b, h_y, H_y)};
   };
 
   auto load_rows = [&](const Rows& from) {
@@ -122,7 +127,7 @@ void reduce_rows(const element_t* __restrict__ X,     // [B, H_y, rows, D]
       X_smem[n * STRIDE + d] = n < rows_valid && d < D ? source[n * stride_x_n + d] : element_t(0);
     }
 #endif
-    const float* const centre = mean + (static_cast<long long>(from.b) * H_y + from.h_y) * D;
+    const float* const centre = mean + from.mean * D;
     for (int d = 2 * threadIdx.x; CENTRED && d < WIDTH; d += 2 * NUM_THREADS)
       centre_smem[d / 2] = pack(d < D ? -0.5f * centre[d] : 0.0f, d + 1 < D ? -0.5f * centre[d + 1] : 0.0f);
   };
@@ -143,6 +148,14 @@ void reduce_rows(const element_t* __restrict__ X,     // [B, H_y, rows, D]
   const int group = lane / 4, member = lane % 4;
   unsigned X_rmem[WIDTH / MMA_K][4];
   Rows own = rows_of(first_launch_item);
+#if RAGGED
+  bool is_needed = false;
+  for (int i = 0; i < steps / MAP_CHUNKS; ++i) {
+    const Rows of_item = rows_of(first_launch_item + i);
+    is_needed = is_needed || of_item.begin < of_item.end;
+  }
+  if (!is_needed) return;  // most tiles are past the end of their sequence
+#endif
   load_rows(own);
   load_map(0);
   copy_async_commit();
@@ -158,7 +171,7 @@ void reduce_rows(const element_t* __restrict__ X,     // [B, H_y, rows, D]
     // ---- rows of X in registers, unless they are there already ----
     const Rows before = own;
     own = rows_of(launch_item);
-    const bool is_moved = own.b != before.b || own.h_y != before.h_y || own.begin != before.begin;
+    const bool is_moved = own.mean != before.mean || own.begin != before.begin;
     if (is_moved) {
       load_rows(own);
       copy_async_commit();

@@ -15,6 +15,7 @@
 //             Columns of out from R on are not written.
 // Alone     : nvcc -cubin -arch=sm_75 raw_kernels/reduce_rows_simt.cu
 
+#include "sequences.cuh"
 #include "simt.cuh"
 
 // ---- the launcher sets these with -D; the defaults let the file compile alone ----
@@ -44,7 +45,12 @@ void reduce_rows_simt(const element_t* __restrict__ X,        // [B, H_y, rows, 
                       const accumulate_t* __restrict__ maps,  // [B, H_x, C, R, D], transposed
                       accumulate_t* __restrict__ out,         // [items, rows, R_PADDED] or [B, H_x, rows, R_PADDED]
                       int rows, int H_x, int H_y, int C, int first_item, int items, int block_rows, int x_rows,
-                      int causal_offset, long long stride_x_b, long long stride_x_h, long long stride_x_n) {
+                      int causal_offset, long long stride_x_b, long long stride_x_h, long long stride_x_n
+#if RAGGED
+                      ,
+                      const Piece* __restrict__ pieces  // [C], of block_rows rows
+#endif
+) {
   __shared__ alignas(16) accumulate_t operands_smem[CHANNELS * 2 * (TILE + PADDING)];
   const int ty = threadIdx.x / SIDE, tx = threadIdx.x % SIDE;
 
@@ -52,14 +58,13 @@ void reduce_rows_simt(const element_t* __restrict__ X,        // [B, H_y, rows, 
   const int row_tiles = ((ROWS_FROM_BLOCK ? block_rows : rows) + TILE - 1) / TILE;
   const int launch_item = blockIdx.x / row_tiles, item = first_item + launch_item;
   const int c = item % C, h = item / C % H_x, b = item / C / H_x;
-  const int block_begin = c * block_rows;
-  const int block_end = block_begin + min(block_rows, (ROWS_FROM_BLOCK ? rows : x_rows) - block_begin);
-  const int begin = (ROWS_FROM_BLOCK ? block_begin : 0) + static_cast<int>(blockIdx.x) % row_tiles * TILE;
-  const int end = ROWS_FROM_BLOCK ? block_end : min(static_cast<long long>(rows), block_end + 0LL + causal_offset);
+  const RowRange range = ROWS_FROM_BLOCK ? rows_of_block(pieces, c, block_rows, rows)
+                                         : rows_seen_by_block(pieces, c, block_rows, x_rows, rows, causal_offset);
+  const int begin = range.begin + static_cast<int>(blockIdx.x) % row_tiles * TILE, end = range.end;
   if (begin >= end) return;
-  const long long h_y = static_cast<long long>(h) * H_y / H_x;
+  const int h_y = static_cast<long long>(h) * H_y / H_x;
   X += b * stride_x_b + h_y * stride_x_h + begin * stride_x_n;
-  mean += (static_cast<long long>(b) * H_y + h_y) * D;
+  mean += sequence_row(pieces, c, b, h_y, H_y) * D;
   maps += static_cast<long long>(item) * R * D;
   out += (static_cast<long long>(ROWS_FROM_BLOCK ? item / C : launch_item) * rows + begin) * R_PADDED;
 

@@ -37,6 +37,7 @@
 #endif
 
 #include "operands.cuh"
+#include "sequences.cuh"
 
 // Products of all columns with a Gram matrix, where rows lie in shared memory.
 #define ON_TENSOR_CORES (IN_SHARED && ELEMENT != FLOAT64 && __CUDA_ARCH__ >= 800)
@@ -509,16 +510,31 @@ void subspace_maps(const real_t* __restrict__ x_grams,  // [B, H_x, C, WIDTH, WI
                    real_t scale, int H_x, int H_y, int C,
                    int x_rows, int L,                    // of a head, of a block
                    int y_rows, int heads_per_gram,       // of a head; heads that a Gram matrix of the Y side adds up
-                   int y_direction, int causal_offset) { // +1: block c meets keys up to ..., -1: queries from ... on
+                   int y_direction, int causal_offset   // +1: block c meets keys up to ..., -1: queries from ... on
+#if RAGGED
+                   ,
+                   const Piece* __restrict__ pieces,    // [C]
+                   int is_by_keys
+#endif
+) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   SharedVectors& shared = *reinterpret_cast<SharedVectors*>(shared_bytes);
 
   // ---- which block this is ----
   const long long block = blockIdx.x;
   const int c = blockIdx.x % C, h = blockIdx.x / C % H_x, b = blockIdx.x / C / H_x;
-  const long long y_head = static_cast<long long>(b) * H_y + static_cast<long long>(h) * H_y / H_x;
+  const int h_y = static_cast<long long>(h) * H_y / H_x;
+  const long long y_head = static_cast<long long>(b) * H_y + h_y;
   const real_t* const A = x_grams + block * WIDTH * WIDTH;
-  const real_t* const B = y_grams + (y_direction == 0 ? y_head : y_head * C + c) * WIDTH * WIDTH;
+  const real_t* const B =
+      y_grams + (y_direction == 0 ? sequence_row(pieces, c, b, h_y, H_y) : y_head * C + c) * WIDTH * WIDTH;
+#if RAGGED
+  const Piece piece = pieces[c];
+  if (piece.rows == 0 || (is_by_keys && piece.other_rows == 0)) {  // no such block, or of a sequence without queries
+    if (threadIdx.x == 0) ranks[block] = 0, score_errors[block] = 0;
+    return;
+  }
+#endif
 #if IN_SHARED
   real_t* const rows = reinterpret_cast<real_t*>(shared_bytes + sizeof(SharedVectors));
 #else
@@ -572,7 +588,14 @@ void subspace_maps(const real_t* __restrict__ x_grams,  // [B, H_x, C, WIDTH, WI
   __syncthreads();  // the squared lengths are written
 
   // ---- how many rows the block has, and how many meet it ----
-  const long long begin = static_cast<long long>(c) * L;
+#if RAGGED
+  const Piece met = pieces[c];  // read again: registers in between are dearer
+  const int block_in_sequence = met.index;
+  x_rows = met.rows, y_rows = met.other_rows, causal_offset += met.diagonal;
+#else
+  const int block_in_sequence = c;
+#endif
+  const long long begin = static_cast<long long>(block_in_sequence) * L;
   const long long end = min(begin + L, static_cast<long long>(x_rows));
   const long long y_last = max(0LL, min(end + causal_offset, static_cast<long long>(y_rows)));
   const long long y_first = max(0LL, min(begin - causal_offset, static_cast<long long>(y_rows)));

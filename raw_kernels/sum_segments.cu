@@ -10,18 +10,18 @@
 //
 // Launcher  : distrattn_np/backends/cupy_backend.py      Tests : tests/agreement/test_gpu_subspace.py
 //
-// Grid      : (B * H * ceil_div(width, THREADS)), places in a row of sums fastest
+// RAGGED: there is a segment for every piece (segments.cuh), segments_per_block is 1, and all of this holds within a
+// sequence. Where DIRECTION is ALL the results are [B, H, width], B counting sequences, and with TO_ELEMENT means: of the
+// keys that SampledKeys has.
+//
+// Grid      : (B * H * ceil_div(width, THREADS)), places in a row of sums fastest; RAGGED: H * S in the place of B * H
 // Block     : THREADS, one number of the sum each
 // Assumes   : segments_per_block divides S. Sums run in float32 (float64 for float64), in the order of the segments
 //             (FROM: backwards). TO_ELEMENT: the results are rounded to the element type
 // Alone     : nvcc -cubin -arch=sm_80 raw_kernels/sum_segments.cu
 
 #include "element.cuh"
-
-#define OWN 0
-#define ALL 1
-#define UP_TO 2
-#define FROM 3
+#include "segments.cuh"
 
 // ---- the launcher sets these with -D; the defaults let the file compile alone ----
 #ifndef DIRECTION
@@ -39,13 +39,28 @@ static_assert(DIRECTION >= OWN && DIRECTION <= FROM, "DIRECTION is OWN, ALL, UP_
 extern "C" __global__ __launch_bounds__(THREADS)
 void sum_segments(const accumulate_t* __restrict__ sums,  // [B * H, S, width]
                   accumulate_t* __restrict__ out,         // [B * H, C, width], C = S / segments_per_block; ALL: C = 1
-                  int S, int width, int segments_per_block, accumulate_t factor) {
+                  int S, int width, int segments_per_block, accumulate_t factor
+#if RAGGED
+                  ,
+                  const Piece* __restrict__ pieces,  // [S]
+                  int piece_rows, int H
+#endif
+) {
   const int blocks_per_head = (width + THREADS - 1) / THREADS, head = blockIdx.x / blocks_per_head;
   const int i = blockIdx.x % blocks_per_head * THREADS + threadIdx.x;
   if (i >= width) return;
-  const int C = DIRECTION == ALL ? 1 : S / segments_per_block;
-  const accumulate_t* const column = sums + static_cast<long long>(head) * S * width + i;
-  accumulate_t* const result = out + static_cast<long long>(head) * C * width + i;
+#if RAGGED
+  const int p = head % S, h = head / S;
+  if (pieces[p].rows == 0 || pieces[p].index > 0) return;
+  const long long first_sum = head, first_result = DIRECTION == ALL ? sequence_row(pieces, p, 0, h, H) : head;
+  S = pieces_of_sequence(pieces[p], piece_rows);
+  if (TO_ELEMENT) factor /= SampledKeys{pieces, piece_rows}.count(p);
+#else
+  const long long first_sum = static_cast<long long>(head) * S;
+  const long long first_result = static_cast<long long>(head) * (DIRECTION == ALL ? 1 : S / segments_per_block);
+#endif
+  const accumulate_t* const column = sums + first_sum * width + i;
+  accumulate_t* const result = out + first_result * width + i;
   accumulate_t sum = 0;
 #pragma unroll 1
   for (int first = 0; first < S; first += SEGMENTS_AT_ONCE) {

@@ -11,19 +11,73 @@
 //   positions = (items of this launch) * query_tiles,     query_tiles = ceil_div(query_block_size, BLOCK_Q)
 //
 // A thread block has a position of its own, or takes every gridDim.x-th.
+//
+// RAGGED: c counts the pieces of sequences.cuh, of query_block_size queries, and the batch is 1. Exact attention and
+// blocks over keys have pieces of BLOCK_Q queries then. Queries are counted in the array, the keys of the item's
+// sequence from its first one.
 
 #pragma once
+#include "sequences.cuh"
 
 struct WorkItem {
   int b, h, c;
   int launch_item;             // counts from the launch's first item: the item's place in a workspace
   int query_begin, query_end;  // past the end; not above query_begin where the tile is empty
+#if RAGGED
+  Piece piece;
+#endif
+
+  // Of these keys M of a head, those of the item's sequence.
+  __device__ __forceinline__ int keys(int M) const {
+#if RAGGED
+    return piece.other_rows;
+#else
+    return M;
+#endif
+  }
+
+  // Where these begin.
+  __device__ __forceinline__ int first_key() const {
+#if RAGGED
+    return piece.other_begin;
+#else
+    return 0;
+#endif
+  }
+
+  // A limit of the keys that query n sees, n + offset: from one that is meant from the diagonal of the sequence.
+  __device__ __forceinline__ int key_offset(int offset) const {
+#if RAGGED
+    return offset + piece.diagonal - piece.begin;
+#else
+    return offset;
+#endif
+  }
+
+  // Of arrays that have a row for each sequence, in the place of the batch.
+  __device__ __forceinline__ int sequence() const {
+#if RAGGED
+    return piece.sequence;
+#else
+    return b;
+#endif
+  }
+
+  // The first of the sequence's blocks of keys, among those of a head.
+  __device__ __forceinline__ int first_key_block() const {
+#if RAGGED
+    return piece.other_first;
+#else
+    return 0;
+#endif
+  }
 };
 
 // `longest_first` is for causal calls: the last tiles of a head see the most keys, and a long tile that starts late
 // keeps the whole device waiting.
 __device__ __forceinline__ WorkItem find_work(int block_q, int H, int N, int query_blocks, int query_block_size,
-                                              int first_item, bool longest_first, int block = blockIdx.x) {
+                                              int first_item, bool longest_first, Pieces pieces,
+                                              int block = blockIdx.x) {
   const int position = longest_first ? gridDim.x - 1 - block : block;
   const int query_tiles = (query_block_size + block_q - 1) / block_q;
   WorkItem work;
@@ -33,8 +87,15 @@ __device__ __forceinline__ WorkItem find_work(int block_q, int H, int N, int que
   work.h = item / query_blocks % H;
   work.b = item / query_blocks / H;
 
+#if RAGGED
+  work.piece = pieces[work.c];
+  const int block_begin = work.piece.begin + work.piece.index * query_block_size;
+  const int head_end = work.piece.begin + work.piece.rows;
+#else
   const int block_begin = work.c * query_block_size;
-  const int block_end = block_begin + min(query_block_size, N - block_begin);
+  const int head_end = N;
+#endif
+  const int block_end = block_begin + min(query_block_size, head_end - block_begin);
   work.query_begin = block_begin + position % query_tiles * block_q;
   work.query_end = min(work.query_begin + block_q, block_end);
   return work;

@@ -96,15 +96,18 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> report.Report:
     if "minilm" in arguments.models:
         tasks += sentence_tasks(xp, text, name)
     rounds = arguments.rounds if arguments.rounds is not None else 0 if arguments.backend == "numpy" else 3
-    rows = []
+    device = open_device("cpu" if arguments.backend == "numpy" else "gpu")
+    facts = environment.describe_environment(device.kind, ["models", *argv])
+    rows: list[dict[str, Any]] = []
+    measured = {"environment": facts | {"dtype": arguments.dtype, "rounds": rounds}, "rows": rows}
     with progress(len(tasks) * len(methods)) as step:
         for task in tasks:
             for method in methods:
                 step(f"{task.model}, {task.input}: {method.label}")
                 rows.append(measure(task, method, arguments.backend, arguments.dtype, rounds))
-    device = open_device("cpu" if arguments.backend == "numpy" else "gpu")
-    facts = environment.describe_environment(device.kind, ["models", *argv])
-    return {"environment": facts | {"dtype": arguments.dtype, "rounds": rounds}, "rows": rows}
+                if arguments.json is not None:  # a run that is stopped keeps what it has
+                    report.save(measured, arguments.json)
+    return measured
 
 
 def measure(task: Task, method: Method, backend: str, dtype: str, rounds: int) -> dict[str, Any]:

@@ -8,11 +8,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from .comparison import best_within, nearer_in, ranges, split
+
 Report = dict[str, Any]
 """``environment``: of the run; ``rows``: one for each task and method."""
 OURS = ("exact", "lsh", "subspace")
-BEGIN, END = "<!-- models:begin -->\n", "<!-- models:end -->"
-"""What the tables of a document stand between."""
+NEAR_ONE = 0.9995
+"""From here on, four digits of a cosine no longer tell rows apart."""
 
 
 def load(paths: Sequence[Path]) -> Report:
@@ -54,8 +56,10 @@ def table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 def _number(name: str, value: float, exact: float | None) -> str:
+    if name == "divergence":
+        return f"{value:.2g}"
     if name != "perplexity":
-        return f"{value:.4f}"
+        return f"{value:.4f}" if value < NEAR_ONE or value == exact else f"{value:.6f}"
     text = f"{value:.2f}" if value < 1000 else f"{value:.0f}"
     if exact is None or value == exact:
         return text
@@ -68,17 +72,56 @@ def markdown(report: Report) -> str:
     parts = []
     for title, rows in by_task(report):
         headings, *lines = table(rows)
-        rule = ["---", *["---:"] * (len(headings) - 1)]
-        parts += [f"**{title}**", "", *(f"| {' | '.join(line)} |" for line in (headings, rule, *lines)), ""]
+        parts += [f"**{title}**", "", *_markdown_table(headings, lines, left=headings[:1]), ""]
     return "\n".join(parts).rstrip()
 
 
+def comparison(report: Report) -> str:
+    """Return as Markdown, for each task with peers, every peer beside the best own row of no more FLOP."""
+    parts = []
+    for title, rows in by_task(report):
+        exact, own, peers = split(rows)
+        if not peers:
+            continue
+        first, *_ = measures = list(exact["columns"])
+        headings = ["peer", "FLOP", *measures, "own", "FLOP", *measures, "own is nearer in"]
+        lines = []
+        for peer in sorted(peers, key=lambda row: row["flop_ratio"]):
+            best = best_within(own, peer["flop_ratio"], exact, first)
+            nearer = [] if best is None else nearer_in(best, peer, exact)
+            best_cells = ["none", *[""] * (1 + len(measures))] if best is None else _cells(best, exact)
+            lines.append([*_cells(peer, exact), *best_cells, ", ".join(nearer) or "none"])
+        spans = ", ".join(f"{low:.3f} to {high:.3f}" for low, high in ranges(own, peers, exact, first))
+        parts += [f"**{title}**", "", *_markdown_table(headings, lines, left=("peer", "own", headings[-1])), ""]
+        parts += [f"Own rows are nearer than every peer in {first} at a FLOP of: {spans or 'none'}.", ""]
+    return "\n".join(parts).rstrip()
+
+
+def _cells(row: dict[str, Any], exact: dict[str, Any]) -> list[str]:
+    qualities = (_number(name, row["quality"][name], exact["quality"][name]) for name in exact["columns"])
+    return [f"`{row['label']}`", f"{row['flop_ratio']:.2f}", *qualities]
+
+
+def _markdown_table(headings: Sequence[str], lines: Sequence[Sequence[str]], left: Sequence[str]) -> list[str]:
+    """Return the lines of a table whose columns are aligned to the right but for those of ``left``."""
+    rule = ["---" if heading in left else "---:" for heading in headings]
+    return [f"| {' | '.join(line)} |" for line in (headings, rule, *lines)]
+
+
 def fill(text: str, report: Report) -> str:
-    """Return a document with its tables written anew; ValueError where the marks are not there once each."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"--document: must hold {BEGIN.strip()} and then {END} once each")
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n{markdown(report)}\n\n{END}{rest.partition(END)[2]}"
+    """Return a document with its tables written anew; ValueError where a part's marks are not there once each."""
+    for name, body in (("models", markdown(report)), ("comparison", comparison(report))):
+        begin, end = marks(name)
+        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+            raise ValueError(f"--document: must hold {begin.strip()} and then {end} once each")
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n{body}\n\n{end}{rest.partition(end)[2]}"
+    return text
+
+
+def marks(name: str) -> tuple[str, str]:
+    """Return what a written part of a document stands between."""
+    return f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
 
 
 def show(report: Report) -> None:
@@ -147,8 +190,10 @@ def _points(
 
 
 def _loss(value: float, exact: float, measure: str) -> float:
+    if measure == "divergence":
+        return value
     return value / exact - 1 if measure == "perplexity" else 1 - value
 
 
 def _loss_label(measure: str) -> str:
-    return "perplexity / exact - 1" if measure == "perplexity" else f"1 - {measure}"
+    return {"divergence": "divergence, nats", "perplexity": "perplexity / exact - 1"}.get(measure, f"1 - {measure}")

@@ -61,12 +61,25 @@ class SmolLM2:
         log_probabilities, hits = [], []
         for start in range(0, len(wanted), LOGIT_ROWS):
             right = wanted[start : start + LOGIT_ROWS]
-            logits = self.logits(hidden[start : start + len(right)])
-            logits -= logits.max(axis=1, keepdims=True)
-            chosen = logits[xp.arange(len(right)), right]
-            hits.append(logits.argmax(axis=1) == right)
-            log_probabilities.append(chosen - xp.log(xp.exp(logits).sum(axis=1)))
+            rows = self._log_probabilities(hidden[start : start + len(right)])
+            hits.append(rows.argmax(axis=1) == right)
+            log_probabilities.append(rows[xp.arange(len(right)), right])
         return xp.concatenate(log_probabilities), xp.concatenate(hits)
+
+    def divergence(self, hidden: Any, exact: Any) -> Any:
+        """Return how far each row's next-token distribution is from that of ``exact``'s row: KL in nats, (rows,)."""
+        xp = self.xp
+        found = []
+        for start in range(0, len(hidden), LOGIT_ROWS):
+            q, p = (self._log_probabilities(rows[start : start + LOGIT_ROWS]) for rows in (hidden, exact))
+            found.append((xp.exp(p) * (p - q)).sum(axis=1))
+        return xp.concatenate(found)
+
+    def _log_probabilities(self, hidden: Any) -> Any:
+        logits = self.logits(hidden)
+        logits -= logits.max(axis=1, keepdims=True)
+        logits -= self.xp.log(self.xp.exp(logits).sum(axis=1, keepdims=True))
+        return logits
 
     def _attend(self, layer: int, x: Any, turn: tuple[Any, Any], attention: Attention) -> Any:
         xp, config = self.xp, self.config

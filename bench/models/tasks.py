@@ -42,23 +42,28 @@ class Perplexity(Task):
     title = smollm2.TITLE
     causal = True
     columns: ClassVar[dict[str, str]] = {
+        "divergence": "Kullback-Leibler divergence of next-token distributions from exact attention's, mean in nats",
         "perplexity": "exp of the mean negative log probability of the next token",
         "accuracy": "share of next tokens that were the likeliest",
     }
 
     def __init__(self, model: smollm2.SmolLM2, tokens: np.ndarray, text: str) -> None:
         self._model, self._tokens = model, tokens
+        self._exact: Any = None
         self.input = f"{len(tokens)} tokens of {text}"
 
     def measure(self, attention: Attention, wait: Callable[[], None]) -> tuple[float, Quality]:
-        """Return the time to the first token (prompt, and logits after its end), perplexity and accuracy."""
+        """Return the time to the first token (prompt, and logits after its end), and how good its scores are."""
         start = time.perf_counter()
         hidden = self._model.hidden(self._tokens, attention)
         self._model.logits(hidden[-1:]).argmax()
         wait()
         seconds = time.perf_counter() - start
+        if self._exact is None:
+            self._exact = hidden
         log_probabilities, hits = map(to_host, self._model.next_token_scores(hidden, self._tokens))
         return seconds, {
+            "divergence": float(to_host(self._model.divergence(hidden, self._exact)).mean(dtype=np.float64)),
             "perplexity": float(np.exp(-log_probabilities.mean(dtype=np.float64))),
             "accuracy": float(hits.mean()),
         }

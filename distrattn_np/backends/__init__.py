@@ -71,8 +71,6 @@ class Backend(ABC):
     """Whether it covers ``method="subspace"``."""
     kinds_of_grouped_keys: ClassVar[frozenset[Kind]] = frozenset()
     """Array kinds of the `GroupedKeys` that it takes in the place of keys."""
-    attends_ragged: ClassVar[bool] = False
-    """Whether it takes packed sequences; `ragged_attention` is its own then."""
     attends_pages: ClassVar[bool] = False
     """Whether it takes keys and values in pages; `paged_attention` is its own then."""
 
@@ -116,10 +114,6 @@ class Backend(ABC):
             rule = f"the {self.name} backend takes {' and '.join(sorted(self.kinds))} arrays"
             raise TypeError(f"q: {rule}, got {describe(q)}")
         if isinstance(problem, RaggedProblem):
-            if not self.attends_ragged:
-                raise NotImplementedError(
-                    f"cu_seqlens_q: is not built for the {self.name} backend yet, got {describe(q)}"
-                )
             problem = problem.packed
         if isinstance(problem, PagedProblem):
             if not self.attends_pages:
@@ -163,32 +157,33 @@ class Backend(ABC):
     ) -> int:
         """Return the bytes of workspace that a call needs; of its arrays only shapes, strides, addresses count."""
 
+    @abstractmethod
     def ragged_attention(
         self,
         problem: RaggedProblem,
         q: Any,
-        k: Any,  # noqa: ARG002
-        v: Any,  # noqa: ARG002
-        out: Any,  # noqa: ARG002
-        cu_seqlens_q: Any,  # noqa: ARG002
-        cu_seqlens_k: Any,  # noqa: ARG002
-        lent: Lent = NOTHING_LENT,  # noqa: ARG002
+        k: Any,
+        v: Any,
+        out: Any,
+        cu_seqlens_q: Any,
+        cu_seqlens_k: Any,
+        lent: Lent = NOTHING_LENT,
     ) -> tuple[Any, Any, tuple[Any, Any] | None]:
         """Compute one checked call with packed sequences.
 
         On a GPU without reading the lengths on the host: B sequences with N queries in all have at most
         ``N // BLOCK_Q + B`` tiles of queries, and grouping blocks likewise. So many work items are launched. Each finds
-        its sequence in a running sum of ``ceil(length / BLOCK_Q)`` over ``cu_seqlens_q``; one that finds none exits.
+        its sequence in running sums of ``ceil(length / BLOCK_Q)`` over ``cu_seqlens_q``; one that finds none exits.
 
         Returns
         -------
         result : array, shape (N, H, E), in the caller's kind
         lse : array, shape (H, N), in the caller's kind
         blocks : (ranks, score_errors), each of shape (H_x, C), in the caller's kind
-            As in `AttentionInfo`; None unless the method is "subspace".
+            As in `AttentionInfo`, the blocks of all sequences one after another; None unless the method is "subspace".
+            Where the host does not know how many there are, C is the most that there can be, ``rows // L + B`` for
+            ``rows`` rows of the side that is cut into blocks of L, and both are zero behind the last block.
         """
-        self.refuse(problem, q)
-        raise NotImplementedError  # a backend that attends them has a method of its own
 
     def paged_attention(
         self,

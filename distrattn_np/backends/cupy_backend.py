@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,6 +24,7 @@ from .. import checks
 from ..arrays import Kind, describe, kind_of, on_stream
 from ..grouped_keys import GroupedKeys
 from ..problem import (
+    GroupBy,
     Grouping,
     GroupMaps,
     Layout,
@@ -35,6 +36,7 @@ from ..problem import (
     ceil_div,
 )
 from ..reference import hyperplanes, keys_of_mean
+from ..reference.score_options import key_limits
 from ..tiles import (
     ALL,
     DENSE,
@@ -83,6 +85,7 @@ from ..tiles import (
     sum_defines,
 )
 from . import NO_TABLES, NOTHING_LENT, Backend, Lent, Maps, ScoreTables, host_copy_back
+from .cupy_sequences import Sequences
 from .device_work import DeviceFacts, Placed, Plan, PlannedArray, Work, doing, work
 from .tensor_map import Box, can_be_mapped, forward_sm90_launch, panel_columns
 
@@ -92,6 +95,8 @@ if TYPE_CHECKING:
 WORKSPACE_BYTES = 256 << 20
 """Most that the fused keys of one launch take; longer calls go through (head, block) pairs in several launches."""
 
+_MEAN_STEP = 1024
+"""Keys of a packed sequence for which there is a partial sum of its mean."""
 _NO_LIMIT = np.iinfo(np.int32).max
 _LEAST_SEGMENT_ROWS = 64
 """Rows of a segment below which its partial sums cost more than another thread block brings."""
@@ -117,6 +122,56 @@ class CupyBackend(Backend):
         lent: Lent = NOTHING_LENT,
     ) -> tuple[Any, Any, Maps]:
         """Compute one call on the device that holds ``q`` (the current one for NumPy arrays)."""
+        with self._where_it_runs(problem, q, k, v, out, tables, lent):
+            return super().attention(problem, q, k, v, out, tables, lent)
+
+    def ragged_attention(
+        self,
+        problem: RaggedProblem,
+        q: Any,
+        k: Any,
+        v: Any,
+        out: Any,
+        cu_seqlens_q: Any,
+        cu_seqlens_k: Any,
+        lent: Lent = NOTHING_LENT,
+    ) -> tuple[Any, Any, tuple[Any, Any] | None]:
+        self.refuse(problem, q)
+        packed = problem.packed
+        with self._where_it_runs(problem, q, k, v, out, NO_TABLES, lent):
+            edges_q, edges_k, *native = (cupy.asarray(x) for x in (cu_seqlens_q, cu_seqlens_k, q, k, v))
+            Q, K, V = (_as_batch(x) for x in native)
+            if out is not None and self.shares_memory(out):
+                O = _as_batch(cupy.asarray(out))
+            else:
+                O = self.empty((1, packed.heads, packed.queries, packed.value_width), Q, packed.layout)
+            if lent.lse is not None and self.shares_memory(lent.lse):
+                lse = cupy.asarray(lent.lse)[np.newaxis]
+            else:
+                lse = self.empty_lse((1, packed.heads, packed.queries), Q, is_kept=lent.wants_lse)
+            maps = self.compute_ragged(problem, edges_q, edges_k, Q, K, V, O, lse)
+            result = self.hand_back(O[0].swapaxes(0, 1), None, like=q, out=out)
+            blocks = None
+            if isinstance(packed.grouping, Subspace) and lent.workspace is None:
+                told = self._told_of_blocks(problem, packed.grouping, maps)
+                ranks, score_errors = (self.hand_back(x, None, like=q, out=None) for x in told)
+                blocks = ranks, score_errors
+            return result, self.hand_back(lse[0], None, like=q, out=lent.lse), blocks
+
+    def _told_of_blocks(self, problem: RaggedProblem, grouping: Subspace, maps: Maps) -> tuple[Any, Any]:
+        """Return ranks and score errors (H_x, C), C the most blocks that there can be."""
+        if isinstance(maps, SubspaceMaps):
+            return maps.ranks[0], maps.score_errors[0]
+        packed = problem.packed
+        shape = (packed.grouped_heads, packed.grouped_rows // grouping.block_size + problem.sequences)
+        ranks, score_errors = (cupy.asarray(np.zeros(shape, x)) for x in (np.int32, _sum_type(packed.dtype)))
+        return ranks, score_errors
+
+    @contextmanager
+    def _where_it_runs(
+        self, problem: Problem | RaggedProblem, q: Any, k: Any, v: Any, out: Any, tables: ScoreTables, lent: Lent
+    ) -> Iterator[None]:
+        """Make the device of ``q``, the caller's stream and its workspace current."""
         with ExitStack() as stack:
             if kind_of(q) == "cupy":
                 stack.enter_context(q.device)
@@ -125,7 +180,7 @@ class CupyBackend(Backend):
                 needed = self.workspace_bytes(problem, q, k, v, out, tables, lent)
                 checks.check_workspace_size(lent.workspace, needed)
                 stack.enter_context(doing(_in_workspace(lent.workspace)))
-            return super().attention(problem, q, k, v, out, tables, lent)
+            yield
 
     def workspace_bytes(
         self,
@@ -143,21 +198,21 @@ class CupyBackend(Backend):
         if isinstance(problem, PagedProblem):
             k = self._paged_keys(problem, q, k, page_table, seqlens_k)
             problem = problem.longest
-        assert isinstance(problem, Problem)
         with q.device if kind_of(q) == "cupy" else nullcontext():
             device = replace(work().device, capability=capability(), runs_sm90a=hopper_is_usable())
-        batch, heads, queries = problem.batch, problem.heads, problem.queries
-        O = Placed.contiguous((batch, heads, queries, problem.value_width), problem.dtype, problem.layout)
+        packed = problem.packed if isinstance(problem, RaggedProblem) else problem
+        batch, heads, queries = packed.batch, packed.heads, packed.queries
+        O = Placed.contiguous((batch, heads, queries, packed.value_width), packed.dtype, packed.layout)
         lse = Placed.contiguous((batch, heads, queries), np.dtype(np.float32))
         keeps_lse = lent.lse is not None or lent.wants_lse
         placed = tables.map(lambda table: Placed.of(table, "bhnd"))
         return _planned_bytes(
             problem,
             device,
-            Placed.of(q, problem.layout),
-            _placed_keys(k, problem.layout),
-            Placed.of(v, problem.layout),
-            O if out is None else Placed.of(out, problem.layout),
+            Placed.of(q, packed.layout),
+            _placed_keys(k, packed.layout),
+            Placed.of(v, packed.layout),
+            O if out is None else Placed.of(out, packed.layout),
             lse if keeps_lse else None,
             placed.mask,
             placed.bias,
@@ -165,7 +220,7 @@ class CupyBackend(Backend):
 
     def plan(
         self,
-        problem: Problem,
+        problem: Problem | RaggedProblem,
         device: DeviceFacts,
         Q: Any,
         K: Any,
@@ -177,13 +232,19 @@ class CupyBackend(Backend):
     ) -> Plan:
         """Return what a call with these planned arrays, in native order, would do on ``device``.
 
-        K may be `KeptKeys` or `PagedKeys`. Without ``lse`` it takes a place in the workspace.
+        K may be `KeptKeys` or `PagedKeys`. Without ``lse`` it takes a place in the workspace. The edges of packed
+        sequences are planned as 32-bit integers.
         """
         plan = Plan(device)
         with doing(plan):
             if lse is None:
-                lse = self.empty_lse((problem.batch, problem.heads, problem.queries), Q, is_kept=False)
-            self.compute(problem, Q, K, V, O, lse, ScoreTables(mask, bias))
+                lse = self.empty_lse(O.shape[:3], Q, is_kept=False)
+            if isinstance(problem, RaggedProblem):
+                edges = Placed.contiguous((problem.sequences + 1,), np.dtype(np.int32))
+                edges_q, edges_k = (edges.planned(place) for place in _EDGE_PLACES)
+                self.compute_ragged(problem, edges_q, edges_k, Q, K, V, O, lse)
+            else:
+                self.compute(problem, Q, K, V, O, lse, ScoreTables(mask, bias))
         return plan
 
     def paged_attention(
@@ -253,11 +314,15 @@ class CupyBackend(Backend):
 
     # ---- maps ----
 
-    def hash_channels(self, x: Any, planes: Any, block_size: int) -> Any:
-        """Return the words (B, H, C, D) uint16 of eq. 5 for x (B, H, rows, D) and planes (L, 16) float32."""
+    def hash_channels(self, x: Any, planes: Any, block_size: int, pieces: Any | None = None) -> Any:
+        """Return the words (B, H, C, D) uint16 of eq. 5 for x (B, H, rows, D) and planes (L, 16) float32.
+
+        ``pieces``: the blocks of packed sequences.
+        """
         batch, heads, rows, width = x.shape
-        words = _empty((batch, heads, ceil_div(rows, block_size), width), np.uint16)
-        defines = hash_defines(_element(x), _vector(x))
+        blocks = ceil_div(rows, block_size) if pieces is None else len(pieces)
+        words = _empty((batch, heads, blocks, width), np.uint16)
+        defines = hash_defines(_element(x), _vector(x), ragged=pieces is not None)
         _launch(
             "hash_channels",
             defines,
@@ -265,6 +330,7 @@ class CupyBackend(Backend):
             None,
             *(x, planes, words, heads, rows, width, block_size),
             *_strides(x),
+            *(() if pieces is None else (pieces, blocks)),
         )
         return words
 
@@ -274,49 +340,58 @@ class CupyBackend(Backend):
         _launch("group_channels", {}, words.size // words.shape[3], 256, words, channels, words.shape[3])
         return channels
 
-    def group_maps(self, problem: Problem, Q: Any, K: Any) -> Maps:
+    def group_maps(self, problem: Problem, Q: Any, K: Any, sequences: Sequences | None = None) -> Maps:
         if problem.blocks == 0 or problem.keys == 0:
             return None
         match problem.grouping:
             case Subspace() as subspace:
-                return self._subspace_maps(problem, subspace, Q, K)
+                return self._subspace_maps(problem, subspace, Q, K, sequences)
             case Grouping() as grouping:
-                return self._lsh_maps(problem, grouping, Q, K)
+                return self._lsh_maps(problem, grouping, Q, K, sequences)
             case _:
                 return None
 
-    def _lsh_maps(self, problem: Problem, grouping: Grouping, Q: Any, K: Any) -> GroupMaps:
+    def _lsh_maps(self, problem: Problem, grouping: Grouping, Q: Any, K: Any, sequences: Sequences | None) -> GroupMaps:
         X, Y = (Q, K) if grouping.by == "queries" else (K, Q)
-        block_size = min(grouping.block_size, problem.grouped_rows)
-        planes = _planes(grouping.seed, block_size)
-        channels = self.group_channels(self.hash_channels(X, planes, block_size))
+        rows = min(grouping.block_size, problem.grouped_rows)
+        planes = _planes(grouping.seed, rows)
+        block_size = grouping.block_size if sequences else rows
+        pieces = sequences.blocks(grouping.by, block_size) if sequences else None
+        channels = self.group_channels(self.hash_channels(X, planes, block_size, pieces))
         if grouping.fusion == "sum":
             return GroupMaps(channels, None)
-        segments = _segments_that_meet(problem, Y.shape[2])
+        segments = _segments_that_meet(problem, Y.shape[2], sequences)
         norms = _channel_sums(Y, segments, power=2)
         gains = _empty(channels.shape, np.float32)
         rows, width = X.shape[2:]
         _launch(
             "fusion_gains",
-            gains_defines(_element(X), grouping.group_size),
+            gains_defines(_element(X), grouping.group_size, ragged=sequences is not None),
             channels.size // width,
             None,
             *(X, norms, channels, gains, rows, width, block_size, X.shape[1], Y.shape[1]),
             *(segments.count, _SIGNS[segments.direction]),
             *_strides(X),
+            *(() if pieces is None else (pieces,)),
         )
         return GroupMaps(channels, gains)
 
-    def key_mean(self, K: Any) -> Any:
+    def key_mean(self, K: Any, sequences: Sequences | None = None) -> Any:
         """Return the mean of the keys (B, H_kv, M, D) as (B, H_kv, D) in the type of its sums, rounded to K's dtype.
 
-        Rounded, so that what is subtracted from a key is one of its own numbers.
+        Rounded, so that what is subtracted from a key is one of its own numbers. B counts ``sequences``, where K packs
+        them; the mean of none is not written.
         """
-        K = keys_of_mean(K)
         batch, heads, rows, width = K.shape
-        segments = _equal_segments(rows, batch * heads, per_processor=4)
+        if sequences:
+            batch, segments = sequences.count, _segments_of(sequences, "keys", _MEAN_STEP, ALL)
+            factor = 1.0  # the kernel knows how many
+        else:
+            K = keys_of_mean(K)
+            rows = K.shape[2]
+            segments, factor = _equal_segments(rows, batch * heads, per_processor=4), 1 / rows
         sums = _channel_sums(K, segments, power=1)
-        return _sum_segments(sums, segments, factor=1 / rows, element=_element(K)).reshape(batch, heads, width)
+        return _sum_segments(sums, segments, factor=factor, element=_element(K)).reshape(batch, heads, width)
 
     def grams(
         self,
@@ -340,9 +415,9 @@ class CupyBackend(Backend):
         shape = (batch, heads // heads_per_gram, parts.count, pad(width), pad(width))
         sums = _empty(shape, _sum_type(X.dtype))
         sizes = (heads // heads_per_gram, heads_per_gram, parts.count, min(parts.rows, _NO_LIMIT))
-        edges = (parts.shift, parts.lower, parts.upper)
+        edges, ragged = parts.edges, parts.sequences is not None
         if on_hopper:
-            defines = gram_sm90_defines(_element(X), width)
+            defines = gram_sm90_defines(_element(X), width, ragged=ragged)
             box = Box(GRAM_SM90_ROW_TILE, panel_columns(width))
             _launch(
                 "gram_sm90",
@@ -353,7 +428,7 @@ class CupyBackend(Backend):
                 shared=defines["LAUNCH_SHARED_BYTES"],
             )
             return _sum_segments(sums, parts)
-        common = {"element": _element(X), "width": width, "centred": mean is not None}
+        common = {"element": _element(X), "width": width, "centred": mean is not None, "ragged": ragged}
         if _has_tensor_cores(X.dtype):
             stem, blocks, threads = "gram", gram_blocks(width), gram_threads(width)
             defines = gram_defines(**common, aligned=_vector(X) == 8)
@@ -370,24 +445,27 @@ class CupyBackend(Backend):
         )
         return _sum_segments(sums, parts)
 
-    def _subspace_maps(self, problem: Problem, grouping: Subspace, Q: Any, K: Any) -> SubspaceMaps:
-        blocks = problem.blocks
-        block_size = min(grouping.block_size, problem.grouped_rows)
+    def _subspace_maps(
+        self, problem: Problem, grouping: Subspace, Q: Any, K: Any, sequences: Sequences | None
+    ) -> SubspaceMaps:
         by_keys = grouping.by == "keys"
         X, Y = (K, Q) if by_keys else (Q, K)
         heads_per_gram = problem.heads_per_kv_head if by_keys else 1
-        meeting = _segments_that_meet(problem, Y.shape[2])
-        own = _Segments(blocks, block_size, 0, 0, X.shape[2], OWN)
+        meeting = _segments_that_meet(problem, Y.shape[2], sequences)
+        if sequences:
+            block_size, offset = grouping.block_size, meeting.shift
+            own = _segments_of(sequences, grouping.by, block_size, OWN)
+        else:
+            block_size, offset = min(grouping.block_size, problem.grouped_rows), problem.meeting_offset or 0
+            own = _Segments(problem.blocks, block_size, 0, 0, X.shape[2], OWN)
         with work().beside() as beside:  # queries are not centred, so they do not wait for the mean
             q_grams = self.grams(Q, None, *((meeting, heads_per_gram) if by_keys else (own,)))
-        mean = self.key_mean(K)
+        mean = self.key_mean(K, sequences)
         k_grams = self.grams(K, mean, own if by_keys else meeting)
         beside.join()
         x_grams, y_grams = (k_grams, q_grams) if by_keys else (q_grams, k_grams)
 
-        rows = _MapRows(
-            X.shape[2], block_size, Y.shape[2], heads_per_gram, meeting.direction, problem.meeting_offset or 0
-        )
+        rows = _MapRows(X.shape[2], block_size, Y.shape[2], heads_per_gram, meeting.direction, offset, own.pieces)
         narrows = uses_tensor_cores(problem, capability())
         return self.solve_maps(x_grams, y_grams, grouping, rows, mean, X, scale=problem.scale, narrows=narrows)
 
@@ -408,7 +486,7 @@ class CupyBackend(Backend):
         columns = grouping.rank or width
         narrow_type = like.dtype if narrows else None
         element = _element(like) if narrow_type else ELEMENTS[real.__name__]
-        defines = maps_defines(element, width, columns, work().device.shared_limit)
+        defines = maps_defines(element, width, columns, work().device.shared_limit, ragged=rows.pieces is not None)
         shape = (*x_grams.shape[:3], pad(columns), pad(width))
         sampling, fusion = (_empty(shape, real) for _ in range(2))
         narrow = _DenseMaps(_empty(shape, narrow_type), _empty(shape, narrow_type), mean) if narrow_type else None
@@ -426,12 +504,27 @@ class CupyBackend(Backend):
             *(grouping.refine, real(-1 if grouping.score_tol is None else grouping.score_tol)),
             *(real(scale), shape[1], y_grams.shape[1], shape[2], rows.x_rows, rows.block_size),
             *(rows.y_rows, rows.heads_per_gram, _SIGNS[rows.direction], rows.offset),
+            *(() if rows.pieces is None else (rows.pieces, int(grouping.by == "keys"))),
             shared=defines["LAUNCH_SHARED_BYTES"],
         )
         sampling, fusion = (x[..., :columns, :width].swapaxes(-1, -2) for x in (sampling, fusion))
         return _OwnSubspaceMaps(sampling, fusion, mean, ranks, score_errors, narrow)
 
     # ---- attention ----
+
+    def compute_ragged(
+        self, problem: RaggedProblem, edges_q: Any, edges_k: Any, Q: Any, K: Any, V: Any, O: Any, lse: Any
+    ) -> Maps:
+        """Write attention of packed sequences into O and lse, and return the maps of their blocks.
+
+        Native arrays of batch 1 and, on the device, edges.
+        """
+        if 0 in O.shape:
+            return None
+        sequences = Sequences(problem, edges_q, edges_k)
+        maps = self.group_maps(problem.packed, Q, K, sequences)
+        self._attend_with(maps, problem.packed, Q, K, V, O, lse, NO_TABLES, sequences)
+        return maps
 
     def attend(
         self,
@@ -453,13 +546,28 @@ class CupyBackend(Backend):
         if cupy_decode.suits_plain_keys(problem, tables):
             cupy_decode.decode(problem, Q, K, V, O, lse)
             return
+        self._attend_with(maps, problem, Q, K, V, O, lse, tables)
+
+    def _attend_with(
+        self,
+        maps: Maps,
+        problem: Problem,
+        Q: Any,
+        K: Any,
+        V: Any,
+        O: Any,
+        lse: Any,
+        tables: ScoreTables,
+        sequences: Sequences | None = None,
+    ) -> None:
+        """Launch the forward that suits a problem."""
         on_tensor_cores = uses_tensor_cores(problem, capability())
         ready: GroupMaps | _DenseMaps | None = None
         if isinstance(maps, GroupMaps):
             ready = GroupMaps(_contiguous(maps.channels), None if maps.gains is None else _contiguous(maps.gains))
         elif isinstance(maps, SubspaceMaps):
             ready = _DenseMaps.narrowed(maps, K) if on_tensor_cores else _DenseMaps.widened(maps, K)
-        forward = _Forward(problem, Q, K, V, O, lse, ready, tables)
+        forward = _Forward(problem, Q, K, V, O, lse, ready, tables, sequences)
         if on_tensor_cores:
             forward.on_tensor_cores()
         else:
@@ -504,12 +612,24 @@ class _Segments:
     direction: int
     """Which of them meet a block, as in sum_segments.cu."""
     per_block: int = 1
+    sequences: Sequences | None = None
+    """Those that are cut: into a segment for every piece, ``shift`` from the diagonal; the other edges mean nothing."""
+    pieces: Any = None
+
+    @property
+    def edges(self) -> tuple[Any, ...]:
+        """What kernels take behind ``rows``."""
+        if self.sequences:
+            return self.pieces, self.shift, self.direction
+        return self.shift, self.lower, self.upper
 
     def split(self, sums: int, **room: int) -> _Segments:
         """Return smaller segments, where the device has more room than for ``sums`` times as many thread blocks.
 
         ``room`` as in `_equal_segments`.
         """
+        if self.sequences:
+            return self
         if self.direction == ALL:
             return _equal_segments(self.upper, sums, **room)
         parts = 1
@@ -530,7 +650,13 @@ def _equal_segments(rows: int, sums: int, per_processor: int = 2, row_tile: int 
     return _Segments(ceil_div(rows, size), size, 0, 0, rows, ALL)
 
 
-def _segments_that_meet(problem: Problem, rows: int) -> _Segments:
+def _segments_of(sequences: Sequences, side: GroupBy, step: int, direction: int, shift: int = 0) -> _Segments:
+    """Return the segments of packed sequences, for pieces of ``step`` rows of this side."""
+    pieces = sequences.blocks(side, step)
+    return _Segments(len(pieces), step, shift, 0, 0, direction, sequences=sequences, pieces=pieces)
+
+
+def _segments_that_meet(problem: Problem, rows: int, sequences: Sequences | None = None) -> _Segments:
     """Return which of ``rows`` rows of the side that is not cut into blocks meet the blocks of the other.
 
     Without a causal limit all of them. With one, segment c holds the keys that block c sees and block c - 1 does not
@@ -539,6 +665,12 @@ def _segments_that_meet(problem: Problem, rows: int) -> _Segments:
     """
     assert problem.grouping is not None
     offset, step = problem.meeting_offset, problem.grouping.block_size
+    if sequences:
+        side = problem.grouping.by
+        if offset is None:
+            return _segments_of(sequences, side, step, ALL)
+        direction = UP_TO if side == "queries" else FROM
+        return _segments_of(sequences, side, step, direction, -step if problem.own_block_is_exact else 0)
     if offset is None:
         return _Segments(1, rows, 0, 0, rows, ALL)
     if problem.grouping.by == "queries":
@@ -559,11 +691,11 @@ def _channel_sums(Y: Any, segments: _Segments, power: int) -> Any:
     sums = _empty((batch, heads, segments.count, width), _sum_type(Y.dtype))
     _launch(
         "channel_norms",
-        norms_defines(_element(Y), _vector(Y), power),
+        norms_defines(_element(Y), _vector(Y), power, ragged=segments.sequences is not None),
         segments.count * heads * batch,
         None,
         *(Y, sums, heads, segments.count, rows, width),
-        *(min(segments.rows, _NO_LIMIT), segments.shift, segments.lower, segments.upper),
+        *(min(segments.rows, _NO_LIMIT), *segments.edges),
         *_strides(Y),
     )
     return sums
@@ -572,19 +704,26 @@ def _channel_sums(Y: Any, segments: _Segments, power: int) -> Any:
 def _sum_segments(sums: Any, segments: _Segments, factor: float = 1, element: int | None = None) -> Any:
     """Return (B, H, C, ...) for sums by segments (B, H, S, ...); rounded to ``element`` where that is named."""
     blocks = 1 if segments.direction == ALL else segments.count // segments.per_block
-    is_summed = segments.count == 1 or (segments.direction == OWN and segments.per_block == 1)
+    sequences = segments.sequences
+    is_alone = segments.count == 1 and not sequences
+    is_summed = is_alone or (segments.direction == OWN and segments.per_block == 1)
     if is_summed and factor == 1 and element is None:
         return sums
     batch, heads = sums.shape[:2]
     width = math.prod(sums.shape[3:])
-    out = _empty((batch, heads, blocks, *sums.shape[3:]), sums.dtype)
-    defines = sum_defines(element or _element(sums), segments.direction, to_element=element is not None)
+    results = sequences.count if sequences and segments.direction == ALL else batch
+    out = _empty((results, heads, blocks, *sums.shape[3:]), sums.dtype)
+    to_element = element is not None
+    defines = sum_defines(
+        element or _element(sums), segments.direction, to_element=to_element, ragged=sequences is not None
+    )
     _launch(
         "sum_segments",
         defines,
-        batch * heads * ceil_div(width, defines["THREADS"]),
+        batch * heads * (segments.count if sequences else 1) * ceil_div(width, defines["THREADS"]),
         None,
         *(sums, out, segments.count, width, segments.per_block, _sum_type(sums.dtype)(factor)),
+        *((segments.pieces, segments.rows, heads) if sequences else ()),
     )
     return out
 
@@ -664,6 +803,8 @@ class _MapRows:
     direction: int
     """Which of them meet a block, as in sum_segments.cu."""
     offset: int
+    pieces: Any = None
+    """The blocks of packed sequences, which know their rows themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -678,11 +819,21 @@ class _Forward:
     lse: Any
     maps: GroupMaps | _DenseMaps | None
     tables: ScoreTables
+    sequences: Sequences | None = None
+    """Those that are packed in the arrays, which are of batch 1 then."""
 
     @property
     def key_limits(self) -> tuple[int | None, int | None]:
-        """Those of the problem that hide a key from a query, and any causal one, which says what own blocks are."""
-        low, high = self.problem.key_limits
+        """Those of the problem that hide a key from a query, and any causal one, which says what own blocks are.
+
+        With packed sequences they count from the diagonal of each.
+        """
+        problem = self.problem
+        if self.sequences:
+            rows = problem.queries + problem.keys  # a window of more hides nothing
+            left, right = (None if side is None else min(side, rows) for side in problem.window)
+            return key_limits(0, 0, None if problem.causal_offset is None else 0, (left, right))
+        low, high = problem.key_limits
         if low is not None and low <= 1 - self.problem.queries:
             low = None
         if self.problem.causal_offset is None and high is not None and high >= self.problem.keys - 1:
@@ -725,6 +876,8 @@ class _Forward:
         """Rows of a grouping block, never more than make a difference."""
         problem = self.problem
         assert problem.grouping is not None
+        if self.sequences:
+            return problem.grouping.block_size
         rows = problem.grouped_rows
         if problem.own_block_is_exact:
             rows = max(rows, problem.queries + (problem.causal_offset or 0))
@@ -733,24 +886,65 @@ class _Forward:
         return min(problem.grouping.block_size, rows)
 
     @property
+    def blocks(self) -> int:
+        """Number of grouping blocks of a head; of packed sequences the most that there can be."""
+        grouping = self.problem.grouping
+        if self.sequences and grouping:
+            return self.sequences.most_pieces(grouping.by, grouping.block_size)
+        return self.problem.blocks
+
+    @property
+    def block_pieces(self) -> tuple[Any, ...]:
+        """The blocks of packed sequences, as an argument of kernels; nothing else has them."""
+        grouping = self.problem.grouping
+        return (self.sequences.blocks(grouping.by, grouping.block_size),) if self.sequences and grouping else ()
+
+    @property
+    def query_block_size(self) -> int:
+        """Queries that tiles are cut from; of packed sequences on average."""
+        if self.by == "queries":
+            return self.block_size
+        return self.sequences.average_queries if self.sequences else self.problem.queries
+
+    @property
     def rank(self) -> int:
         return self.problem.rank if self.dense_maps else self.problem.width // self.group_size
 
-    def sizes(self, first_item: int) -> tuple[int, ...]:
-        """Return H to causal_offset of the forwards' arguments."""
+    def sizes(self, first_item: int, block_q: int) -> tuple[int, ...]:
+        """Return H to causal_offset of the forwards' arguments; ``block_q``: queries of a tile."""
         problem = self.problem
         by_queries, by_keys = self.by == "queries", self.by == "keys"
+        query_blocks, query_block_size = 1, problem.queries
+        if by_queries:
+            query_blocks, query_block_size = self.blocks, self.block_size
+        elif self.sequences:  # tiles begin with the first row of each
+            query_blocks, query_block_size = self.sequences.most_pieces("queries", block_q), block_q
         return (
             problem.heads,
             problem.heads_per_kv_head,
             problem.queries,
             problem.keys,
-            problem.blocks if by_queries else 1,
-            self.block_size if by_queries else problem.queries,
+            query_blocks,
+            query_block_size,
             self.block_size if by_keys else max(problem.keys, 1),
             first_item,
             self.key_limits[1] or 0,
         )
+
+    def tiles_per_item(self, sizes: tuple[int, ...], block_q: int) -> int:
+        """Return the tiles of queries of one item: a block of queries, or all queries of a head."""
+        query_blocks, query_block_size = sizes[4:6]
+        return (1 if self.by == "queries" else query_blocks) * ceil_div(query_block_size, block_q)
+
+    def ragged_arguments(self, sizes: tuple[int, ...]) -> tuple[Any, ...]:
+        """Return the forwards' arguments with packed sequences, for these `sizes`."""
+        if not self.sequences:
+            return ()
+        query_block_size, key_block_size = sizes[5:7]
+        if self.by != "keys":
+            return self.sequences.blocks("queries", query_block_size), 0
+        pieces = self.sequences.pieces("queries", query_block_size, key_block_size)
+        return pieces, self.blocks
 
     def option_arguments(self) -> tuple[Any, ...]:
         """Return window_offset to bias of the portable forwards' arguments."""
@@ -774,7 +968,7 @@ class _Forward:
         problem, maps = self.problem, self.dense_maps
         heads = problem.batch * problem.heads
         if maps is None:
-            self._launch_simt(_NULL, _NULL, 0, heads * (problem.blocks if self.by == "queries" else 1))
+            self._launch_simt(_NULL, _NULL, 0, heads * (self.blocks if self.by == "queries" else 1))
             return
         if self.by == "queries":
             Q = self._sample(self.Q)
@@ -819,7 +1013,7 @@ class _Forward:
 
     def _fused_keys(self, *, on_hopper: bool) -> Iterator[tuple[int, int, Any]]:
         """Yield (first item, items, fused keys (items, M, R padded)) in turns with the launches that read them."""
-        items = self.problem.batch * self.problem.heads * self.problem.blocks
+        items = self.problem.batch * self.problem.heads * self.blocks
         launch_items = self._items_per_launch(items, on_hopper)
         workspace = _empty((launch_items, self.problem.keys, pad(self.rank)), self._reduced_type)
         for first in range(0, items, launch_items):
@@ -874,10 +1068,16 @@ class _Forward:
         """Launch forward_sm90.cu; K is (B, H_kv, M, R), or (1, items of this launch, M, R) where fused for items."""
         problem = self.problem
         rank = K.shape[3]
-        sizes = self.sizes(first_item)
         # the queries of blocks over keys come as they are, and the kernel maps them for each block
         by_keys = self.dense_maps if self.by == "keys" else None
-        tiles = self._key_map_tiles() if by_keys else sm90_tiles(rank, problem.value_width, sizes[5])
+        ragged = self.sequences is not None
+        on_average = ragged and self.by != "queries"
+        tiles = (
+            self._key_map_tiles()
+            if by_keys
+            else sm90_tiles(rank, problem.value_width, self.query_block_size, ragged=on_average)
+        )
+        sizes = self.sizes(first_item, tiles.block_q)
         mapped_width = problem.width if by_keys else None
         defines = sm90_defines(
             tiles,
@@ -888,12 +1088,14 @@ class _Forward:
             causal=problem.causal_offset is not None,
             mapped_width=mapped_width,
             folds_reference=self.folds_reference,
+            ragged=ragged,
         )
         launch = forward_sm90_launch(
             rank,
             problem.value_width,
             mapped_width=mapped_width,
             own_block=problem.own_block_is_exact,
+            ragged=ragged,
             block_q=tiles.block_q,
             block_kv=tiles.block_kv,
             stages=tiles.stages,
@@ -906,7 +1108,7 @@ class _Forward:
         if launch.own_box:
             shown.append((self.K, launch.own_box))
         maps = [work().tensor_map(x, box) for x, box in shown]
-        positions = items * ceil_div(query_block_size, launch.block_q)
+        positions = items * self.tiles_per_item(sizes, launch.block_q)
         multiprocessors = work().device.multiprocessors
         blocks = min(positions, multiprocessors * ceil_div(positions, multiprocessors * defines["MAX_ROUNDS"]))
         _launch(
@@ -919,6 +1121,7 @@ class _Forward:
             np.float32(problem.scale * math.log2(math.e)),
             *_strides(self.O),
             *((by_keys.mean, key_block_size) if by_keys else ()),
+            *self.ragged_arguments(sizes)[:1],
             shared=launch.shared_bytes,
         )
 
@@ -928,7 +1131,7 @@ class _Forward:
         ``with_ones``, of dense maps: the last two columns are ones.
         """
         sampled = _empty((*X.shape[:3], pad(self.rank)), self._reduced_type)
-        items = X.shape[0] * X.shape[1] * self.problem.blocks
+        items = X.shape[0] * X.shape[1] * self.blocks
         if self.dense_maps is None:
             self._launch_fuse(X, sampled, 0, items, sample=True)
         else:
@@ -962,6 +1165,7 @@ class _Forward:
             "rank": self.rank,
             "centred": sample == (self.by == "keys"),
             "rows_from_block": sample,
+            "ragged": self.sequences is not None,
         }
         if uses_tensor_cores(problem, capability()):
             stem, row_tile, threads = "reduce_rows", REDUCE_ROW_TILE, REDUCE_THREADS
@@ -976,9 +1180,10 @@ class _Forward:
             row_tiles * ceil_div(items, defines.get("ITEMS_PER_BLOCK", 1)),
             threads,
             *(Y, maps.mean, maps.sampling if sample else maps.fusion, out),
-            *(rows, problem.grouped_heads, Y.shape[1], problem.blocks, first_item, items),
-            *(self.block_size, problem.grouped_rows, rows if problem.causal_offset is None else problem.causal_offset),
+            *(rows, problem.grouped_heads, Y.shape[1], self.blocks, first_item, items),
+            *(self.block_size, problem.grouped_rows, self.seen_offset(rows)),
             *_strides(Y),
+            *self.block_pieces,
             shared=defines.get("LAUNCH_SHARED_BYTES", 0),
         )
 
@@ -988,17 +1193,28 @@ class _Forward:
         ``is_new``: nothing is in them yet.
         """
         problem = self.problem
-        defines = mean_scores_defines(_element(self.Q), problem.width, _vector(self.Q), adds=not is_new)
+        ragged = self.sequences is not None
+        defines = mean_scores_defines(_element(self.Q), problem.width, _vector(self.Q), adds=not is_new, ragged=ragged)
         rows = defines["THREADS"] // defines["LANES"]
+        pieces = self.sequences.blocks("queries", rows) if self.sequences else None
+        tiles = ceil_div(problem.queries, rows) if pieces is None else len(pieces)
         _launch(
             "add_mean_scores",
             defines,
-            problem.batch * problem.heads * ceil_div(problem.queries, rows),
+            problem.batch * problem.heads * tiles,
             None,
             *(self.Q, mean, sums, problem.heads, problem.kv_heads, problem.queries, problem.width),
             _sum_type(problem.dtype)(problem.scale),
             *_strides(self.Q),
+            *(() if pieces is None else (pieces, tiles)),
         )
+
+    def seen_offset(self, rows: int) -> int:
+        """Return how much further than itself a row sees ``rows`` of the other side; not causally, all of them."""
+        problem = self.problem
+        if self.sequences:
+            return rows + problem.queries if problem.causal_offset is None else 0
+        return rows if problem.causal_offset is None else problem.causal_offset
 
     def _launch_fuse(self, Y: Any, out: Any, first_item: int, items: int, *, sample: bool) -> None:
         """Launch fuse_channels.cu."""
@@ -1011,8 +1227,8 @@ class _Forward:
             with_gains=self.gains is not None and not sample,
             sample=sample,
             vector=_vector(Y),
+            ragged=self.sequences is not None,
         )
-        offset = rows if problem.causal_offset is None else problem.causal_offset
         row_tile = 128 // Y.itemsize
         _launch(
             "fuse_channels",
@@ -1020,9 +1236,10 @@ class _Forward:
             ceil_div(self.block_size if sample else rows, row_tile) * ceil_div(items, defines["ITEMS_PER_BLOCK"]),
             None,
             *(Y, *self._map_arrays(), out),
-            *(rows, width, self.rank, problem.grouped_heads, Y.shape[1], problem.blocks, first_item, items),
-            *(self.block_size, problem.grouped_rows, offset),
+            *(rows, width, self.rank, problem.grouped_heads, Y.shape[1], self.blocks, first_item, items),
+            *(self.block_size, problem.grouped_rows, self.seen_offset(rows)),
             *_strides(Y),
+            *self.block_pieces,
         )
 
     def _launch_simt(self, reduced_Q: Any, reduced_K: Any, first_item: int, items: int) -> None:
@@ -1040,12 +1257,13 @@ class _Forward:
             own_block=self.scores_own_blocks,
             causal=self.key_limits[1] is not None,
             switches=self.switches,
+            ragged=self.sequences is not None,
         )
-        sizes = self.sizes(first_item)
+        sizes = self.sizes(first_item, defines["BLOCK_Q"])
         _launch(
             "forward_simt",
             defines,
-            items * ceil_div(sizes[5], defines["BLOCK_Q"]),
+            items * self.tiles_per_item(sizes, defines["BLOCK_Q"]),
             SIMT_THREADS,
             *(self.Q, self.K, self.V, *((_NULL, _NULL) if maps else self._map_arrays())),
             *((maps.fusion, maps.mean) if maps else (_NULL, _NULL)),
@@ -1054,6 +1272,7 @@ class _Forward:
             _sum_type(problem.dtype)(problem.scale),
             *(stride for x in (self.Q, self.K, self.V, self.O) for stride in _strides(x)),
             *self.option_arguments(),
+            *self.ragged_arguments(sizes),
         )
 
     def _launch_mma(self, Q: Any, K: Any, query_map: int, first_item: int, items: int, mean_scores: Any) -> None:
@@ -1088,12 +1307,13 @@ class _Forward:
             switches=self.switches,
             centred=self.dense_maps is not None,
             aligned=all(_vector(x) == 8 for x in user_arrays),
+            ragged=self.sequences is not None,
         )
-        sizes = self.sizes(first_item)
+        sizes = self.sizes(first_item, tiles.block_q)
         _launch(
             "forward_mma",
             defines,
-            items * ceil_div(sizes[5], tiles.block_q),
+            items * self.tiles_per_item(sizes, tiles.block_q),
             32 * tiles.num_warps,
             *(Q, K, self.V, self.K, self.dense_maps.mean if self.dense_maps else _NULL),
             *(*self._map_arrays(), self.O, self.lse),
@@ -1103,6 +1323,7 @@ class _Forward:
             *(stride for x in (Q, K if K.ndim == 4 else self.K, self.K, self.V, self.O) for stride in _strides(x)),
             *self.option_arguments(),
             mean_scores,
+            *self.ragged_arguments(sizes),
             shared=defines["LAUNCH_SHARED_BYTES"],
         )
 
@@ -1118,6 +1339,13 @@ class _Forward:
 
 
 _NULL = np.uint64(0)
+_EDGE_PLACES = 7, 8
+"""Where a plan has cu_seqlens_q and cu_seqlens_k, behind what `CupyBackend.plan` takes."""
+
+
+def _as_batch(array: Any) -> Any:
+    """Return packed rows (rows, heads, width) as (1, heads, rows, width)."""
+    return array[np.newaxis].swapaxes(1, 2)
 
 
 def _thread_blocks() -> int:
@@ -1198,7 +1426,7 @@ def _in_workspace(workspace: Any) -> Work:
 
 
 @lru_cache(maxsize=256)
-def _planned_bytes(problem: Problem, device: DeviceFacts, *arrays: Any) -> int:
+def _planned_bytes(problem: Problem | RaggedProblem, device: DeviceFacts, *arrays: Any) -> int:
     """Return what a call takes of a workspace; ``arrays`` as in `CupyBackend.plan`."""
     planned = (None if x is None else x.planned(place) for place, x in enumerate(arrays))
     return BACKEND.plan(problem, device, *planned).memory.bytes

@@ -212,9 +212,12 @@ class Placed:
         return cls(shape, tuple(strides[axis] for axis in order), dtype, 0)
 
     def swapped(self, layout: Layout) -> Placed:
-        """Return an array of the caller's as a native view."""
+        """Return an array of the caller's as a native view; packed rows (rows, heads, width) as a batch of one."""
         if layout == "bhnd":
             return self
+        if len(self.shape) == 3:
+            batch = Placed((1, *self.shape), (0, *self.strides), self.dtype, self.misaligned_by)
+            return batch.swapped(layout)
         shape, strides = ((x[0], x[2], x[1], x[3]) for x in (self.shape, self.strides))
         return Placed(shape, strides, self.dtype, self.misaligned_by)
 

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import numba
@@ -21,7 +22,7 @@ from numba.cuda.cudadrv import devicearray
 from ..arrays import Kind, StreamHandle, describe, kind_of, on_stream
 from ..grouped_keys import GroupedKeys
 from ..numba_kernels.channel_norms import make_channel_norms
-from ..numba_kernels.forward import choose_tiles, make_forward
+from ..numba_kernels.forward import Tiles, choose_tiles, make_forward
 from ..numba_kernels.fusion_gains import make_fusion_gains
 from ..numba_kernels.gram import ProductTiles, make_gram
 from ..numba_kernels.group_channels import make_group_channels
@@ -29,6 +30,20 @@ from ..numba_kernels.hash_channels import make_hash_channels
 from ..numba_kernels.key_mean import make_key_mean
 from ..numba_kernels.merge_results import make_merge_results
 from ..numba_kernels.reduce_rows import make_reduce_rows
+from ..numba_kernels.sequences import (
+    BLOCK_FIELDS,
+    BLOCKS,
+    KEYS,
+    MET_STOP,
+    NEW_START,
+    NEW_STOP,
+    QUERIES,
+    SEQUENCE_FIELDS,
+    START,
+    STOP,
+    make_sequence_tables,
+    most_tiles,
+)
 from ..numba_kernels.subspace_maps import SQUARE_BUFFERS, WIDE_BUFFERS, make_subspace_maps
 from ..numba_kernels.sum_segments import make_sum_segments
 from ..problem import (
@@ -40,11 +55,9 @@ from ..problem import (
     RaggedProblem,
     Subspace,
     SubspaceMaps,
-    block_edges,
     ceil_div,
 )
-from ..reference import hyperplanes, keys_of_mean
-from ..reference.distr_attention import rows_that_meet
+from ..reference import hyperplanes
 from ..tiles import ScoreSwitches
 from . import NO_TABLES, NOTHING_LENT, Backend, Lent, Maps, ScoreTables, host_copy_back
 
@@ -94,6 +107,23 @@ SIMULATOR_THREADS = Threads(
 THREADS = SIMULATOR_THREADS if SIMULATED else GPU_THREADS
 
 
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """The sequences of a call as kernels see them."""
+
+    table: Any
+    """[SEQUENCE_FIELDS, S + 1] int64, numba_kernels/sequences.py."""
+    blocks: Any
+    """[BLOCK_FIELDS, C] int64, in the same place."""
+    diagonal: int
+    """What is taken from an offset of the packed problem to count it from the diagonal of a sequence."""
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return int(self.table.shape[1]) - 1
+
+
 class NumbaBackend(Backend):
     """float16, float32 and float64; sums are float32, float64 for float64."""
 
@@ -113,66 +143,124 @@ class NumbaBackend(Backend):
         lent: Lent = NOTHING_LENT,
     ) -> tuple[Any, Any, Maps]:
         """Compute one checked call on the device of its arrays."""
-        if problem.dtype not in (np.float16, np.float32, np.float64):
-            rule = "the numba backend takes float16, float32 and float64"
-            raise NotImplementedError(f"q: {rule}, got {describe(q)}")
+        _refuse_dtype(problem, q)
         if lent.workspace is not None:
             self.workspace_bytes(problem, q)
         with _on_device_of(q), on_stream(lent.stream if kind_of(q) == "cupy" else None):
             return super().attention(problem, _bound(q, lent.stream), k, v, out, tables, lent)
+
+    def ragged_attention(
+        self,
+        problem: RaggedProblem,
+        q: Any,
+        k: Any,
+        v: Any,
+        out: Any,
+        cu_seqlens_q: Any,
+        cu_seqlens_k: Any,
+        lent: Lent = NOTHING_LENT,
+    ) -> tuple[Any, Any, tuple[Any, Any] | None]:
+        """Compute one checked call with packed sequences as a batch of one, whose lengths stay on the device."""
+        packed = problem.packed
+        _refuse_dtype(packed, q)
+        self.refuse(problem, q)
+        if lent.workspace is not None:
+            self.workspace_bytes(problem, q)
+        with _on_device_of(q), on_stream(lent.stream if kind_of(q) == "cupy" else None):
+            rows, keys, values, *edges = (
+                self.bring_in(x, "bhnd") for x in (_bound(q, lent.stream), k, v, cu_seqlens_q, cu_seqlens_k)
+            )
+            if out is not None and self.shares_memory(out):
+                result = self.bring_in(out, "bhnd")
+            else:
+                result = _empty((packed.queries, packed.heads, packed.value_width), rows.dtype, rows)
+            if lent.lse is not None and self.shares_memory(lent.lse):
+                lse = self.bring_in(lent.lse, "bhnd")
+            else:
+                lse = _empty(problem.lse_shape, np.float32, rows)
+            maps = None
+            if 0 not in result.shape:
+                Q, K, V, O = (_as_batch(x) for x in (rows, keys, values, result))
+                sequences = self.sequences(packed, Q, problem, *edges)
+                maps = self.group_maps(packed, Q, K, sequences)
+                self.attend(packed, Q, K, V, O, _with_batch_axis(lse), maps, sequences=sequences)
+            told = self._ranks_and_errors(problem, maps, rows)
+            result = self.hand_back(result, None, like=q, out=out)
+            lse = self.hand_back(lse, None, like=q, out=lent.lse)
+            return result, lse, told and tuple(self.hand_back(x, None, like=q, out=None) for x in told)
+
+    def _ranks_and_errors(self, problem: RaggedProblem, maps: Maps, like: Any) -> tuple[Any, Any] | None:
+        """Return ranks and score errors, each (H_x, C); zeros where nothing was computed."""
+        packed = problem.packed
+        if isinstance(maps, SubspaceMaps):
+            return _without_batch_axis(maps.ranks), _without_batch_axis(maps.score_errors)
+        if not isinstance(packed.grouping, Subspace):
+            return None
+        shape = packed.grouped_heads, _most_blocks(problem)
+        return tuple(_copy_in(np.zeros(shape, dtype), like) for dtype in (np.int32, _accumulator(packed.dtype)))
 
     def workspace_bytes(self, problem: Problem | RaggedProblem | PagedProblem, q: Any, *_others: Any) -> int:
         """Refuse: the kernels' memory is allocated where it is needed."""
         self.refuse(problem, q)
         raise NotImplementedError(f"workspace: is not built for the numba backend yet, got q: {describe(q)}")
 
-    def group_maps(self, problem: Problem, Q: Any, K: Any) -> Maps:
+    def group_maps(self, problem: Problem, Q: Any, K: Any, sequences: Sequences | None = None) -> Maps:
         """Return the maps of every block as native arrays; all floats have the type of the sums."""
         K = K.bind(Q.stream)  # arrays may be bound to different streams; every launch of a call goes to that of Q
         match problem.grouping:
             case Grouping() as grouping:
-                return self._lsh_maps(problem, grouping, Q, K)
+                return self._lsh_maps(problem, grouping, Q, K, sequences)
             case Subspace() as grouping:
-                return self._subspace_maps(problem, grouping, Q, K)
+                return self._subspace_maps(problem, grouping, Q, K, sequences or self.sequences(problem, Q))
             case _:
                 return None
 
-    def _lsh_maps(self, problem: Problem, grouping: Grouping, Q: Any, K: Any) -> GroupMaps:
+    def _lsh_maps(self, problem: Problem, grouping: Grouping, Q: Any, K: Any, sequences: Sequences | None) -> GroupMaps:
         X = K if grouping.by == "keys" else Q
         # a draw of fewer rows is the start of a draw of more
         planes = hyperplanes(grouping.seed, min(grouping.block_size, problem.grouped_rows))
-        channels = self.group_channels(self.hash_channels(X, planes, grouping.block_size))
+        channels = self.group_channels(self.hash_channels(X, planes, grouping.block_size, sequences))
         if grouping.fusion == "sum":
             return GroupMaps(channels, None)
-        norms = self.channel_norms(problem, Q, K)
-        return GroupMaps(channels, self.fusion_gains(X, channels, norms, grouping.group_size, grouping.block_size))
+        norms = self.channel_norms(problem, Q, K, sequences)
+        gains = self.fusion_gains(X, channels, norms, grouping.group_size, grouping.block_size, sequences)
+        return GroupMaps(channels, gains)
 
-    def _subspace_maps(self, problem: Problem, grouping: Subspace, Q: Any, K: Any) -> SubspaceMaps:
+    def _subspace_maps(
+        self, problem: Problem, grouping: Subspace, Q: Any, K: Any, sequences: Sequences
+    ) -> SubspaceMaps:
         accumulator, tiles, D, R = _accumulator(problem.dtype), THREADS.product, problem.width, problem.rank
-        blocks = (problem.batch, problem.grouped_heads, problem.blocks)
+        blocks = (problem.batch, problem.grouped_heads, sequences.blocks.shape[1])
         maps = SubspaceMaps(
             sampling=_empty((*blocks, D, R), accumulator, Q),
             fusion=_empty((*blocks, D, R), accumulator, Q),
-            key_mean=self.key_mean(K),
+            key_mean=self.key_mean(K, sequences),
             ranks=_empty(blocks, np.int32, Q),
             score_errors=_empty(blocks, accumulator, Q),
         )
 
-        segments = _Segments.of(problem, grouping)
-        x_edges, y_edges, y_rows = (
-            _copy_in(np.array(rows, np.int64), Q) for rows in (segments.x_edges, segments.y_edges, segments.y_rows)
-        )
-        if grouping.by == "keys":
-            x_grams = self.grams(K, maps.key_mean, x_edges, problem.kv_heads)
-            y_grams = self.grams(Q, None, y_edges, problem.kv_heads)
+        by_keys, causal = grouping.by == "keys", problem.causal_offset is not None
+        if by_keys:
+            x_grams = self.grams(K, maps.key_mean, sequences, START, problem.kv_heads)
+            y_grams = self.grams(Q, None, sequences, NEW_START, problem.kv_heads)
         else:
-            x_grams = self.grams(Q, None, x_edges, problem.heads)
-            y_grams = self.grams(K, maps.key_mean, y_edges, problem.kv_heads)
-        kernel = make_sum_segments(segments.y_grows, tiles.size)
-        _launch(kernel, problem.batch * problem.kv_heads * ceil_div(D, tiles.size), THREADS.group, y_grams)
+            x_grams = self.grams(Q, None, sequences, START, problem.heads)
+            y_grams = self.grams(K, maps.key_mean, sequences, NEW_START, problem.kv_heads)
+        # over queries a block meets what those before it meet, over keys what those behind it do
+        kernel = make_sum_segments(causal and not by_keys, tiles.size)
+        grid = problem.batch * sequences.count * problem.kv_heads * ceil_div(D, tiles.size)
+        _launch(kernel, grid, THREADS.group, y_grams, sequences.table)
 
-        y_changes = problem.causal_offset is not None
-        self.solve_maps(maps, x_grams, y_grams, x_edges, y_rows, grouping, problem.scale, y_changes=y_changes)
+        self.solve_maps(
+            maps,
+            x_grams,
+            y_grams,
+            sequences,
+            problem.heads_per_kv_head if by_keys else 1,
+            grouping,
+            problem.scale,
+            y_changes=causal,
+        )
         return maps
 
     def solve_maps(
@@ -180,8 +268,8 @@ class NumbaBackend(Backend):
         maps: SubspaceMaps,
         x_grams: Any,
         y_grams: Any,
-        x_edges: Any,
-        y_rows: Any,
+        sequences: Sequences,
+        heads_that_meet: int,
         grouping: Subspace,
         scale: float,
         *,
@@ -189,7 +277,7 @@ class NumbaBackend(Backend):
     ) -> None:
         """Write all of ``maps`` but the mean from Gram matrices of `grams`.
 
-        ``y_changes``: each block has a B of its own. ``y_rows`` (C,) is how many rows each B is a sum over.
+        ``y_changes``: each block has a B of its own. ``heads_that_meet``: those whose rows B is a sum over.
         """
         *blocks, D, R = maps.sampling.shape
         accumulator, tiles = maps.sampling.dtype.type, THREADS.product
@@ -203,8 +291,8 @@ class NumbaBackend(Backend):
             (tiles.thread_columns, tiles.thread_rows),
             x_grams,
             y_grams,
-            x_edges,
-            y_rows,
+            sequences.blocks,
+            heads_that_meet,
             maps.sampling,
             maps.fusion,
             maps.ranks,
@@ -216,33 +304,95 @@ class NumbaBackend(Backend):
             accumulator(grouping.score_tol or 0),
         )
 
-    def key_mean(self, K: Any) -> Any:
-        """Return the mean of the keys of every head, (B, H_kv, D) (eq. 12)."""
-        return self.mean_of_rows(keys_of_mean(K))
+    def sequences(
+        self,
+        problem: Problem,
+        like: Any,
+        ragged: RaggedProblem | None = None,
+        cu_seqlens_q: Any = None,
+        cu_seqlens_k: Any = None,
+    ) -> Sequences:
+        """Return where sequences and their blocks are; without a ragged problem, all rows of a batch are one."""
+        count, blocks, diagonal = 1, problem.blocks, 0
+        if ragged is not None:
+            count, blocks = ragged.sequences, _most_blocks(ragged)
+            diagonal = 0 if ragged.is_top_left else problem.keys - problem.queries
+        table = _empty((SEQUENCE_FIELDS, count + 1), np.int64, like)
+        found = Sequences(table, _empty((BLOCK_FIELDS, blocks), np.int64, like), diagonal)
+        by_keys = problem.grouping is not None and problem.grouping.by == "keys"
+        kernel = make_sequence_tables(
+            ragged is not None,
+            ragged is not None and not ragged.is_top_left,
+            by_keys,
+            problem.causal_offset is not None,
+            THREADS.group,
+        )
+        query_block, key_block = _row_blocks(problem)
+        _launch(
+            kernel,
+            1,
+            THREADS.group,
+            table,
+            found.blocks,
+            # Numba passes no None to a GPU: any array does where the kernel reads none
+            table if cu_seqlens_q is None else cu_seqlens_q,
+            table if cu_seqlens_k is None else cu_seqlens_k,
+            problem.queries,
+            problem.keys,
+            query_block,
+            _forward_tiles(problem).block_q,
+            key_block if by_keys else query_block,
+            THREADS.product.size,
+            0 if problem.meeting_offset is None else problem.meeting_offset - diagonal,
+        )
+        return found
 
-    def mean_of_rows(self, K: Any) -> Any:
-        """Return the mean of all rows of K (B, H, rows, D), (B, H, D)."""
+    @staticmethod
+    def one_block(rows: int, rows_that_meet: int, like: Any) -> Sequences:
+        """Return one block of so many rows, all that there are."""
+        table = np.zeros((SEQUENCE_FIELDS, 2), np.int64)
+        table[[QUERIES, KEYS], 1] = rows
+        table[BLOCKS, 1] = 1
+        blocks = np.zeros((BLOCK_FIELDS, 1), np.int64)
+        blocks[[STOP, NEW_STOP]] = rows
+        blocks[MET_STOP] = rows_that_meet
+        return Sequences(_copy_in(table, like), _copy_in(blocks, like), 0)
+
+    def key_mean(self, K: Any, sequences: Sequences, *, of_all: bool = False) -> Any:
+        """Return the mean of the keys of every head, (B or sequences, H_kv, D) (eq. 12), or ``of_all`` rows of K."""
         batch, heads, _, width = K.shape
-        mean = _empty((batch, heads, width), _accumulator(K.dtype), K)
-        kernel = make_key_mean(mean.dtype.type, THREADS.reduction_rows, THREADS.reduction_columns)
-        grid = batch * heads * ceil_div(width, THREADS.reduction_columns)
-        _launch(kernel, grid, (THREADS.reduction_columns, THREADS.reduction_rows), K, mean)
+        mean = _empty((batch * sequences.count, heads, width), _accumulator(K.dtype), K)
+        kernel = make_key_mean(mean.dtype.type, of_all, THREADS.reduction_rows, THREADS.reduction_columns)
+        grid = batch * sequences.count * heads * ceil_div(width, THREADS.reduction_columns)
+        threads = (THREADS.reduction_columns, THREADS.reduction_rows)
+        _launch(kernel, grid, threads, K, mean, sequences.table)
         return mean
 
-    def grams(self, X: Any, mean: Any | None, edges: Any, heads: int) -> Any:
-        """Return the Gram matrices of the segments of X, less the mean, (B, ``heads``, S, D, D) (eq. 11)."""
+    def grams(self, X: Any, mean: Any | None, sequences: Sequences, edge: int, heads: int) -> Any:
+        """Return the Gram matrices of the segments of X, less the mean, (B, ``heads``, C, D, D) (eq. 11).
+
+        ``edge``: where the table of blocks has the first row of each.
+        """
         batch, _, _, width = X.shape
         accumulator, tiles = _accumulator(X.dtype), THREADS.product
-        grams = _empty((batch, heads, edges.size - 1, width, width), accumulator, X)
+        grams = _empty((batch, heads, sequences.blocks.shape[1], width, width), accumulator, X)
         grid = batch * heads * grams.shape[2] * ceil_div(width, tiles.size) ** 2
         kernel = make_gram(accumulator, mean is not None, tiles)
         # Numba passes no None to a GPU: any array does where the kernel reads none
-        _launch(
-            kernel, grid, (tiles.thread_columns, tiles.thread_rows), X, grams if mean is None else mean, edges, grams
-        )
+        threads = (tiles.thread_columns, tiles.thread_rows)
+        _launch(kernel, grid, threads, X, grams if mean is None else mean, sequences.blocks, edge, grams)
         return grams
 
-    def reduce_rows(self, X: Any, maps: SubspaceMaps, block_size: int, *, is_centred: bool, out: Any = None) -> Any:
+    def reduce_rows(
+        self,
+        X: Any,
+        maps: SubspaceMaps,
+        block_size: int,
+        sequences: Sequences | None,
+        *,
+        is_centred: bool,
+        out: Any = None,
+    ) -> Any:
         """Return the rows of X, less their mean where centred, times W of their block, (B, H_x, rows, R) (eq. 4).
 
         In ``out``, rounded to its dtype, where that is given. Columns from the rank of a block on are left as they are.
@@ -250,20 +400,24 @@ class NumbaBackend(Backend):
         batch, heads, rows, width = X.shape
         accumulator, tiles = _accumulator(X.dtype), THREADS.product
         sampled = _empty((batch, heads, rows, maps.sampling.shape[4]), accumulator, X) if out is None else out
-        block_rows = min(block_size, rows)
-        kernel = make_reduce_rows(accumulator, width, is_centred, tiles)
-        grid = batch * heads * maps.ranks.shape[2] * ceil_div(block_rows, tiles.size)
+        kernel = make_reduce_rows(accumulator, width, is_centred, sequences is not None, tiles)
+        grid = batch * heads * _most_tiles(rows, block_size, tiles.size, sequences)
         threads = (tiles.thread_columns, tiles.thread_rows)
-        _launch(kernel, grid, threads, X, maps.key_mean, maps.sampling, maps.ranks, sampled, block_rows)
+        arrays = (maps.key_mean, maps.sampling, maps.ranks, sampled, *_tables(sequences, sampled))
+        _launch(kernel, grid, threads, X, *arrays, block_size)
         return sampled
 
-    def hash_channels(self, X: Any, planes: np.ndarray, block_size: int) -> Any:
+    def hash_channels(self, X: Any, planes: np.ndarray, block_size: int, sequences: Sequences | None = None) -> Any:
         """Return one word per channel and block, (B, H, C, D) uint16 (eq. 5)."""
         batch, heads, rows, width = X.shape
-        words = _empty((batch, heads, ceil_div(rows, block_size), width), np.uint16, X)
-        kernel = make_hash_channels(_accumulator(X.dtype), THREADS.hash_channels, THREADS.hash_bits)
-        grid = batch * heads * words.shape[2] * ceil_div(width, THREADS.hash_channels)
-        _launch(kernel, grid, (THREADS.hash_bits, THREADS.hash_channels), X, _copy_in(planes, X), words, block_size)
+        blocks = ceil_div(rows, block_size) if sequences is None else sequences.blocks.shape[1]
+        words = _empty((batch, heads, blocks, width), np.uint16, X)
+        kernel = make_hash_channels(
+            _accumulator(X.dtype), THREADS.hash_channels, THREADS.hash_bits, sequences is not None
+        )
+        grid = batch * heads * blocks * ceil_div(width, THREADS.hash_channels)
+        threads = (THREADS.hash_bits, THREADS.hash_channels)
+        _launch(kernel, grid, threads, X, _copy_in(planes, X), words, _tables(sequences, words)[1], block_size)
         return words
 
     def group_channels(self, words: Any) -> Any:
@@ -273,32 +427,39 @@ class NumbaBackend(Backend):
         _launch(make_group_channels(width), batch * heads * blocks, THREADS.group, words, channels)
         return channels
 
-    def channel_norms(self, problem: Problem, Q: Any, K: Any) -> Any:
+    def channel_norms(self, problem: Problem, Q: Any, K: Any, sequences: Sequences | None) -> Any:
         """Return the squared channel lengths of the rows that meet each block, (B, H_x, C, D) (eq. 9)."""
         grouping = problem.grouping
         assert grouping is not None
         Y = Q if grouping.by == "keys" else K
         accumulator = _accumulator(problem.dtype)
-        norms = _empty((problem.batch, problem.grouped_heads, problem.blocks, problem.width), accumulator, Y)
-        causal = problem.causal_offset is not None
+        blocks = problem.blocks if sequences is None else sequences.blocks.shape[1]
+        norms = _empty((problem.batch, problem.grouped_heads, blocks, problem.width), accumulator, Y)
         kernel = make_channel_norms(
-            accumulator, grouping.by == "keys", causal, THREADS.reduction_rows, THREADS.reduction_columns
+            accumulator,
+            grouping.by == "keys",
+            problem.causal_offset is not None,
+            sequences is not None,
+            THREADS.reduction_rows,
+            THREADS.reduction_columns,
         )
-        grid = (
-            problem.batch * problem.grouped_heads * problem.blocks * ceil_div(problem.width, THREADS.reduction_columns)
-        )
+        grid = problem.batch * problem.grouped_heads * blocks * ceil_div(problem.width, THREADS.reduction_columns)
         numbers = (grouping.block_size, problem.grouped_rows, problem.causal_offset or 0)
-        _launch(kernel, grid, (THREADS.reduction_columns, THREADS.reduction_rows), Y, norms, *numbers)
+        threads = (THREADS.reduction_columns, THREADS.reduction_rows)
+        _launch(kernel, grid, threads, Y, norms, _tables(sequences, norms)[1], *numbers)
         return norms
 
-    def fusion_gains(self, X: Any, channels: Any, norms: Any, group_size: int, block_size: int) -> Any:
+    def fusion_gains(
+        self, X: Any, channels: Any, norms: Any, group_size: int, block_size: int, sequences: Sequences | None
+    ) -> Any:
         """Put the sampled member of each group first in ``channels`` and return the gains, (B, H_x, C, D) (eq. 9)."""
         batch, heads, blocks, width = channels.shape
         accumulator = _accumulator(X.dtype)
         gains = _empty((batch, heads, blocks, width), accumulator, X)
-        kernel = make_fusion_gains(accumulator, width, group_size, THREADS.reduction_rows, THREADS.reduction_columns)
         threads = (THREADS.reduction_columns, THREADS.reduction_rows)
-        _launch(kernel, batch * heads * blocks, threads, X, norms, channels, gains, block_size)
+        kernel = make_fusion_gains(accumulator, width, group_size, sequences is not None, *reversed(threads))
+        arrays = (X, norms, channels, gains, _tables(sequences, gains)[1])
+        _launch(kernel, batch * heads * blocks, threads, *arrays, block_size)
         return gains
 
     def attend(
@@ -311,8 +472,9 @@ class NumbaBackend(Backend):
         lse: Any,
         maps: Maps,
         tables: ScoreTables = NO_TABLES,
+        sequences: Sequences | None = None,
     ) -> None:
-        """Write attention into O and its log-sum-exp into lse."""
+        """Write attention into O and its log-sum-exp into lse; ``sequences``: where the rows are of several."""
         if isinstance(K, GroupedKeys):
             from .numba_grouped_keys import NumbaGroupedKeys  # which launches through this module
 
@@ -321,8 +483,6 @@ class NumbaBackend(Backend):
             return
         grouping = problem.grouping
         accumulator = _accumulator(problem.dtype)
-        # the keys of an own block are met in their full width
-        inner_width = problem.width if problem.own_block_is_exact else problem.rank
         low, high = problem.key_limits
         switches = ScoreSwitches(
             window=low is not None,
@@ -332,7 +492,7 @@ class NumbaBackend(Backend):
         )
         shape = (problem.batch, problem.heads, problem.queries, problem.keys)
         tables = tables.map(lambda table: _broadcast(table, shape))
-        tiles = choose_tiles(problem.width, inner_width, problem.value_width, accumulator, SIMULATED)
+        tiles = _forward_tiles(problem)
         kernel = make_forward(
             accumulator,
             problem.width,
@@ -343,36 +503,35 @@ class NumbaBackend(Backend):
             isinstance(maps, SubspaceMaps),
             problem.own_block_is_exact and maps is not None,
             high is not None,
+            sequences is not None,
             switches,
             tiles,
         )
-        query_block, key_block = problem.queries, max(problem.keys, 1)
-        if grouping is not None and grouping.by == "queries":
-            query_block = min(grouping.block_size, query_block)
-        elif grouping is not None:
-            # queries behind the last key have their own blocks too (eq. 20)
-            key_block = min(grouping.block_size, max(key_block, problem.queries + (problem.causal_offset or 0)))
-        query_tiles = ceil_div(problem.queries, query_block) * ceil_div(query_block, tiles.block_q)
+        query_block, key_block = _row_blocks(problem)
+        diagonal = 0 if sequences is None else sequences.diagonal
         _launch(
             kernel,
-            problem.batch * problem.heads * query_tiles,
+            problem.batch * problem.heads * _most_tiles(problem.queries, query_block, tiles.block_q, sequences),
             (tiles.thread_columns, tiles.thread_rows),
             Q,
             K,
             V,
-            *self._map_arrays(problem, Q, K, maps, lse),
+            *self._map_arrays(problem, Q, K, maps, sequences, lse),
+            _tables(sequences, lse)[0],
             O,
             lse,
             query_block,
             key_block,
-            low or 0,
-            high or 0,
+            0 if low is None else low - diagonal,
+            0 if high is None else high - diagonal,
             accumulator(problem.scale),
             accumulator(problem.softcap),
             *(lse if table is None else table for table in (tables.bias, tables.mask)),
         )
 
-    def _map_arrays(self, problem: Problem, Q: Any, K: Any, maps: Maps, absent: Any) -> tuple[Any, ...]:
+    def _map_arrays(
+        self, problem: Problem, Q: Any, K: Any, maps: Maps, sequences: Sequences | None, absent: Any
+    ) -> tuple[Any, ...]:
         """Return what the forward kernel reads the maps from; ``absent``, any array, stands for what it does not read.
 
         Numba passes no None to a GPU.
@@ -383,9 +542,8 @@ class NumbaBackend(Backend):
             case SubspaceMaps():
                 assert problem.grouping is not None
                 by_keys = problem.grouping.by == "keys"
-                sampled = self.reduce_rows(
-                    K.bind(Q.stream) if by_keys else Q, maps, problem.grouping.block_size, is_centred=by_keys
-                )
+                X = K.bind(Q.stream) if by_keys else Q
+                sampled = self.reduce_rows(X, maps, _row_blocks(problem)[by_keys], sequences, is_centred=by_keys)
                 return absent, absent, sampled, maps.fusion, maps.ranks, maps.key_mean
             case _:
                 return (absent,) * 6
@@ -434,46 +592,46 @@ class NumbaBackend(Backend):
         return _to_cupy(result) if kind_of(like) == "cupy" else result
 
 
-class _Segments(NamedTuple):
-    """How the rows of both sides are cut for Gram matrices; segment s is rows edges[s] to edges[s + 1] - 1."""
+def _refuse_dtype(problem: Problem, q: Any) -> None:
+    if problem.dtype not in (np.float16, np.float32, np.float64):
+        rule = "the numba backend takes float16, float32 and float64"
+        raise NotImplementedError(f"q: {rule}, got {describe(q)}")
 
-    x_edges: list[int]
-    """Of the blocks."""
-    y_edges: list[int]
-    """Of the rows that meet a block and not its neighbour; of any C parts where all rows meet all blocks."""
-    y_rows: list[int]
-    """How many rows meet each block, of all heads that share its maps."""
-    y_grows: bool
-    """Whether a block meets what the ones before it meet, or what those behind it meet; all rows meet the first."""
 
-    @classmethod
-    def of(cls, problem: Problem, grouping: Subspace) -> _Segments:
-        blocks = block_edges(problem.grouped_rows, grouping.block_size)
-        met = [
-            rows_that_meet(
-                start,
-                stop,
-                group_by=grouping.by,
-                N=problem.queries,
-                M=problem.keys,
-                causal_offset=problem.meeting_offset,
-            )
-            for start, stop in blocks
-        ]
-        by_keys = grouping.by == "keys"
-        y_rows, heads = (problem.queries, problem.heads_per_kv_head) if by_keys else (problem.keys, 1)
-        if problem.causal_offset is None:
-            y_edges = [y_rows * c // max(len(blocks), 1) for c in range(len(blocks) + 1)]
-        elif by_keys:
-            y_edges = [*(first for first, _ in met), y_rows]
-        else:
-            y_edges = [0, *(last for _, last in met)]
-        return cls(
-            x_edges=[0, *(stop for _, stop in blocks)],
-            y_edges=y_edges,
-            y_rows=[(last - first) * heads for first, last in met],
-            y_grows=problem.causal_offset is not None and not by_keys,
-        )
+def _row_blocks(problem: Problem) -> tuple[int, int]:
+    """Return the rows per grouping block of queries and of keys, all of them on the side that is not cut."""
+    query_block, key_block = problem.queries, max(problem.keys, 1)
+    if problem.grouping is not None and problem.grouping.by == "queries":
+        query_block = min(problem.grouping.block_size, query_block)
+    elif problem.grouping is not None:
+        # queries behind the last key have their own blocks too (eq. 20)
+        key_block = min(problem.grouping.block_size, max(key_block, problem.queries + (problem.causal_offset or 0)))
+    return query_block, key_block
+
+
+def _most_blocks(problem: RaggedProblem) -> int:
+    """Return the most grouping blocks that sequences of these rows in all can have."""
+    packed = problem.packed
+    whole = 0 if packed.grouping is None else packed.grouped_rows // packed.grouping.block_size
+    return whole + problem.sequences
+
+
+def _forward_tiles(problem: Problem) -> Tiles:
+    # the keys of an own block are met in their full width
+    inner_width = problem.width if problem.own_block_is_exact else problem.rank
+    return choose_tiles(problem.width, inner_width, problem.value_width, _accumulator(problem.dtype), SIMULATED)
+
+
+def _most_tiles(rows: int, block: int, tile: int, sequences: Sequences | None) -> int:
+    """Return the most tiles that rows can have if none reaches over the edge of a block or a sequence."""
+    if sequences is None:
+        return ceil_div(rows, block) * ceil_div(block, tile)
+    return most_tiles(rows, sequences.count, block, tile)
+
+
+def _tables(sequences: Sequences | None, absent: Any) -> tuple[Any, Any]:
+    """Return those of sequences and blocks; ``absent``, any array, stands for them where no kernel reads them."""
+    return (absent, absent) if sequences is None else (sequences.table, sequences.blocks)
 
 
 def _accumulator(dtype: Any) -> Any:
@@ -544,14 +702,8 @@ def _bound(array: Any, stream: int | None) -> Any:
     return array.bind(cuda.external_stream(stream) if stream else 0)
 
 
-def _swap_rows_and_heads(array: Any) -> Any:
-    """Return a view of a native (B, N, H, D) array as (B, H, N, D), or back."""
-    order = (0, 2, 1, 3)  # Numba transposes matrices only
-    return _with_strides(array, *(tuple(x[axis] for axis in order) for x in (array.shape, array.strides)))
-
-
-def _with_strides(array: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
-    """Return a view of a native array with this shape and these strides, in bytes."""
+def _view(array: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
+    """Return a native array's memory in another shape: Numba has views of matrices and contiguous arrays only."""
     if SIMULATED:
         return type(array)(np.lib.stride_tricks.as_strided(array._ary, shape, strides), array.stream)
     return devicearray.DeviceNDArray(
@@ -559,11 +711,31 @@ def _with_strides(array: Any, shape: tuple[int, ...], strides: tuple[int, ...]) 
     )
 
 
+def _swap_rows_and_heads(array: Any) -> Any:
+    """Return a view of a native (B, N, H, D) array as (B, H, N, D), or back."""
+    b, n, h, d = zip(array.shape, array.strides, strict=True)
+    return _view(array, *zip(b, h, n, d, strict=True))
+
+
 def _broadcast(array: Any, shape: tuple[int, ...]) -> Any:
     """Return a view of a native array in a shape that it broadcasts to."""
     missing = len(shape) - len(array.shape)
     steps = [step if size > 1 else 0 for size, step in zip(array.shape, array.strides, strict=True)]
-    return _with_strides(array, shape, (*[0] * missing, *steps))
+    return _view(array, shape, (*[0] * missing, *steps))
+
+
+def _with_batch_axis(array: Any) -> Any:
+    """Return a view of a native array as a batch of one."""
+    return _view(array, (1, *array.shape), (array.shape[0] * array.strides[0], *array.strides))
+
+
+def _without_batch_axis(array: Any) -> Any:
+    return _view(array, tuple(array.shape[1:]), tuple(array.strides[1:]))
+
+
+def _as_batch(packed: Any) -> Any:
+    """Return a view of a native (rows, H, width) array as (1, H, rows, width)."""
+    return _swap_rows_and_heads(_with_batch_axis(packed))
 
 
 def _empty(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:

@@ -13,6 +13,7 @@ from ..grouped_keys import QueryStatistics
 from ..numba_kernels.copy_rows import make_copy_rows
 from ..numba_kernels.expected_gram import make_expected_gram
 from ..numba_kernels.rebuild_keys import make_rebuild_keys
+from ..numba_kernels.sequences import START
 from ..problem import Layout, Problem, Subspace, SubspaceMaps, ceil_div
 from . import ScoreTables
 from .device_grouped_keys import DeviceGroupedKeys
@@ -29,7 +30,7 @@ from .numba_backend import (
     _launch,
     _on_device_of,
     _swap_rows_and_heads,
-    _with_strides,
+    _view,
 )
 
 COPY_BLOCKS = 1 if SIMULATED else 1024
@@ -47,10 +48,10 @@ class NumbaGroupedKeys(DeviceGroupedKeys):
         batch, heads, rows, width = q.shape
         shared = heads // kv_heads if kv_heads else 1
         with _on_device_of(q):
-            grams = BACKEND.grams(q, None, _copy_in(np.array([0, rows]), q), kv_heads)
+            grams = BACKEND.grams(q, None, BACKEND.one_block(rows, rows, q), START, kv_heads)
             step = grams.strides
             shape = (batch, kv_heads, width, width)
-            return QueryStatistics(_with_strides(grams, shape, (*step[:2], *step[3:])), shared * rows)
+            return QueryStatistics(_view(grams, shape, (*step[:2], *step[3:])), shared * rows)
 
     def attend(self, problem: Problem, Q: Any, V: Any, O: Any, lse: Any, tables: ScoreTables) -> None:
         """Write attention to these keys into O and lse, as `Backend.attend` does."""
@@ -84,30 +85,25 @@ class NumbaGroupedKeys(DeviceGroupedKeys):
         new = slice(self._finished, self._finished + blocks)
         sampled, maps, ranks, score_errors = (room.array[:, new] for room in self._rooms)
 
-        mean = BACKEND.mean_of_rows(X)
+        block = BACKEND.one_block(L, L if self.queries is None else self.queries.rows, X)
+        mean = BACKEND.key_mean(X, block, of_all=True)
         # rounded first, so that what is added to the scores is what was subtracted
         self._put(maps[:, :, rank], mean)
         self._put(mean, maps[:, :, rank])
-        edges = _copy_in(np.array([0, L]), X)
-        x_grams, y_grams = (BACKEND.grams(X, shift, edges, blocks) for shift in (mean, None))
-        y_rows = L
+        x_grams, y_grams = (BACKEND.grams(X, shift, block, START, blocks) for shift in (mean, None))
         if self.queries is not None:
-            y_rows = self.queries.rows
             _launch(make_expected_gram(accumulator), heads * blocks, THREADS.group, y_grams, self.queries.gram)
 
         of_head, of_block, of_row, of_number = maps.strides
         made = SubspaceMaps(
             sampling=_empty((heads, blocks, 1, width, rank), accumulator, X),
-            fusion=_with_strides(
-                maps, (heads, blocks, 1, width, rank), (of_head, of_block, of_block, of_number, of_row)
-            ),
+            fusion=_view(maps, (heads, blocks, 1, width, rank), (of_head, of_block, of_block, of_number, of_row)),
             key_mean=mean,
             ranks=ranks,
             score_errors=score_errors,
         )
-        y_counts = _copy_in(np.array([y_rows]), X)
-        BACKEND.solve_maps(made, x_grams, y_grams, edges, y_counts, grouping, self.scale, y_changes=True)
-        BACKEND.reduce_rows(X, made, L, is_centred=True, out=sampled)
+        BACKEND.solve_maps(made, x_grams, y_grams, block, 1, grouping, self.scale, y_changes=True)
+        BACKEND.reduce_rows(X, made, L, None, is_centred=True, out=sampled)
 
     def _rebuilt(self, like: Any) -> Any:
         """Return all keys (B, H_kv, M, D), those of finished blocks as they count, on the stream of ``like``."""
@@ -143,7 +139,7 @@ class NumbaGroupedKeys(DeviceGroupedKeys):
             return
         shape = (*target.shape, *[1] * (4 - len(target.shape)))
         target, source = (
-            _with_strides(x, shape, (*x.strides, *[x.dtype.itemsize] * (4 - len(x.strides)))) for x in (target, source)
+            _view(x, shape, (*x.strides, *[x.dtype.itemsize] * (4 - len(x.strides)))) for x in (target, source)
         )
         number = np.int32 if target.dtype == np.int32 else _accumulator(target.dtype)
         blocks = min(ceil_div(int(np.prod(shape)), THREADS.group), COPY_BLOCKS)
@@ -174,7 +170,7 @@ class NumbaGroupedKeys(DeviceGroupedKeys):
 
     @staticmethod
     def _with_strides(array: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
-        return _with_strides(array, shape, strides)
+        return _view(array, shape, strides)
 
     @staticmethod
     def _device_of(array: Any) -> AbstractContextManager[Any]:

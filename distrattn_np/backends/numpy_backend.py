@@ -58,7 +58,6 @@ class NumpyBackend(Backend):
     kinds = frozenset({"numpy"})
     builds_subspace: ClassVar[bool] = True
     kinds_of_grouped_keys: ClassVar[frozenset[Kind]] = frozenset({"numpy"})
-    attends_ragged: ClassVar[bool] = True
     attends_pages: ClassVar[bool] = True
 
     def group_maps(self, problem: Problem, Q: np.ndarray, K: np.ndarray) -> Maps:

@@ -62,6 +62,7 @@ def forward_sm90_launch(
     *,
     mapped_width: int | None = None,
     own_block: bool = False,
+    ragged: bool = False,
     block_q: int = 128,
     block_kv: int = 128,
     stages: int = 2,
@@ -69,7 +70,7 @@ def forward_sm90_launch(
     """Return the launch of forward_sm90 compiled with R = ``inner_width``, E = ``value_width`` and these tiles.
 
     ``mapped_width`` is D, the width of the queries that the kernel maps itself (KEY_MAPS); None where it maps none.
-    ``own_block``: it scores the keys of a query's own block exactly (OWN_BLOCK).
+    ``own_block``: it scores the keys of a query's own block exactly (OWN_BLOCK). ``ragged``: sequences are packed.
     """
     query_width = inner_width if mapped_width is None else mapped_width
     widest_key = query_width if own_block else inner_width
@@ -83,7 +84,10 @@ def forward_sm90_launch(
     return ForwardLaunch(
         block_q=block_q,
         threads=(1 + block_q // _WARPGROUP_ROWS) * _WARPGROUP_THREADS,
-        shared_bytes=_SWIZZLE_ALIGNMENT + _ITEM_BYTES * elements + 4 * mean_scores + _BARRIER_BYTES * barriers,
+        shared_bytes=_SWIZZLE_ALIGNMENT
+        + _ITEM_BYTES * elements
+        + 4 * (mean_scores + 6 * ragged)
+        + _BARRIER_BYTES * barriers,
         q_box=Box(block_q, panel_columns(query_width)),
         k_box=Box(block_kv, panel_columns(inner_width)),
         v_box=Box(block_kv, panel_columns(value_width)),

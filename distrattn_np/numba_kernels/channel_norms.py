@@ -17,19 +17,26 @@ from typing import Any
 
 from numba import cuda
 
+from .sequences import MET_START, MET_STOP, make_block_rows, make_rows_that_meet
+
 
 @cache
-def make_channel_norms(accumulator: Any, by_keys: bool, causal: bool, thread_rows: int, thread_columns: int) -> Any:
+def make_channel_norms(
+    accumulator: Any, by_keys: bool, causal: bool, is_ragged: bool, thread_rows: int, thread_columns: int
+) -> Any:
     """Return the kernel for one side of grouping.
 
     With blocks over keys, Y is Q: the query heads that share a key head are added up.
     """
     PARTIAL_SHAPE = (thread_rows, thread_columns)
     ZERO = accumulator(0)
+    block_rows = make_block_rows(is_ragged)
+    rows_that_meet = make_rows_that_meet(by_keys, causal)
 
     def channel_norms(
         Y: Any,  # [B, H_y, rows, D]
         norms: Any,  # [B, H_x, C, D]
+        blocks: Any,  # [BLOCK_FIELDS, C], sequences.py; read only where ragged, what follows only elsewhere
         block_size: int,
         grouped_rows: int,
         causal_offset: int,
@@ -39,28 +46,22 @@ def make_channel_norms(accumulator: Any, by_keys: bool, causal: bool, thread_row
         ty = cuda.threadIdx.y
 
         # ---- which channels this block owns ----
-        heads, blocks, width = norms.shape[1], norms.shape[2], norms.shape[3]
+        heads, block_count, width = norms.shape[1], norms.shape[2], norms.shape[3]
         chunks = (width + thread_columns - 1) // thread_columns
         j = cuda.blockIdx.x % chunks * thread_columns + tx
-        c = cuda.blockIdx.x // chunks % blocks
-        h = cuda.blockIdx.x // chunks // blocks % heads
-        b = cuda.blockIdx.x // chunks // blocks // heads
+        c = cuda.blockIdx.x // chunks % block_count
+        h = cuda.blockIdx.x // chunks // block_count % heads
+        b = cuda.blockIdx.x // chunks // block_count // heads
 
         # ---- which rows meet the grouping block (eq. 3) ----
-        y_heads, y_rows = Y.shape[1], Y.shape[2]
-        first_row = 0
-        last_row = y_rows
-        if by_keys:
-            first_head = h * y_heads // heads
-            last_head = (h + 1) * y_heads // heads
-            if causal:
-                first_row = min(max(c * block_size - causal_offset, 0), y_rows)
+        first_head = h * Y.shape[1] // heads
+        last_head = (h + 1) * Y.shape[1] // heads if by_keys else first_head + 1
+        if is_ragged:
+            first_row = blocks[MET_START, c]
+            last_row = blocks[MET_STOP, c]
         else:
-            first_head = h * y_heads // heads
-            last_head = first_head + 1
-            if causal:
-                last_query = min((c + 1) * block_size, grouped_rows) - 1
-                last_row = min(max(last_query + causal_offset + 1, 0), y_rows)
+            start, stop = block_rows(blocks, c, block_size, grouped_rows)
+            first_row, last_row = rows_that_meet(start, stop, Y.shape[2], causal_offset)
 
         # ---- partial sums, then their sum ----
         partial = ZERO

@@ -10,7 +10,7 @@ Reference : reference/distr_attention.py, reference/exact_attention.py, referenc
 CUDA C++  : raw_kernels/forward_simt.cu
 Launcher  : distrattn_np/backends/numba_backend.py
 
-Grid      : B * H * query tiles; a query tile does not reach over the edge of a grouping block
+Grid      : B * H * query tiles; a query tile does not reach over the edge of a grouping block or a sequence
 Block     : (thread_columns, thread_rows); thread (tx, ty) owns the queries ty, ty + thread_rows, ... of the tile
             and, of these, the keys (of S) and the columns (of O) tx, tx + thread_columns, ...
 Shared    : query tile [block_q, R], key tile [block_kv, R] and then value tile [block_kv, E] in one place (D instead
@@ -33,6 +33,7 @@ from ..problem import GroupBy, ceil_div
 from ..tiles import ScoreSwitches
 from .fuse_channels import make_fuse_channels, make_sample_channels
 from .reduce_rows import make_load_rows, make_reduce_tile
+from .sequences import BLOCKS, DIAGONALS, KEYS, QUERIES, QUERY_TILES, find_sequence
 
 MAX_SHARED_BYTES = 48 * 1024
 """What a static shared array may take on every GPU; Numba cannot ask for more."""
@@ -91,6 +92,7 @@ def make_forward(
     in_subspace: bool,
     own_block_is_exact: bool,
     has_last: bool,
+    is_ragged: bool,
     switches: ScoreSwitches,
     tiles: Tiles,
 ) -> Any:
@@ -138,13 +140,14 @@ def make_forward(
         sampled: Any,  # [B, H_x, rows, R], X W; this and the next three are read only in a subspace
         fusion: Any,  # [B, H_x, C, D, R], Z
         ranks: Any,  # [B, H_x, C]
-        key_mean: Any,  # [B, H_kv, D]
+        key_mean: Any,  # [B or sequences, H_kv, D]
+        sequences: Any,  # [SEQUENCE_FIELDS, S + 1], sequences.py; read only where ragged
         O: Any,  # [B, H, N, E]
         lse: Any,  # [B, H, N]
         query_block: int,  # rows per grouping block, or N
         key_block: int,  # rows per grouping block, or M (1 where there are no keys)
-        first_offset: int,  # query n sees keys n + first_offset to n + last_offset; each where there is one
-        last_offset: int,
+        first_offset: int,  # query n sees keys n + first_offset to n + last_offset; each where there is one,
+        last_offset: int,  # and counted from the diagonal of its sequence where ragged
         scale: Any,
         softcap: Any,
         bias: Any,  # [B, H, N, M]; read only with a bias
@@ -165,15 +168,42 @@ def make_forward(
         ty = cuda.threadIdx.y
 
         # ---- which queries this block owns ----
-        heads, N = Q.shape[1], Q.shape[2]
-        kv_heads, M = K.shape[1], K.shape[2]
+        heads, kv_heads = Q.shape[1], K.shape[1]
         tiles_per_block = (query_block + BLOCK_Q - 1) // BLOCK_Q
-        query_tiles = (N + query_block - 1) // query_block * tiles_per_block
+        query_tiles = cuda.gridDim.x // (Q.shape[0] * heads)
         tile = cuda.blockIdx.x % query_tiles
         h = cuda.blockIdx.x // query_tiles % heads
         b = cuda.blockIdx.x // query_tiles // heads
         h_kv = h * kv_heads // heads
         h_x = h_kv if by_keys else h
+        mean_b = b
+
+        # ---- its sequence: from here on there is no other ----
+        if is_ragged:
+            s, tile = find_sequence(sequences[QUERY_TILES], tile)
+            if s < 0:
+                return
+            mean_b = s
+            first_query, stop_query = sequences[QUERIES, s], sequences[QUERIES, s + 1]
+            first_key, stop_key = sequences[KEYS, s], sequences[KEYS, s + 1]
+            first_block, stop_block = sequences[BLOCKS, s], sequences[BLOCKS, s + 1]
+            Q = Q[:, :, first_query:stop_query]
+            O = O[:, :, first_query:stop_query]
+            lse = lse[:, :, first_query:stop_query]
+            K = K[:, :, first_key:stop_key]
+            V = V[:, :, first_key:stop_key]
+            if is_grouped:
+                channels = channels[:, :, first_block:stop_block]
+            if has_gains:
+                gains = gains[:, :, first_block:stop_block]
+            if in_subspace:
+                fusion = fusion[:, :, first_block:stop_block]
+                ranks = ranks[:, :, first_block:stop_block]
+                sampled = sampled[:, :, first_key:stop_key] if by_keys else sampled[:, :, first_query:stop_query]
+            first_offset += sequences[DIAGONALS, s]
+            last_offset += sequences[DIAGONALS, s]
+
+        N, M = Q.shape[2], K.shape[2]
         query_c = tile // tiles_per_block
         query_start = query_c * query_block + tile % tiles_per_block * BLOCK_Q
         query_stop = min(query_start + BLOCK_Q, (query_c + 1) * query_block, N)
@@ -204,7 +234,7 @@ def make_forward(
             n = query_start + ty + i * THREAD_ROWS
             if in_subspace and n < query_stop:
                 for d in range(width):
-                    mean_scores[i] += accumulator(Q[b, h, n, d]) * key_mean[b, h_kv, d]
+                    mean_scores[i] += accumulator(Q[b, h, n, d]) * key_mean[mean_b, h_kv, d]
                 mean_scores[i] *= scale
 
         for step in range(min(key_begin // key_block, mapped_blocks), mapped_blocks + (1 if own_block_is_exact else 0)):
@@ -215,7 +245,7 @@ def make_forward(
             c = query_c + step  # only one side has more than one block, the other's index is 0
             depth = rank
             if in_subspace:
-                mean = key_mean[b, h_kv]
+                mean = key_mean[mean_b, h_kv]
                 if own_block_is_exact and is_own:
                     depth = width
                     load_rows(Q, b, h, query_start, query_stop, depth, mean, Q_smem, ty, tx)

@@ -19,13 +19,18 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
+from .sequences import make_block_rows
+
 
 @cache
-def make_fusion_gains(accumulator: Any, width: int, group_size: int, thread_rows: int, thread_columns: int) -> Any:
+def make_fusion_gains(
+    accumulator: Any, width: int, group_size: int, is_ragged: bool, thread_rows: int, thread_columns: int
+) -> Any:
     """Return the kernel for ``width`` channels in groups of ``group_size``."""
     PARTIAL_SHAPE = (thread_rows, width)
     ZERO = accumulator(0)
     ONE = accumulator(1)
+    block_rows = make_block_rows(is_ragged)
 
     def add_products(
         X: Any, b: int, h: int, start: int, stop: int, channels: Any, span: int, partial: Any, ty: int, tx: int
@@ -53,6 +58,7 @@ def make_fusion_gains(accumulator: Any, width: int, group_size: int, thread_rows
         norms: Any,  # [B, H_x, C, D]
         channels: Any,  # [B, H_x, C, D], reordered in place
         gains: Any,  # [B, H_x, C, D]
+        blocks: Any,  # [BLOCK_FIELDS, C], sequences.py; read only where ragged
         block_size: int,
     ) -> None:
         channels_smem = cuda.shared.array(width, np.int32)
@@ -62,12 +68,11 @@ def make_fusion_gains(accumulator: Any, width: int, group_size: int, thread_rows
         ty = cuda.threadIdx.y
         thread = ty * thread_columns + tx
         threads = thread_rows * thread_columns
-        heads, blocks = channels.shape[1], channels.shape[2]
-        c = cuda.blockIdx.x % blocks
-        h = cuda.blockIdx.x // blocks % heads
-        b = cuda.blockIdx.x // blocks // heads
-        start = c * block_size
-        stop = min(start + block_size, X.shape[2])
+        heads, block_count = channels.shape[1], channels.shape[2]
+        c = cuda.blockIdx.x % block_count
+        h = cuda.blockIdx.x // block_count % heads
+        b = cuda.blockIdx.x // block_count // heads
+        start, stop = block_rows(blocks, c, block_size, X.shape[2])
 
         for place in range(thread, width, threads):
             channels_smem[place] = channels[b, h, c, place]

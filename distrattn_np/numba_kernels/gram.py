@@ -1,11 +1,11 @@
 """Gram matrices of segments of rows (docs/math.md, eq. 11 and 12).
 
-    gram_s = sum over the rows x of segment s, and over the heads that share a matrix, of (x - mean)^T (x - mean)
+    gram_c = sum over the rows x of segment c, and over the heads that share a matrix, of (x - mean)^T (x - mean)
 
 Reference : reference/gram.py        CUDA C++ : raw_kernels/gram.cu
 Launcher  : distrattn_np/backends/numba_backend.py
 
-Grid      : B * H_g * S * ceil(D / size)^2, one block per square part of each matrix
+Grid      : B * H_g * C * ceil(D / size)^2, one block per square part of each matrix
 Block     : (thread_columns, thread_rows); thread (tx, ty) owns the rows ty, ty + thread_rows, ... of the part and, of
             these, the columns tx, tx + thread_columns, ...
 Shared    : two tiles [depth, size] of X
@@ -17,6 +17,8 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from numba import cuda
+
+from .sequences import SEQUENCE
 
 
 class ProductTiles(NamedTuple):
@@ -39,9 +41,10 @@ def make_gram(accumulator: Any, is_centred: bool, tiles: ProductTiles) -> Any:
 
     def gram(
         X: Any,  # [B, H, rows, D]
-        mean: Any,  # [B, H, D]; read only where centred
-        edges: Any,  # [S + 1], ascending: segment s is rows edges[s] to edges[s + 1] - 1
-        grams: Any,  # [B, H_g, S, D, D]; H / H_g heads share a matrix
+        mean: Any,  # [B or sequences, H, D]; read only where centred
+        blocks: Any,  # [BLOCK_FIELDS, C], sequences.py
+        edge: int,  # a field: segment c is rows blocks[edge, c] to blocks[edge + 1, c] - 1
+        grams: Any,  # [B, H_g, C, D, D]; H / H_g heads share a matrix
     ) -> None:
         left_smem = cuda.shared.array(TILE_SHAPE, accumulator)
         right_smem = cuda.shared.array(TILE_SHAPE, accumulator)
@@ -55,17 +58,18 @@ def make_gram(accumulator: Any, is_centred: bool, tiles: ProductTiles) -> Any:
         first_right = cuda.blockIdx.x % parts * SIZE
         first_left = cuda.blockIdx.x // parts % parts * SIZE
         item = cuda.blockIdx.x // parts // parts
-        s = item % segments
+        c = item % segments
         h = item // segments % heads
         b = item // segments // heads
         heads_per_gram = X.shape[1] // heads
-        stop = edges[s + 1]
+        stop = blocks[edge + 1, c]
+        mean_b = b + blocks[SEQUENCE, c]
 
         for i in range(SUMS_SHAPE[0]):
             for j in range(SUMS_SHAPE[1]):
                 sums[i, j] = ZERO
         for head in range(h * heads_per_gram, (h + 1) * heads_per_gram):
-            for tile_start in range(edges[s], stop, DEPTH):
+            for tile_start in range(blocks[edge, c], stop, DEPTH):
                 # ---- the channels of either side, [DEPTH, SIZE] ----
                 for place in range(ty * THREAD_COLUMNS + tx, DEPTH * SIZE, THREADS):
                     row = place // SIZE
@@ -77,11 +81,11 @@ def make_gram(accumulator: Any, is_centred: bool, tiles: ProductTiles) -> Any:
                         if left < width:
                             x = accumulator(X[b, head, tile_start + row, left])
                             if is_centred:
-                                x -= mean[b, head, left]
+                                x -= mean[mean_b, head, left]
                         if right < width:
                             y = accumulator(X[b, head, tile_start + row, right])
                             if is_centred:
-                                y -= mean[b, head, right]
+                                y -= mean[mean_b, head, right]
                     left_smem[row, place % SIZE] = x
                     right_smem[row, place % SIZE] = y
                 cuda.syncthreads()  # both tiles are there
@@ -97,6 +101,6 @@ def make_gram(accumulator: Any, is_centred: bool, tiles: ProductTiles) -> Any:
             for j in range(SUMS_SHAPE[1]):
                 right = first_right + tx + j * THREAD_COLUMNS
                 if left < width and right < width:
-                    grams[b, h, s, left, right] = sums[i, j]
+                    grams[b, h, c, left, right] = sums[i, j]
 
     return cuda.jit(gram)

@@ -19,13 +19,15 @@ import numpy as np
 from numba import cuda
 
 from ..reference import HASH_BITS
+from .sequences import make_block_rows
 
 ROWS_PER_TILE = 32
 
 
 @cache
-def make_hash_channels(accumulator: Any, channels: int, bit_threads: int) -> Any:
+def make_hash_channels(accumulator: Any, channels: int, bit_threads: int, is_ragged: bool) -> Any:
     """Return the kernel that hashes ``channels`` channels a thread block; ``accumulator`` is the NumPy type of sums."""
+    block_rows = make_block_rows(is_ragged)
     THREADS = channels * bit_threads
     BITS_PER_THREAD = HASH_BITS // bit_threads
     X_SHAPE = (ROWS_PER_TILE, channels)
@@ -37,6 +39,7 @@ def make_hash_channels(accumulator: Any, channels: int, bit_threads: int) -> Any
         X: Any,  # [B, H, rows, D]
         planes: Any,  # [L, HASH_BITS]
         words: Any,  # [B, H, C, D]
+        blocks: Any,  # [BLOCK_FIELDS, C], sequences.py; read only where ragged
         block_size: int,
     ) -> None:
         X_smem = cuda.shared.array(X_SHAPE, accumulator)
@@ -48,14 +51,13 @@ def make_hash_channels(accumulator: Any, channels: int, bit_threads: int) -> Any
         thread = ty * bit_threads + tx
 
         # ---- which channels this block owns ----
-        heads, blocks, width = words.shape[1], words.shape[2], words.shape[3]
+        heads, block_count, width = words.shape[1], words.shape[2], words.shape[3]
         chunks = (width + channels - 1) // channels
         first_channel = cuda.blockIdx.x % chunks * channels
-        c = cuda.blockIdx.x // chunks % blocks
-        h = cuda.blockIdx.x // chunks // blocks % heads
-        b = cuda.blockIdx.x // chunks // blocks // heads
-        start = c * block_size
-        stop = min(start + block_size, X.shape[2])
+        c = cuda.blockIdx.x // chunks % block_count
+        h = cuda.blockIdx.x // chunks // block_count % heads
+        b = cuda.blockIdx.x // chunks // block_count // heads
+        start, stop = block_rows(blocks, c, block_size, X.shape[2])
 
         # ---- X^T g [channels, HASH_BITS] ----
         for i in range(BITS_PER_THREAD):

@@ -27,6 +27,7 @@ from numba import cuda
 
 from ..reference import RANK_STEP
 from .gram import ProductTiles
+from .sequences import FIRST_BLOCK, MET_START, MET_STOP, START, STOP
 
 WIDE_BUFFERS = 4
 """[R, D] arrays in a workspace: W, Z and one product of each."""
@@ -149,8 +150,8 @@ def make_subspace_maps(
     def subspace_maps(
         x_grams: Any,  # [B, H_x, C, D, D]
         y_grams: Any,  # [B, H_kv, C or more than 0, D, D]
-        x_edges: Any,  # [C + 1]: block c is rows x_edges[c] to x_edges[c + 1] - 1
-        y_rows: Any,  # [C]: how many rows meet each block
+        blocks: Any,  # [BLOCK_FIELDS, C], sequences.py
+        y_heads: int,  # heads of the other side that share maps
         sampling: Any,  # [B, H_x, C, D, R]
         fusion: Any,  # [B, H_x, C, D, R]
         ranks: Any,  # [B, H_x, C]
@@ -180,16 +181,22 @@ def make_subspace_maps(
         BZ = wide[cuda.blockIdx.x, 3]
         WAW = square[cuda.blockIdx.x, 0]
         ZBZ = square[cuda.blockIdx.x, 1]
-        heads, blocks = ranks.shape[1], ranks.shape[2]
+        heads, block_count = ranks.shape[1], ranks.shape[2]
 
-        for item in range(cuda.blockIdx.x, ranks.shape[0] * heads * blocks, cuda.gridDim.x):
-            c = item % blocks
-            h = item // blocks % heads
-            b = item // blocks // heads
+        for item in range(cuda.blockIdx.x, ranks.shape[0] * heads * block_count, cuda.gridDim.x):
+            c = item % block_count
+            h = item // block_count % heads
+            b = item // block_count // heads
+            x_rows = blocks[STOP, c] - blocks[START, c]
+            if x_rows == 0:
+                if thread == 0:
+                    ranks[b, h, c] = 0
+                    score_errors[b, h, c] = ZERO
+                continue
             A = x_grams[b, h, c]
-            B = y_grams[b, h * y_grams.shape[1] // heads, c if y_changes else 0]
-            x_count = accumulator(max(x_edges[c + 1] - x_edges[c], 1))
-            y_count = accumulator(max(y_rows[c], 1))
+            B = y_grams[b, h * y_grams.shape[1] // heads, c if y_changes else blocks[FIRST_BLOCK, c]]
+            x_count = accumulator(x_rows)
+            y_count = accumulator(max((blocks[MET_STOP, c] - blocks[MET_START, c]) * y_heads, 1))
 
             # ---- half-steps (eq. 16), the first and the last with A; F lies where Z will ----
             device_choose_channels(A, B, W, Z, outside_smem, weights_smem, thread)

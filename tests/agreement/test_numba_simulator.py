@@ -6,16 +6,19 @@ GPU these kernels run with the other backends' agreement tests, and those of the
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
+from distrattn_np.reference.distr_attention import rows_that_meet
 from kit.backends import options_to_kind, to_kind
 from kit.cases import BFLOAT16, Case, Inputs, in_memory, make_inputs, problem_of
 from kit.compare import assert_agrees, assert_same_bits, to_host
 
 from distrattn_np import distr_attention, exact_attention, reference
-from distrattn_np.problem import Problem, Subspace
+from distrattn_np.problem import Problem, RaggedProblem, Subspace, block_edges
 
 numba_backend = pytest.importorskip("distrattn_np.backends.numba_backend")
 if not numba_backend.SIMULATED:
@@ -165,11 +168,11 @@ def test_exact_call_agrees_with_reference(causal: bool) -> None:
     assert_call_agrees(case, result, expected(case, inputs))
 
 
-@pytest.mark.parametrize("how", [EXACT, *GROUPINGS, *SUBSPACES], ids=str)
-def test_tiles_of_a_gpu_agree(monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]) -> None:
-    """Tests elsewhere use tiles that suit the simulator; here those that a GPU gets, 256 threads a block."""
+@pytest.fixture
+def tiles_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Give kernels what a GPU gets, 256 threads a block; tests elsewhere use tiles that suit the simulator."""
     choose_tiles = numba_backend.choose_tiles
-    used = []
+    used: list[Any] = []
 
     def choose(*arguments: Any) -> Any:
         used.append(choose_tiles(*arguments[:-1], simulated=False))
@@ -177,12 +180,17 @@ def test_tiles_of_a_gpu_agree(monkeypatch: pytest.MonkeyPatch, how: dict[str, An
 
     monkeypatch.setattr(numba_backend, "choose_tiles", choose)
     monkeypatch.setattr(numba_backend, "THREADS", numba_backend.GPU_THREADS)
+    return used
+
+
+@pytest.mark.parametrize("how", [EXACT, *GROUPINGS, *SUBSPACES], ids=str)
+def test_tiles_of_a_gpu_agree(tiles_of_a_gpu: list[Any], how: dict[str, Any]) -> None:
     sizes = {"N": 33, "M": 35, "L": 33, "D": 4 if how in SUBSPACES else 12}
     case = small(H=1, H_kv=1, causal=True, dtype="float64", **sizes, **how)
     inputs = make_inputs(case)
     result = distr_attention(*inputs, backend="numba", return_lse=True, **case.options)
     assert_call_agrees(case, result, expected(case, inputs))
-    assert used[0].thread_rows * used[0].thread_columns == 256
+    assert tiles_of_a_gpu[0].thread_rows * tiles_of_a_gpu[0].thread_columns == 256
 
 
 @pytest.mark.parametrize("case", [case for case in LSH_CASES if case.G > 1], ids=str)
@@ -361,6 +369,145 @@ def test_bad_numbers_stay_in_their_head(how: dict[str, Any], bad: float) -> None
     spoilt = distr_attention(*inputs, backend="numba", **case.options)
     assert not np.isfinite(spoilt[0, 0]).all()
     assert_same_bits(spoilt[0, 1], clean[0, 1])
+
+
+def packed(case: Case, *lengths: tuple[int, int]) -> tuple[list[np.ndarray], dict[str, Any]]:
+    """Return q, k and v of sequences with these numbers of queries and keys, and the options that say where they are.
+
+    Options and sizes but N and M are those of the case.
+    """
+    edges = [np.cumsum([0, *side], dtype=np.int32) for side in zip(*lengths, strict=True)]
+    inputs = make_inputs(replace(case, N=int(edges[0][-1]), M=int(edges[1][-1])))
+    options = case.options | {"cu_seqlens_q": edges[0], "cu_seqlens_k": edges[1]}
+    return [np.ascontiguousarray(x[0].swapaxes(0, 1)) for x in inputs], options
+
+
+@pytest.mark.parametrize("how", [EXACT, GROUPINGS[1], GROUPINGS[3], *SUBSPACES], ids=str)
+def test_packed_sequences_in_tiles_of_a_gpu_agree(tiles_of_a_gpu: list[Any], how: dict[str, Any]) -> None:
+    case = small(H=1, H_kv=1, D=4, L=18, dtype="float64", causal=True, **how)
+    inputs, options = packed(case, (3, 5), (0, 2), (20, 19), (4, 0))
+    expected = distr_attention(*inputs, return_lse=True, **options)
+    given = [to_kind(x, "numba") for x in inputs]
+    result = distr_attention(*given, return_lse=True, **options_to_kind(options, "numba"))
+    assert_call_agrees(case, [to_host(x) for x in result], expected)
+    assert tiles_of_a_gpu[0].thread_rows * tiles_of_a_gpu[0].thread_columns == 256
+
+
+def ragged_problem(by: str, causal: bool | str, N: int, M: int, sequences: int, block_size: int) -> RaggedProblem:
+    case = small(N=N, M=M, H=1, H_kv=1, causal=causal, L=block_size, rank=4, method="subspace", by=by)
+    return RaggedProblem(case.native_problem(make_inputs(case)), sequences, is_top_left=causal == "top-left")
+
+
+@pytest.mark.parametrize("causal", [False, True, "top-left"])
+@pytest.mark.parametrize("by", ["keys", "queries"])
+def test_tables_say_where_sequences_and_blocks_are(by: str, causal: bool | str) -> None:
+    """More sequences than threads; blocks that tiles do not divide, of 16 rows in the forward kernel and of 8."""
+    from distrattn_np.numba_kernels import sequences as tables
+
+    L = 19
+    lengths = np.random.default_rng(0).choice([0, 1, 2, 18, 19, 20, 40, 60], (21, 2))
+    edges = np.concatenate([np.zeros((1, 2), np.int64), np.cumsum(lengths, axis=0)])
+    problem = ragged_problem(by, causal, *edges[-1].tolist(), len(lengths), L)
+    assert len(lengths) > numba_backend.THREADS.group
+    found = BACKEND.sequences(
+        problem.packed, to_kind(edges, "numba"), problem, *(to_kind(edges[:, side].copy(), "numba") for side in (0, 1))
+    )
+    table, blocks = to_host(found.table), to_host(found.blocks)
+    assert_same_bits(table[[tables.QUERIES, tables.KEYS]], np.ascontiguousarray(edges.T))
+
+    cut = 0 if by == "queries" else 1
+    before = {tables.BLOCKS: 0, tables.QUERY_TILES: 0, tables.SAMPLE_TILES: 0}
+    wanted = []
+    for s, (N, M) in enumerate(lengths.tolist()):
+        one = problem.sequence(N, M)
+        assert table[tables.DIAGONALS, s] == (0 if causal == "top-left" else M - N)
+        for row, count in before.items():
+            assert table[row, s] == count
+        own = block_edges((N, M)[cut], L)
+        met = [
+            rows_that_meet(*edge, group_by=by, N=N, M=M, causal_offset=one.meeting_offset) if N else (0, 0)
+            for edge in own
+        ]
+        first_block = before[tables.BLOCKS]
+        for c, ((start, stop), (first, last)) in enumerate(zip(own, met, strict=True)):
+            if causal is False:
+                new = [(N, M)[1 - cut] * part // len(own) for part in (c, c + 1)]
+            elif by == "keys":
+                new = [first, met[c + 1][0] if c + 1 < len(own) else last]
+            else:
+                new = [met[c - 1][1] if c else 0, last]
+            cut_row, other_row = edges[s, cut], edges[s, 1 - cut]
+            rows = [cut_row + start, cut_row + stop, *(other_row + x for x in (first, last, *new))]
+            wanted.append([s, first_block, *rows] if N else [0] * tables.BLOCK_FIELDS)
+        queries_of_blocks = own if by == "queries" else block_edges(N, max(N, 1))
+        before[tables.BLOCKS] += len(own)
+        before[tables.QUERY_TILES] += sum(-(-(stop - start) // 16) for start, stop in queries_of_blocks)
+        before[tables.SAMPLE_TILES] += sum(-(-(stop - start) // 8) for start, stop in own)
+    for row, count in before.items():
+        assert table[row, -1] == count
+        block, tile = {tables.BLOCKS: (L, L), tables.SAMPLE_TILES: (L, 8)}.get(row, (L, 16))
+        if row == tables.QUERY_TILES and by == "keys":
+            block = int(edges[-1, 0])
+        rows = int(edges[-1, 0 if row == tables.QUERY_TILES else cut])
+        assert count <= tables.most_tiles(rows, len(lengths), block, tile)
+    assert blocks.shape[1] == edges[-1, cut] // L + len(lengths)
+    surplus = [[0] * tables.BLOCK_FIELDS] * (blocks.shape[1] - len(wanted))
+    assert_same_bits(blocks, np.array([*wanted, *surplus], np.int64).T)
+
+
+@pytest.mark.parametrize("wrong", [(3, 2, 1, 0), (0, 100, -7, 9), (-5, 4, 2, 2**40)], ids=str)
+def test_wrong_lengths_make_no_more_work_than_right_ones(wrong: tuple[int, ...]) -> None:
+    """Edges that fall or leave the array are cut off, so nothing is numbered past what is launched and allocated."""
+    from distrattn_np.numba_kernels import sequences as tables
+
+    problem = ragged_problem("keys", True, 9, 9, 3, 2)
+    edges = to_kind(np.array(wrong), "numba")
+    table = to_host(BACKEND.sequences(problem.packed, edges, problem, edges, edges).table)
+    inside = np.maximum.accumulate(np.clip(wrong, 0, 9))
+    assert_same_bits(table[[tables.QUERIES, tables.KEYS]], np.array([inside, inside]))
+    assert table[tables.BLOCKS, -1] <= tables.most_tiles(9, 3, 2, 2)
+    assert table[tables.QUERY_TILES, -1] <= tables.most_tiles(9, 3, 9, 16)
+
+
+@pytest.mark.parametrize("how", [EXACT, *GROUPINGS, *SUBSPACES], ids=str)
+def test_host_reads_no_lengths(monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]) -> None:
+    """Nothing is copied from the device, and the same is launched whatever the lengths are."""
+    case = small(H=2, H_kv=1, causal=True, **how)
+    launches: list[tuple[Any, ...]] = []
+    launch = numba_backend._launch
+
+    def record(kernel: Any, blocks: int, threads: Any, *arguments: Any) -> None:
+        shapes = [tuple(x.shape) if getattr(x, "shape", ()) else x for x in arguments]
+        launches.append((kernel, blocks, threads, *shapes))
+        launch(kernel, blocks, threads, *arguments)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the host waits for the device")
+
+    calls = []
+    for lengths in (((20, 23), (0, 0), (17, 9)), ((0, 23), (36, 0), (1, 9)), ((10, 10), (10, 11), (17, 11))):
+        inputs, options = packed(case, *lengths)
+        calls.append(([to_kind(x, "numba") for x in inputs], options_to_kind(options, "numba")))
+    monkeypatch.setattr(numba_backend, "_launch", record)
+    monkeypatch.setattr(type(calls[0][0][0]), "copy_to_host", refuse)
+    made = []
+    for inputs, options in calls:
+        distr_attention(*inputs, **options)
+        made.append(launches[:])
+        launches.clear()
+    assert made[0]
+    assert made[0] == made[1] == made[2]
+
+
+def test_mean_of_many_keys_takes_some_of_each_sequence() -> None:
+    edges = np.array([0, 4100, 4103, 6200], np.int32)
+    k = np.random.default_rng(0).standard_normal((edges[-1], 1, 2))
+    K = to_kind(np.ascontiguousarray(k.swapaxes(0, 1)[None]), "numba")
+    problem = ragged_problem("keys", False, 1, 6200, 3, 5000)
+    found = BACKEND.sequences(problem.packed, K, problem, *(to_kind(edges, "numba"),) * 2)
+    mean = to_host(BACKEND.key_mean(K, found))
+    parts = [k[first:stop].swapaxes(0, 1)[None] for first, stop in pairwise(edges)]
+    assert_agrees(mean, np.concatenate([reference.key_mean(x) for x in parts]), rtol=1e-12, atol=1e-14)
 
 
 def test_bfloat16_is_refused() -> None:

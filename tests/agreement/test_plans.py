@@ -70,6 +70,9 @@ GROUPED_KEYS: dict[str, tuple[int, int, dict[str, Any]]] = {
 """Block size, rank and options of calls to grouped keys, whose last block is never whole."""
 PAGED = {"pages": 16, "large-pages": 256, "grouped-pages": 64}
 """Page sizes of calls to pages, which 16-bit devices from 8.0 on take."""
+RAGGED_OPTIONS = [name for name, options in OPTIONS.items() if not {"mask", "bias", "N"} & options.keys()]
+WITHOUT_ROWS = ("cut_sequences", "group_channels", "narrow_maps")
+"""What knows no rows of sequences, or makes the pieces."""
 SCORE_OPTIONS = ("window", "softcap", "mask", "bias")
 ARCHS = ["sm_75", "sm_80", "sm_90", "sm_90a", "sm_120"]
 TABLE_REGIONS = (ARGUMENTS + 5, ARGUMENTS + 6)
@@ -156,6 +159,31 @@ def made(name: str, dtype: str, causal: bool, layout: str = "bhnd", D: int = 64)
     return make_problem(dtype, causal, layout, D, **OPTIONS[name])
 
 
+def make_ragged_problem(dtype: str, causal: bool, D: int = 64, **options: Any) -> Any:
+    """Return the problem of three packed sequences and its arrays; ``options`` as in `OPTIONS`, without tables."""
+    _, H, H_kv, N, M, _, E = SIZES.values()
+    shapes = [(N, H, D), (M, H_kv, D), (M, H_kv, E)]
+    q, k, v = (array_at(place * REGION, shape, DTYPES[dtype]) for place, shape in enumerate(shapes, start=1))
+    score_options = {name: options.pop(name) for name in SCORE_OPTIONS if name in options}
+    problem = checks.check_ragged(
+        q,
+        k,
+        v,
+        cu_seqlens_q=np.array([0, 1, 1, N], np.int32),
+        cu_seqlens_k=np.array([0, 0, 9, M], np.int32),
+        causal=causal,
+        layout="bhnd",
+        scale=None,
+        out=None,
+        mask=None,
+        bias=None,
+        grouping=checks.check_grouping(q, axes=3, **({"method": "subspace"} | options)),
+        **score_options,
+    )
+    O = Placed.contiguous((1, H, N, E), problem.packed.dtype, problem.packed.layout)
+    return problem, [*(Placed.of(x, problem.packed.layout) for x in (q, k, v)), O, None]
+
+
 def make_plan(problem: Any, placed: list[Placed | None], arch: str) -> Plan:
     planned = (None if x is None else x.planned(place) for place, x in enumerate(placed))
     return cupy_backend.BACKEND.plan(problem, ARCHITECTURES[arch], *planned)
@@ -172,6 +200,8 @@ def fits(parameter: Parameter, argument: Any, element: np.dtype) -> bool:
         "element_t": element,
         "accumulate_t": wide,
         "real_t": wide,
+        "Piece": np.dtype(np.int32),
+        "edge_t": np.dtype(np.int32),
     }
     name = parameter.type.removeprefix("const ").removesuffix("*")
     if parameter.is_pointer:
@@ -196,29 +226,42 @@ def last_byte(array: np.ndarray) -> int:
     return array.data.ptr % REGION + steps + array.itemsize
 
 
+def assert_launches_fit(plan: Plan, dtype: str, arch: str) -> None:
+    names = {number: DTYPES[dtype] for dtype, number in ELEMENTS.items()}
+    assert plan.launches
+    for launch in plan.launches:
+        element = np.dtype(names[launch.defines.get("ELEMENT", ELEMENTS[dtype])])
+        expected = parameters(launch.stem, launch.defines)
+        assert len(expected) == len(launch.arguments), launch.stem
+        for parameter, argument in zip(expected, launch.arguments, strict=True):
+            assert fits(parameter, argument, element), (launch.stem, parameter, argument)
+            arrays = [argument.array] if isinstance(argument, PlannedTensorMap) else [argument]
+            for array in arrays:
+                if isinstance(array, PlannedArray) and array.data.ptr // REGION == WORKSPACE:
+                    assert last_byte(array) <= plan.memory.bytes, (launch.stem, parameter)
+        assert 0 < launch.blocks < 2**31
+        assert 0 < launch.threads <= 1024
+        assert launch.shared <= ARCHITECTURES[arch].shared_limit
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", [*OPTIONS, *GROUPED_KEYS, *PAGED])
 def test_launches_pass_what_the_sources_ask_for(name: str, dtype: str, arch: str) -> None:
     if name in PAGED and (arch == "sm_75" or np.dtype(DTYPES[dtype]).itemsize != 2):
         pytest.skip("no kernel covers it, and the call says so before it is planned")
-    names = {number: DTYPES[dtype] for dtype, number in ELEMENTS.items()}
     for causal, layout, D in itertools.product((False, True), ("bhnd", "bnhd"), (64, 30)):
-        plan = make_plan(*made(name, dtype, causal, layout, D), arch)
-        assert plan.launches
-        for launch in plan.launches:
-            element = np.dtype(names[launch.defines.get("ELEMENT", ELEMENTS[dtype])])
-            expected = parameters(launch.stem, launch.defines)
-            assert len(expected) == len(launch.arguments), launch.stem
-            for parameter, argument in zip(expected, launch.arguments, strict=True):
-                assert fits(parameter, argument, element), (launch.stem, parameter, argument)
-                arrays = [argument.array] if isinstance(argument, PlannedTensorMap) else [argument]
-                for array in arrays:
-                    if isinstance(array, PlannedArray) and array.data.ptr // REGION == WORKSPACE:
-                        assert last_byte(array) <= plan.memory.bytes, (launch.stem, parameter)
-            assert 0 < launch.blocks < 2**31
-            assert 0 < launch.threads <= 1024
-            assert launch.shared <= ARCHITECTURES[arch].shared_limit
+        assert_launches_fit(make_plan(*made(name, dtype, causal, layout, D), arch), dtype, arch)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", RAGGED_OPTIONS)
+def test_launches_for_packed_sequences_do_too(name: str, dtype: str, arch: str) -> None:
+    for causal, D in itertools.product((False, True), (64, 30)):
+        plan = make_plan(*make_ragged_problem(dtype, causal, D, **OPTIONS[name]), arch)
+        assert_launches_fit(plan, dtype, arch)
+        assert all(x.defines.get("RAGGED", x.stem in WITHOUT_ROWS) for x in plan.launches)
 
 
 def test_plans_reach_every_kernel() -> None:
@@ -233,6 +276,7 @@ def test_plans_reach_every_kernel() -> None:
         for name, dtype in itertools.product(GROUPED_KEYS, DTYPES)
         for launch in make_plan(*make_grouped(name, dtype, True), "sm_80").launches
     }
+    launched |= {launch.stem for launch in make_plan(*make_ragged_problem("float16", True), "sm_80").launches}
     sources = {path.stem for path in (Path(__file__).parents[2] / "raw_kernels").glob("*.cu")}
     assert launched == sources - {"expected_gram"}  # for keys that are appended, which no plan is made of
 
@@ -305,11 +349,14 @@ class TestWorkspaceSize:
         size = workspace_size(*described(N=65536, M=65536, D=128), method="lsh", group_by="queries")
         assert 128 << 20 < size < 400 << 20
 
-    def test_packed_sequences_are_refused_as_by_the_call(self) -> None:
-        packed = [np.ones(shape, np.float16) for shape in ((9, 4, 64), (8, 2, 64), (8, 2, 32))]
-        lengths = {"cu_seqlens_q": np.array([0, 9]), "cu_seqlens_k": np.array([0, 8])}
-        with pytest.raises(NotImplementedError, match=r"^cu_seqlens_q: is not built for the cupy backend yet, got "):
-            workspace_size(*packed, **lengths, backend="cupy")
+    @pytest.mark.parametrize("name", RAGGED_OPTIONS)
+    def test_packed_sequences_take_what_their_plan_takes(self, name: str) -> None:
+        problem, placed = make_ragged_problem("float16", True, **OPTIONS[name])
+        packed = [np.ones(x.swapped("bnhd").shape[1:], np.float16) for x in placed[:3]]
+        sides = (("q", problem.packed.queries), ("k", problem.packed.keys))
+        lengths = {f"cu_seqlens_{side}": np.array([0, 1, 1, rows]) for side, rows in sides}
+        size = workspace_size(*packed, **lengths, causal=True, backend="cupy", **OPTIONS[name])
+        assert size == make_plan(problem, placed, "sm_90a").memory.bytes > 0
 
     def test_pages_are_described_too(self) -> None:
         q, k, v = described(N=4, M=256)

@@ -22,7 +22,7 @@ import pytest
 
 MAX_SHARED_BYTES = 48 * 1024
 ELEMENTS = ("float16", "float32", "float64")
-# (D, E, R, blocks over, gains, in a subspace, causal, score options): usual, widest, odd
+# (D, E, R, blocks over, gains, in a subspace, causal, score options): usual, widest, odd; packed sequences
 FORWARDS = {
     "forward-queries-sum": (64, 64, 32, "queries", False, False, True, {}),
     "forward-queries-lstsq": (128, 128, 32, "queries", True, False, False, {}),
@@ -36,14 +36,29 @@ FORWARDS = {
         {"window": True, "softcap": True, "bias": 1, "mask": True},
     ),
     "forward-subspace-queries-odd": (33, 7, 20, "queries", False, True, True, {}),
+    "forward-ragged-exact-options": (64, 64, 64, None, False, False, True, {"window": True, "softcap": True}),
+    "forward-ragged-keys-lstsq": (128, 128, 32, "keys", True, False, False, {}),
+    "forward-ragged-subspace-keys": (128, 128, 64, "keys", False, True, True, {}),
+    "forward-ragged-subspace-queries": (128, 128, 64, "queries", False, True, False, {}),
 }
+RAGGED = (
+    "hash_channels-ragged",
+    "channel_norms-ragged",
+    "fusion_gains-ragged",
+    "reduce_rows-ragged",
+    "sequence_tables-ragged",
+)
 # (D, R, whether blocks choose their rank)
 MAPS = {"subspace_maps-odd": (33, 20, False), "subspace_maps-widest": (256, 256, True)}
 PLAIN = ("hash_channels", "group_channels", "channel_norms", "fusion_gains", "key_mean", "gram", "gram-centred")
 CACHES = ("copy_rows", "expected_gram", "rebuild_keys")
-KERNELS = (*PLAIN, "merge_results", "sum_segments", "reduce_rows", *CACHES, *MAPS, *FORWARDS)
-UNSHARED = ("merge_results", "sum_segments", "reduce_rows", *CACHES)
+KERNELS = (
+    *(*PLAIN, *RAGGED, "sequence_tables", "merge_results", "sum_segments", "reduce_rows"),
+    *(*CACHES, *MAPS, *FORWARDS),
+)
+UNSHARED = ("merge_results", "sum_segments", "reduce_rows", "reduce_rows-ragged", *CACHES)
 """Kernels whose threads have nothing to tell one another."""
+INTEGER = ("group_channels", "sequence_tables", "sequence_tables-ragged")
 ADDING = ("key_mean", "sum_segments")
 """Kernels that add numbers but multiply none."""
 
@@ -83,7 +98,7 @@ def test_kernel_compiles_in_its_precision(cc: tuple[int, int], element: str, ker
     shared = [int(size) for size in re.findall(r"\.shared [^;]*\[(\d+)\]", ptx)]
     assert sum(shared) <= MAX_SHARED_BYTES
     assert (sum(shared) > 0) == (kernel not in UNSHARED)
-    if kernel in ("group_channels", "copy_rows"):
+    if kernel in (*INTEGER, "copy_rows"):
         return  # no sums
     operation = "add" if kernel in ADDING else "fma"
     if element == "float64":
@@ -126,6 +141,7 @@ def kernels(types: Any) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     from distrattn_np.numba_kernels.merge_results import make_merge_results
     from distrattn_np.numba_kernels.rebuild_keys import make_rebuild_keys
     from distrattn_np.numba_kernels.reduce_rows import make_reduce_rows
+    from distrattn_np.numba_kernels.sequences import make_sequence_tables
     from distrattn_np.numba_kernels.subspace_maps import make_subspace_maps
     from distrattn_np.numba_kernels.sum_segments import make_sum_segments
     from distrattn_np.tiles import ScoreSwitches
@@ -134,44 +150,59 @@ def kernels(types: Any) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     integer = types.int64
     words, channels = (types.Array(dtype, 4, "C") for dtype in (types.uint16, types.int32))
     planes, lse = (types.Array(types.float32, axes, "C") for axes in (2, 3))
-    ranks, rows = types.Array(types.int32, 3, "C"), types.Array(integer, 1, "C")
+    ranks, table = types.Array(types.int32, 3, "C"), types.Array(integer, 2, "C")
+    edges = types.Array(types.int32, 1, "C")
     for element in ELEMENTS:
         accumulator = np.float64 if element == "float64" else np.float32
         number = getattr(types, np.dtype(accumulator).name)
         X = types.Array(getattr(types, element), 4, "A")  # "A": any strides
         vectors, sums, matrices = (types.Array(number, axes, "C") for axes in (3, 4, 5))
-        yield f"hash_channels {element}", make_hash_channels(accumulator, 32, 4), (X, planes, words, integer)
+        for suffix, is_ragged in (("", False), ("-ragged", True)):
+            blocks = table if is_ragged else types.none
+            kernel = make_hash_channels(accumulator, 32, 4, is_ragged)
+            yield f"hash_channels{suffix} {element}", kernel, (X, planes, words, blocks, integer)
+            kernel = make_channel_norms(accumulator, True, True, is_ragged, 8, 32)
+            yield f"channel_norms{suffix} {element}", kernel, (X, sums, blocks, integer, integer, integer)
+            kernel = make_fusion_gains(accumulator, 128, 4, is_ragged, 8, 32)
+            yield f"fusion_gains{suffix} {element}", kernel, (X, sums, channels, sums, blocks, integer)
+            kernel = make_reduce_rows(accumulator, 128, True, is_ragged, product)
+            yield f"reduce_rows{suffix} {element}", kernel, (X, vectors, matrices, ranks, sums, blocks, blocks, integer)
+            kernel = make_sequence_tables(is_ragged, is_ragged, True, True, GPU_THREADS.group)
+            lengths = edges if is_ragged else types.none
+            signature: tuple[Any, ...] = (table, table, lengths, lengths, *(integer,) * 7)
+            yield f"sequence_tables{suffix} {element}", kernel, signature
         yield f"group_channels {element}", make_group_channels(128), (words, channels)
-        signature: tuple[Any, ...] = (X, sums, integer, integer, integer)
-        yield f"channel_norms {element}", make_channel_norms(accumulator, True, True, 8, 32), signature
-        signature = (X, sums, channels, sums, integer)
-        yield f"fusion_gains {element}", make_fusion_gains(accumulator, 128, 4, 8, 32), signature
         yield f"merge_results {element}", make_merge_results(accumulator), (X, lse, X, lse, X, lse)
-        yield f"key_mean {element}", make_key_mean(accumulator, 8, 32), (X, vectors)
-        yield f"gram {element}", make_gram(accumulator, False, product), (X, types.none, rows, matrices)
-        yield f"gram-centred {element}", make_gram(accumulator, True, product), (X, vectors, rows, matrices)
-        yield f"sum_segments {element}", make_sum_segments(True, product.size), (matrices,)
+        yield f"key_mean {element}", make_key_mean(accumulator, False, 8, 32), (X, vectors, table)
+        signature = (X, types.none, table, integer, matrices)
+        yield f"gram {element}", make_gram(accumulator, False, product), signature
+        signature = (X, vectors, table, integer, matrices)
+        yield f"gram-centred {element}", make_gram(accumulator, True, product), signature
+        yield f"sum_segments {element}", make_sum_segments(True, product.size), (matrices, table)
         yield f"copy_rows {element}", make_copy_rows(accumulator), (X, types.Array(number, 4, "A"))
         yield f"expected_gram {element}", make_expected_gram(accumulator), (matrices, sums)
         blocks = types.Array(X.dtype, 5, "A")
         yield f"rebuild_keys {element}", make_rebuild_keys(accumulator, 64, 8, 32), (X, blocks, blocks, X, integer)
-        signature = (X, vectors, matrices, ranks, sums, integer)
-        yield f"reduce_rows {element}", make_reduce_rows(accumulator, 128, True, product), signature
         for name, (D, R, chooses) in MAPS.items():
             kernel = make_subspace_maps(accumulator, D, R, chooses, True, product)
             outputs = (matrices, matrices, ranks, vectors)
-            signature = (matrices, matrices, rows, rows, *outputs, sums, sums, integer, number, number)
+            signature = (matrices, matrices, table, integer, *outputs, sums, sums, integer, number, number)
             yield f"{name} {element}", kernel, signature
         for name, (D, E, R, by, gains, in_subspace, causal, options) in FORWARDS.items():
+            is_ragged = "ragged" in name
             own_block = in_subspace and by == "keys" and causal
             tiles = choose_tiles(D, D if own_block else R, E, accumulator, simulated=False)
             is_grouped = by is not None and not in_subspace
             maps = (channels if is_grouped else types.none, sums if gains else types.none)
             maps += (sums, matrices, ranks, vectors) if in_subspace else (types.none,) * 4
-            tables = (X, types.Array(types.boolean, 4, "A")) if options else (types.none, types.none)
+            maps += (table if is_ragged else types.none,)
+            tables = (X, types.Array(types.boolean, 4, "A")) if options and not is_ragged else (types.none, types.none)
             signature = (X, X, X, *maps, X, lse, *(integer,) * 4, number, number, *tables)
-            switches = ScoreSwitches(**options)
-            kernel = make_forward(accumulator, D, E, R, by, gains, in_subspace, own_block, causal, switches, tiles)
+            kernel = make_forward(
+                *(accumulator, D, E, R, by, gains, in_subspace, own_block, causal, is_ragged),
+                ScoreSwitches(**options),
+                tiles,
+            )
             yield f"{name} {element}", kernel, signature
 
 

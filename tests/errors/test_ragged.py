@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from kit.compare import assert_same_bits
 
-from distrattn_np import backends, distr_attention, exact_attention, group_keys
+from distrattn_np import distr_attention, exact_attention, group_keys
 
 NUMPY = "numpy array of shape"
 CALLS = (distr_attention, exact_attention)
@@ -202,15 +202,6 @@ def test_lengths_of_another_kind_are_named() -> None:
         exact_attention(**call)
 
 
-@pytest.mark.parametrize("function", CALLS)
-@pytest.mark.parametrize("name", ["cupy", "numba"])
-def test_backend_that_does_not_take_lengths_is_named(function: Any, name: str) -> None:
-    pytest.importorskip(name)
-    assert not backends.load_by_name(name).attends_ragged
-    message = f"cu_seqlens_q: is not built for the {name} backend yet, got {shown(9, 4, 6, dtype='float32')}"
-    assert_refused(function, {"backend": name}, NotImplementedError, message)
-
-
 def test_backend_that_does_not_take_the_kind_is_named() -> None:
     cuda = pytest.importorskip("numba.cuda")
     call = {name: cuda.to_device(x) for name, x in arguments().items()}
@@ -221,10 +212,28 @@ def test_backend_that_does_not_take_the_kind_is_named() -> None:
         exact_attention(**call, backend="numpy")
 
 
-def test_values_of_lengths_on_a_device_are_not_read() -> None:
-    """They would have to be waited for: a backend that takes them makes of wrong ones what it will."""
+@pytest.mark.parametrize("lengths", [(3, 2, 1, 0), (0, 100, -7, 9), (9, 9, 9, 9), (-1, -1, -1, -1)])
+@pytest.mark.parametrize("method", ["lsh", "subspace", "exact"])
+def test_wrong_lengths_on_a_device_stay_in_the_arrays(method: str, lengths: tuple[int, ...]) -> None:
+    """Their values are not read by the host, which would have to wait; rows may be wrong, but none beside them."""
     cuda = pytest.importorskip("numba.cuda")
-    wrong = arguments(cu_seqlens_q=edges(3, 2, 1, 0))
-    call = {name: cuda.to_device(x) for name, x in wrong.items()}
-    with pytest.raises(NotImplementedError, match=r"^cu_seqlens_q: is not built for the numba backend yet"):
-        exact_attention(**call)
+    buffer = cuda.to_device(np.full((13, 4, 3), 7, np.float32))
+    call = {name: cuda.to_device(x) for name, x in arguments(cu_seqlens_q=edges(*lengths)).items()}
+    call["out"] = buffer[2:11]
+    if method == "exact":
+        assert exact_attention(**call) is call["out"]
+    else:
+        assert distr_attention(**call, method=method, group_by="keys", block_size=2, causal=True) is call["out"]
+    written = buffer.copy_to_host()
+    assert (written[:2] == 7).all()
+    assert (written[11:] == 7).all()
+
+
+@pytest.mark.parametrize("function", CALLS)
+def test_dtype_without_a_kernel_is_named(function: Any) -> None:
+    pytest.importorskip("numba.cuda")
+    dtype = pytest.importorskip("ml_dtypes").bfloat16
+    changed = {name: x.astype(dtype) for name, x in arguments().items() if not name.startswith("cu_")}
+    rule = "q: the numba backend takes float16, float32 and float64"
+    message = f"{rule}, got {shown(9, 4, 6, dtype='bfloat16')}"
+    assert_refused(function, changed | {"backend": "numba"}, NotImplementedError, message)

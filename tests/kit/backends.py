@@ -109,11 +109,18 @@ LIMITS = {
         ("lsh", "subspace"),
         ragged=True,
     ),
-    "cupy": Limits(12, (1, 2), HEADS, ROWS, (7, 64), ("float16", "float32"), ("lsh", "subspace")),
-    "numba": Limits(5, (1, 2), HEADS, ROWS, (6, 32), ("float32",), ("lsh", "subspace")),
+    "cupy": Limits(12, (1, 2), HEADS, ROWS, (7, 64), ("float16", "float32"), ("lsh", "subspace"), ragged=True),
+    "numba": Limits(5, (1, 2), HEADS, ROWS, (6, 32), ("float32",), ("lsh", "subspace"), ragged=True),
     # one operating-system thread plays each CUDA thread
     "numba-simulator": Limits(
-        10, (1,), ((1, 1), (2, 1)), (1, 2, 15, 16, 17, 33), (1, 2, 3, 6, 8), ("float32", "float64"), ("lsh", "subspace")
+        10,
+        (1,),
+        ((1, 1), (2, 1)),
+        (1, 2, 15, 16, 17, 33),
+        (1, 2, 3, 6, 8),
+        ("float32", "float64"),
+        ("lsh", "subspace"),
+        ragged=True,
     ),
 }
 

@@ -134,6 +134,17 @@ class TestSmolLM2:
             assert log_probabilities[n] == pytest.approx(np.log(probability), rel=1e-4)
             assert hits[n] == (np.argmax(logits) == token)
 
+    def test_divergence_of_next_tokens(self, rng, monkeypatch):
+        monkeypatch.setattr("distrattn_np.bench.models.smollm2.LOGIT_ROWS", 4)
+        model = self.model(rng)
+        exact, hidden = rng.standard_normal((2, 10, self.width), dtype=np.float32)
+        found = model.divergence(hidden, exact)
+        for n in range(10):
+            q, p = (np.exp(model.weights["token_embd.weight"].astype(np.float64) @ rows[n]) for rows in (hidden, exact))
+            q, p = q / q.sum(), p / p.sum()
+            assert found[n] == pytest.approx((p * np.log(p / q)).sum(), rel=1e-4)
+        assert not model.divergence(exact, exact).any()
+
     def test_a_likely_token_is_a_hit(self, rng):
         model = self.model(rng)
         hidden = model.weights["token_embd.weight"][[3, 4]] * 10  # each row meets its own embedding best

@@ -149,6 +149,20 @@ class TestCommand:
         assert labels == ["exact", "int8", "lsh:group_size=2", "lsh:group_size=4"]
         assert written["environment"]["dtype"] == "float32"
 
+    def test_a_stopped_run_keeps_its_rows(self, monkeypatch, tmp_path):
+        def stopped(task, method, *rest):
+            if method.name == "hydra":
+                raise KeyboardInterrupt
+            return measure(task, method, *rest)
+
+        measure = cli.measure
+        monkeypatch.setattr(cli, "feature_tasks", lambda _: [Toy()])
+        monkeypatch.setattr(cli, "measure", stopped)
+        path = tmp_path / "a.json"
+        with pytest.raises(KeyboardInterrupt):
+            cli.main(["--models", "dinov2", "--methods", "int8", "hydra", "--json", str(path)])
+        assert [row["label"] for row in report.load([path])["rows"]] == ["exact", "int8"]
+
 
 def raise_missing(name):
     raise files.PackageNotFoundError(name)
