@@ -25,6 +25,7 @@ import numpy as np
 from .. import info, reference
 from ..attention import distr_attention, exact_attention, workspace_size
 from ..grouped_keys import GroupedKeys, group_keys
+from ..grouped_pages import group_pages
 from ..merge import merge
 from . import definition
 from .axes import dtype_named
@@ -254,6 +255,38 @@ def _pages(**options: Any) -> Check:
     return check
 
 
+def _grouped_pages(column: Column) -> None:
+    """Two sequences that share a page, whose keys less their means lie in as few dimensions as are kept."""
+    rank, size = 5, 16
+    rng = np.random.default_rng(6)
+    table, lengths = np.array([[4, 1, 3], [4, 5, -1]], np.int32), np.array([40, 21], np.int32)
+    q, v = (rng.standard_normal(shape).astype(np.float16) for shape in ((2, H, 3, D), (6, H_KV, size, E)))
+    k = rng.standard_normal((6, H_KV, size, rank)) @ rng.standard_normal((rank, D)) / np.sqrt(rank)
+    k = k.astype(np.float16)
+
+    def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return definition.attention(q, k, v, is_exact=True, causal=True)
+
+    expected = reference.paged_attention(q, k, v, table, lengths, attend=attend)
+    if column.name == "reference":
+        made = {"scale": 1 / np.sqrt(D), "block_size": size}
+
+        def attend_grouped(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            maps = reference.make_key_maps(k, rank=rank, **made)
+            offset = k.shape[2] - q.shape[2]
+            return reference.grouped_keys_attention(q, k, v, maps, **made, causal_offset=offset)
+
+        results = reference.paged_attention(q, k, v, table, lengths, attend=attend_grouped)
+    else:
+        keys = group_pages(column.give(k[:1]), pages=6, tails=2, block_size=size, rank=rank)
+        for b, first in ((0, 0), (1, size)):
+            rows = reference.rows_of_pages(k, table[b], lengths[b])[np.newaxis, :, first:]
+            keys.append(column.give(rows), table[b : b + 1], np.array([first], np.int32))
+        results = column.attend(q, keys, v, page_table=table, seqlens_k=lengths, causal=True)
+    for result, wanted in zip(results, expected, strict=True):
+        assert_near(result, wanted, "float16")
+
+
 def _cache(*, is_saved: bool) -> Check:
     """Return a check with keys whose blocks, less their means, lie in as few dimensions as are kept."""
     rank = 5
@@ -411,6 +444,7 @@ FEATURES = (
         "`page_table=`, `seqlens_k=`",
         {"decoding": _pages(causal=True), "window": _pages(window=(20, None))},
     ),
+    Feature("Grouped keys in pages", "`group_pages`", {"decoding": _grouped_pages}),
     Feature(
         "Caches that grow",
         "`group_keys`, `append`",

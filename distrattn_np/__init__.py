@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .attention import distr_attention, exact_attention, workspace_size
 from .grouped_keys import GroupedKeys, group_keys
+from .grouped_pages import GroupedPages, group_pages
 from .merge import merge
 
 try:
@@ -13,10 +14,12 @@ except PackageNotFoundError:  # an uninstalled source tree
 
 __all__ = [
     "GroupedKeys",
+    "GroupedPages",
     "__version__",
     "distr_attention",
     "exact_attention",
     "group_keys",
+    "group_pages",
     "merge",
     "workspace_size",
 ]

@@ -10,6 +10,7 @@ from . import backends, checks
 from .arrays import REGION, array_at
 from .block_size import choose_block_size
 from .grouped_keys import GroupedKeys
+from .grouped_pages import GroupedPages
 from .problem import AttentionInfo, PagedProblem, Problem, RaggedProblem, Subspace, SubspaceMaps
 
 NOTHING_GROUPED = AttentionInfo("exact", None, "the rank is the width, so nothing is grouped", None, None)
@@ -63,9 +64,10 @@ def distr_attention(
     q : array, shape (B, H, N, D), float16 | bfloat16 | float32 | float64
         Queries: a NumPy, CuPy or Numba device array, or what becomes one without a copy (Notes). The last axis must be
         contiguous; any other strides are used as they are. D is 1 to 256.
-    k : array, shape (B, H_kv, M, D), dtype and kind of ``q``; or GroupedKeys
-        Keys. H_kv divides H: query head h uses key head ``h * H_kv // H``. Keys from `group_keys` bring their grouping
-        with them: all options from ``method`` to ``block_size`` must be left as they are by default then.
+    k : array, shape (B, H_kv, M, D), dtype and kind of ``q``; or GroupedKeys, GroupedPages
+        Keys. H_kv divides H: query head h uses key head ``h * H_kv // H``. Keys from `group_keys` and `group_pages`
+        bring their grouping with them: all options from ``method`` to ``block_size`` must be left as they are by
+        default then.
     v : array, shape (B, H_kv, M, E), dtype and kind of ``q``
         Values. E is 1 to 256.
     method : {"lsh", "subspace"}
@@ -114,7 +116,7 @@ def distr_attention(
         and 256. Sequence b has ``seqlens_k[b]`` keys; key m is row ``m % S`` of page ``page_table[b, m // S]``. Pages
         may be shared, and entries behind the last page that a sequence begins may hold anything. ``mask``, ``bias`` and
         ``return_info`` must be left out. Values are checked only where they lie on the host. CuPy backend: at most 8
-        queries, exact, in 16 bits (docs/caches.md).
+        queries, exact or of GroupedPages, in 16 bits (docs/caches.md).
     layout : {"bhnd", "bnhd"}
         Order of the axes of q, k, v and the result; "bnhd" is (B, N, H, D).
     out : array, optional
@@ -329,7 +331,7 @@ def _attention(
     )
     is_packed = not (cu_seqlens_q is None and cu_seqlens_k is None) and page_table is None and seqlens_k is None
     keys = grouping = None
-    if grouping_options is not None and isinstance(k, GroupedKeys):
+    if grouping_options is not None and isinstance(k, GroupedKeys | GroupedPages):
         keys = k
         checks.check_options_of_grouped_keys(
             keys,
@@ -379,6 +381,7 @@ def _attention(
     )
     chosen = backends.load(backend, like=q)
     if keys is not None:  # before a device is looked for
+        chosen.refuse(problem, q)
         checks.check_kind_of_grouped_keys(q, keys, chosen.name, chosen.kinds_of_grouped_keys)
     tables = backends.ScoreTables(mask, bias)
     if workspace is _MEASURE:
@@ -393,7 +396,7 @@ def _attention(
     else:
         result, lse, maps = chosen.attention(problem, q, k, v, out, tables, lent)
         if return_info:
-            info = _info(problem, chosen, maps, q, asked_size) if keys is None else _info_of_grouped_keys(keys)
+            info = _info(problem, chosen, maps, q, asked_size) if keys is None else _info_of_grouped_keys(k)
     results = [result if given_out is None else given_out]
     if return_lse:
         results.append(lse if given_lse is None else given_lse)
@@ -452,7 +455,7 @@ def workspace_size(q: Any, k: Any, v: Any, *, backend: str | None = None, **opti
 def _described(array: Any, place: int) -> Any:
     """Return ``array``, or where it has no memory, an array like it at an address of its own."""
     has_memory = ("__dlpack__", "__cuda_array_interface__", "__array_interface__", "__array__")
-    if isinstance(array, GroupedKeys) or any(hasattr(array, name) for name in has_memory):
+    if isinstance(array, GroupedKeys | GroupedPages) or any(hasattr(array, name) for name in has_memory):
         return array
     try:
         shape, dtype = tuple(array.shape), np.dtype(array.dtype)

@@ -42,6 +42,9 @@ FLOAT32_TINY = float(np.finfo(np.float32).tiny)
 PAGE_SIZES = (16, 32, 64, 128, 256)
 """Keys in a page."""
 
+KIND_NAMES = {"U": "name", "f": "number", "iu": "integer"}
+"""Of a scalar in a file, by the kinds of its dtype."""
+
 WRITTEN = ("out", "lse", "workspace")
 """Arguments that a call writes to."""
 
@@ -101,6 +104,7 @@ def check_paged(
     out: Any,
     mask: Any,
     bias: Any,
+    keys_are_grouped: bool = False,
     **options: Any,
 ) -> PagedProblem:
     """Return the problem of keys and values in pages, or raise the first error found.
@@ -113,16 +117,15 @@ def check_paged(
     _check_absent("page_table", mask=mask, bias=bias)
     _check_int32("page_table", page_table, q, axes=2)
     _check_int32("seqlens_k", seqlens_k, q, axes=1)
-    problem = check_attention(
-        q, k, v, causal=causal, layout=layout, out=out, pages_of_sequence=page_table.shape[1], **options
-    )
+    options |= {"keys_are_grouped": keys_are_grouped, "pages_of_sequence": page_table.shape[1]}
+    problem = check_attention(q, k, v, causal=causal, layout=layout, out=out, **options)
     for name, given in (("page_table", page_table), ("seqlens_k", seqlens_k)):
         if given.shape[0] != problem.batch:
             raise ValueError(_message(name, f"must have q's batch size {problem.batch}", describe(given)))
     pages, _, page_size, _ = _bhnd_shape(k, layout)
     # reading them would make the host wait for the device; descriptions cannot be read
     if kind_of(page_table) == "numpy" and not isinstance(page_table, Unreadable):
-        _check_pages(page_table, seqlens_k, pages, page_size)
+        _check_pages(page_table, seqlens_k, pages, page_size, filled=k.filled if keys_are_grouped else None)
     if out is not None:
         _check_apart("out", out, {"page_table": page_table, "seqlens_k": seqlens_k})
     return PagedProblem(problem, page_size, is_top_left=causal == "top-left")
@@ -352,8 +355,72 @@ def check_group_keys(
     return grouping if isinstance(grouping, Subspace) else None, _check_scale(scale, width)
 
 
-def check_appended(k: Any, keys: Any) -> None:
-    """Raise unless ``k`` can be appended to the `GroupedKeys`."""
+def check_group_pages(k: Any, q: Any, *, pages: int, tails: int, block_size: int, **options: Any) -> Any:
+    """Return how `group_pages` groups, and the scale; or raise."""
+    for name, number in (("pages", pages), ("tails", tails)):
+        _check_integer(name, number, at_least=1)
+    if not (isinstance(block_size, numbers.Integral) and block_size in PAGE_SIZES):
+        raise ValueError(_message("block_size", f"must be one of {', '.join(map(str, PAGE_SIZES))}", _show(block_size)))
+    grouping, scale = check_group_keys(k, q, score_tol=None, block_size=int(block_size), **options)
+    check_kind_of_pages(str(kind_of(k)), "k", describe(k))
+    if k.shape[0] != 1:
+        raise ValueError(_message("k", "must have a batch size of 1", describe(k)))
+    if k.shape[1 if options["layout"] == "bhnd" else 2] == 0:
+        raise ValueError(_message("k", "must have a head", describe(k)))
+    if grouping is None:
+        raise ValueError(_message("rank", f"must be less than the width {k.shape[3]}", str(k.shape[3])))
+    return grouping, scale
+
+
+def check_kind_of_pages(kind: str, name: str = "kind", got: str | None = None) -> None:
+    """Raise unless there are `GroupedPages` of this kind of arrays."""
+    _check_choice("kind", kind, "numpy", "cupy", "numba")
+    if kind == "numba":
+        raise NotImplementedError(_message(name, "GroupedPages of numba arrays are not built yet", got or _show(kind)))
+
+
+def check_appended_to_pages(k: Any, page_table: Any, seqlens_k: Any, pages: Any) -> None:
+    """Raise unless ``k`` can be appended to sequences in `GroupedPages`; what the pages hold is not looked at."""
+    batch = k.shape[0] if kind_of(k) is not None and len(k.shape) == 4 else 0
+    check_appended(k, pages, batch)
+    for name, array, axes in (("page_table", page_table, 2), ("seqlens_k", seqlens_k, 1)):
+        if kind_of(array) != "numpy":
+            rule = "must be a NumPy array, for the host says which pages are finished"
+            raise TypeError(_message(name, rule, _show(array) if kind_of(array) is None else describe(array)))
+        _check_int32(name, array, array, axes=axes)
+        if array.shape[0] != batch:
+            raise ValueError(_message(name, f"must have k's batch size {batch}", describe(array)))
+    rows = k.shape[1 if pages.layout == "bnhd" else 2]
+    # in 64 bits, which the sum fits
+    _check_pages(page_table, seqlens_k.astype(np.int64), len(pages.filled), pages.page_size, more=rows)
+
+
+def check_filled(page: int, keys: int, wanted: int, b: int) -> None:
+    """Raise unless the last page of a sequence has the keys that the length of the sequence says."""
+    if keys != wanted:
+        raise ValueError(_message("seqlens_k", f"page {page} has {keys} keys", f"{wanted} for sequence {b}"))
+
+
+def check_free_tail(free: list[int], tails: int) -> None:
+    """Raise if no place is left for the keys of an unfinished page."""
+    if not free:
+        raise ValueError(_message("k", f"at most {tails} pages can be unfinished, as tails says", "one more"))
+
+
+def check_released(pages: Any, count: int) -> list[int]:
+    """Return the numbers of pages as a list, or raise."""
+    try:
+        given = list(pages)
+    except TypeError as error:
+        raise TypeError(_message("pages", "must be some integers", _show(pages))) from error
+    for page in given:
+        if not (_is_count(page) and page < count):
+            raise ValueError(_message("pages", f"must be 0 to {count - 1}", _show(page)))
+    return [int(page) for page in given]
+
+
+def check_appended(k: Any, keys: Any, batch: int | None = None) -> None:
+    """Raise unless ``k`` can be appended to the `GroupedKeys`, or in batches of this size to `GroupedPages`."""
     _check_array("k", k, k, "k")
     if kind_of(k) != keys.kind:
         raise TypeError(_message("k", f"must be a {keys.kind} array, as the keys so far", describe(k)))
@@ -364,9 +431,12 @@ def check_appended(k: Any, keys: Any) -> None:
         raise TypeError(_message("k", f"must have the dtype {keys.dtype} of the keys so far", describe(k)))
     rows_axis = 1 if keys.layout == "bnhd" else 2
     wanted = list(keys.shape)
+    if batch is not None:
+        wanted[0] = batch
     wanted[rows_axis] = k.shape[rows_axis]
     if list(k.shape) != wanted:
-        shape = ", ".join("any" if axis == rows_axis else str(size) for axis, size in enumerate(wanted))
+        free = {rows_axis} if batch is None else {0, rows_axis}
+        shape = ", ".join("any" if axis in free else str(size) for axis, size in enumerate(wanted))
         raise ValueError(_message("k", f"must have shape ({shape})", describe(k)))
 
 
@@ -383,13 +453,14 @@ def check_saved_keys(file: Any, arrays: dict[str, np.ndarray], fmt: int) -> None
     optional["widths"] = optional["rank"] | {"rank", "sampled", "fusion", "mean", "ranks", "score_errors"}
     for name, others in optional.items():
         require(name not in arrays or others <= set(arrays), f"must hold {', '.join(sorted(others))} with {name}")
-    for scalars, kinds, what in (
-        (("dtype", "layout"), "U", "name"),
-        (("scale", "score_tol"), "f", "number"),
-        (("format", "rank", "refine", "block_size", "query_rows"), "iu", "integer"),
+    for scalars, kinds in (
+        (("dtype", "layout"), "U"),
+        (("scale", "score_tol"), "f"),
+        (("format", "rank", "refine", "block_size", "query_rows"), "iu"),
     ):
         for name in sorted(set(scalars) & set(arrays)):
-            require(arrays[name].shape == () and arrays[name].dtype.kind in kinds, f"{name} must be one {what}")
+            is_one = arrays[name].shape == () and arrays[name].dtype.kind in kinds
+            require(is_one, f"{name} must be one {KIND_NAMES[kinds]}")
     require(int(arrays["format"]) == fmt, f"must be of format {fmt}")
     require(str(arrays["dtype"]) in DTYPES, f"the dtype must be one of {', '.join(DTYPES)}")
     require(str(arrays["layout"]) in ("bhnd", "bnhd"), "the layout must be 'bhnd' or 'bnhd'")
@@ -428,6 +499,62 @@ def check_saved_keys(file: Any, arrays: dict[str, np.ndarray], fmt: int) -> None
         require(array.dtype == dtype, f"{name} must have dtype {dtype} and not {array.dtype}")
 
 
+def check_saved_pages(file: Any, arrays: dict[str, np.ndarray], fmt: int) -> None:
+    """Raise unless ``arrays`` are what `GroupedPages.save` wrote to ``file``, whole and of one size."""
+
+    def require(condition: bool, rule: str) -> None:
+        if not condition:
+            raise ValueError(_message("file", rule, str(file)))
+
+    scalars = {"format": "iu", "dtype": "U", "layout": "U", "scale": "f", "rank": "iu", "refine": "iu"}
+    pools = {"sampled", "maps", "ranks", "score_errors", "tails", "tail_of", "filled"}
+    names = {*scalars, *pools}
+    require(names <= set(arrays), f"must be one that GroupedPages.save wrote, with {', '.join(sorted(names))}")
+    require("query_gram" not in arrays or "query_rows" in arrays, "must hold query_rows with query_gram")
+    if "query_gram" in arrays:
+        scalars["query_rows"] = "iu"
+    for name, kinds in scalars.items():
+        is_one = arrays[name].shape == () and arrays[name].dtype.kind in kinds
+        require(is_one, f"{name} must be one {KIND_NAMES[kinds]}")
+    require(int(arrays["format"]) == fmt, f"must be of format {fmt}")
+    require(str(arrays["dtype"]) in DTYPES, f"the dtype must be one of {', '.join(DTYPES)}")
+    require(str(arrays["layout"]) in ("bhnd", "bnhd"), "the layout must be 'bhnd' or 'bnhd'")
+    require(bool(abs(arrays["scale"]) <= FLOAT32_MAX), "the scale must be a finite number in the range of float32")
+    require(int(arrays["refine"]) >= 0, "refine must be at least 0")
+    found = arrays["tails"].shape
+    require(len(found) == 4, f"tails must have shape (places, H_kv, S, D) and not {found}")
+    places, heads, size, width = found
+    require(places > 0, "must hold a tail")
+    require(size in PAGE_SIZES, f"the page size must be one of {', '.join(map(str, PAGE_SIZES))}")
+    require(1 <= width <= MAX_WIDTH, f"tails must have 1 to {MAX_WIDTH} columns and not {width}")
+    rank, pages = int(arrays["rank"]), arrays["filled"].size
+    require(0 < rank < width, "must hold a rank less than the width")
+    stored = "uint16" if arrays["dtype"] == "bfloat16" else str(arrays["dtype"])
+    wanted: dict[str, tuple[tuple[int, ...], str]] = {
+        "tails": (found, stored),
+        "sampled": ((pages, heads, size, rank), stored),
+        "maps": ((pages, heads, rank + 1, width), stored),
+        "ranks": ((pages, heads), "int32"),
+        "score_errors": ((pages, heads), "float64"),
+        "tail_of": ((pages,), "int32"),
+        "filled": ((pages,), "int32"),
+    }
+    if "query_gram" in arrays:
+        wanted["query_gram"] = ((1, heads, width, width), "float64")
+        require(int(arrays["query_rows"]) >= 1, "query_rows must be at least 1")
+    for name, (shape, dtype) in wanted.items():
+        array = arrays[name]
+        require(array.shape == shape, f"{name} must have shape {shape} and not {array.shape}")
+        require(array.dtype == dtype, f"{name} must have dtype {dtype} and not {array.dtype}")
+    filled, tail_of = arrays["filled"], arrays["tail_of"]
+    require(bool(((filled >= 0) & (filled <= size)).all()), f"filled must be 0 to {size}")
+    unfinished = tail_of[tail_of != -1]
+    require(bool(((unfinished >= 0) & (unfinished < places)).all()), f"tail_of must be -1 to {places - 1}")
+    require(len(np.unique(unfinished)) == len(unfinished), "no two pages may have one tail")
+    has_tail = (filled > 0) & ((filled < size) | (tail_of >= 0))
+    require(bool((has_tail == (tail_of >= 0)).all()), "pages that are not full, and no empty ones, must have a tail")
+
+
 def check_kind_to_load(kind: str) -> None:
     """Raise unless `GroupedKeys` of this kind of arrays can be loaded."""
     _check_choice("kind", kind, "numpy", "cupy", "numba")
@@ -439,13 +566,23 @@ def check_dtype_of_grouped_keys(name: str, dtype: str, kind: str, got: str) -> N
         raise NotImplementedError(_message(name, "GroupedKeys of numba arrays are not built for bfloat16 yet", got))
 
 
-def check_options_of_grouped_keys(keys: Any, *, method: str, refine: int, scale: float | None, **options: Any) -> None:
-    """Raise unless a call leaves to the `GroupedKeys` what they were made with."""
+def check_options_of_grouped_keys(
+    keys: Any, *, method: str, refine: int, scale: float | None, page_table: Any, seqlens_k: Any, **options: Any
+) -> None:
+    """Raise unless a call leaves to the `GroupedKeys` or `GroupedPages` what they were made with."""
+    called = keys.called
     if not (isinstance(method, str) and method == "subspace"):
-        raise ValueError(_message("method", "must be 'subspace' with GroupedKeys", _show(method)))
-    _check_absent("GroupedKeys", **options)
+        raise ValueError(_message("method", f"must be 'subspace' with {called}", _show(method)))
+    tables = {"page_table": page_table, "seqlens_k": seqlens_k}
+    if called == "GroupedPages":
+        for name, table in tables.items():
+            if table is None:
+                raise ValueError(_message(name, f"must be given with {called}", "None"))
+    else:
+        options |= tables
+    _check_absent(called, **options)
     if _check_integer("refine", refine, at_least=0) != 1:
-        raise ValueError(_message("refine", "must be 1, the default, with GroupedKeys", _show(refine)))
+        raise ValueError(_message("refine", f"must be 1, the default, with {called}", _show(refine)))
     if scale is not None and _check_scale(scale, 1) != keys.scale:
         raise ValueError(_message("scale", f"must be None or the {keys.scale} of the keys", _show(scale)))
 
@@ -455,7 +592,7 @@ def check_kind_of_grouped_keys(q: Any, keys: Any, backend: str, kinds: frozenset
     if keys.kind != kind_of(q):
         raise TypeError(_message("k", f"must hold {kind_of(q)} arrays, as q is", str(keys)))
     if keys.kind not in kinds:
-        rule = f"the {backend} backend takes GroupedKeys of {' and '.join(sorted(kinds))} arrays"
+        rule = f"the {backend} backend takes {keys.called} of {' and '.join(sorted(kinds))} arrays"
         raise NotImplementedError(_message("k", rule, str(keys)))
     if keys.device != _device_of(q):
         raise ValueError(_message("k", f"must be on q's device {_device_of(q)}", f"{keys} on device {keys.device}"))
@@ -635,16 +772,29 @@ def _check_page_size(k: Any, page_size: int) -> None:
         raise ValueError(_message("k", rule, f"{page_size}: {describe(k)}"))
 
 
-def _check_pages(page_table: np.ndarray, lengths: np.ndarray, pages: int, page_size: int) -> None:
-    """Raise unless every entry that is used names a page; of a sequence as many are as its keys fill or begin."""
+def _check_pages(
+    page_table: np.ndarray, lengths: np.ndarray, pages: int, page_size: int, *, more: int = 0, filled: Any = None
+) -> None:
+    """Raise unless every entry that is used names a page; of a sequence as many are as its keys fill or begin.
+
+    ``more`` keys are to come. ``filled``: the pages of `GroupedPages` have so many keys.
+    """
     most = page_table.shape[1] * page_size
     for b, (row, length) in enumerate(zip(page_table, lengths.tolist(), strict=True)):
-        if not 0 <= length <= most:
-            rule = f"must be 0 to {most}, the keys that the pages of a sequence hold"
+        if not 0 <= length <= most - more:
+            rule = f"must be 0 to {most - more}, the keys that the pages of a sequence hold"
+            if more:
+                rule += f" less the {more} to come"
             raise ValueError(_message("seqlens_k", rule, f"{length} for sequence {b}"))
-        wrong = [page for page in row[: ceil_div(length, page_size)].tolist() if not 0 <= page < pages]
+        used = row[: ceil_div(length + more, page_size)].tolist()
+        wrong = [page for page in used if not 0 <= page < pages]
         if wrong:
             raise ValueError(_message("page_table", f"pages must be 0 to {pages - 1}", f"{wrong[0]} for sequence {b}"))
+        for c, page in enumerate([] if filled is None else used):
+            wanted = min(length - c * page_size, page_size)
+            if filled[page] < wanted:
+                rule = f"page {page} has {filled[page]} keys"
+                raise ValueError(_message("seqlens_k", rule, f"{wanted} for sequence {b}"))
 
 
 def _check_broadcast(name: str, array: Any, q: Any, shape: tuple[int, ...], *dtypes: str) -> None:

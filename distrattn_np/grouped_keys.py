@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from sys import maxsize
 from typing import IO, Any, ClassVar
@@ -39,6 +39,13 @@ class QueryStatistics:
 
     gram: Any  # (B, H_kv, D, D) float64; on a GPU in the type of the sums; CuPy: D padded
     rows: int  # that it is a sum over
+
+    def padded(self, width: int, dtype: Any) -> QueryStatistics:
+        """Return host arrays with more columns, which are zero."""
+        gram = np.zeros((*self.gram.shape[:2], width, width), dtype)
+        columns = self.gram.shape[3]
+        gram[..., :columns, :columns] = self.gram
+        return replace(self, gram=gram)
 
 
 def group_keys(
@@ -121,7 +128,7 @@ def group_keys(
     )
     checks.check_stream_of(k, stream)
     order: Layout = "bnhd" if layout == "bnhd" else "bhnd"
-    of_kind = _class_for(kind_of(k) or "numpy")
+    of_kind = class_for(kind_of(k) or "numpy")
     first = of_kind.bhnd(k, order)
     B, H_kv, _, D = first.shape
     queries = None
@@ -154,6 +161,8 @@ class GroupedKeys:
     """
 
     kind: ClassVar[Kind] = "numpy"
+    called: ClassVar[str] = "GroupedKeys"
+    """In error messages."""
 
     def __init__(
         self,
@@ -301,7 +310,7 @@ class GroupedKeys:
                 # what has a column a rank stands side by side: blocks may differ in how many
                 join = np.concatenate if name in ("sampled", "fusion") else np.stack
                 arrays[name] = join(of_blocks, axis=-1)
-        np.savez(file, **{name: _as_plain(np.asarray(value)) for name, value in arrays.items()})  # type: ignore[arg-type]
+        np.savez(file, **{name: as_plain(np.asarray(value)) for name, value in arrays.items()})  # type: ignore[arg-type]
 
     @staticmethod
     def load(file: str | Path | IO[bytes], *, kind: Kind = "numpy") -> GroupedKeys:
@@ -323,10 +332,10 @@ class GroupedKeys:
             If the keys are bfloat16, and ``kind`` is "numba".
         """
         checks.check_kind_to_load(kind)
-        arrays = _read_arrays(file)
+        arrays = read_arrays(file)
         checks.check_saved_keys(file, arrays, FORMAT)
         checks.check_dtype_of_grouped_keys("file", str(arrays["dtype"]), kind, str(file))
-        dtype = _dtype_of_name(str(arrays["dtype"]))
+        dtype = dtype_of_name(str(arrays["dtype"]))
         grouping = None
         if "rank" in arrays:
             grouping = Subspace(
@@ -350,7 +359,7 @@ class GroupedKeys:
             blocks = [
                 KeyBlock(*map(np.ascontiguousarray, parts)) for parts in zip(sampled, fusion, *others, strict=True)
             ]
-        return _class_for(kind)(
+        return class_for(kind)(
             arrays["tail"].view(dtype),
             blocks,
             grouping=grouping,
@@ -361,25 +370,7 @@ class GroupedKeys:
 
     def _finish_block(self, grouping: Subspace) -> None:
         """Make a block of the full tail, which is empty then."""
-        queries, dtype = self.queries, self.dtype
-        with np.errstate(all="ignore"):  # what is not finite passes through to the scores of its block
-            X = self.tail.astype(np.float64)
-            # rounded first, so that what is added to the scores is what was subtracted
-            mean = X.mean(axis=2).astype(dtype)
-            W, Z, ranks, score_errors = reference.group_block(
-                X,
-                mean.astype(np.float64),
-                None if queries is None else queries.gram,
-                0 if queries is None else queries.rows,
-                scale=self.scale,
-                rank=grouping.rank,
-                score_tol=grouping.score_tol,
-                refine=grouping.refine,
-            )
-            R = ranks.max(initial=0)
-            sampled = (X - mean[:, :, np.newaxis].astype(np.float64)) @ W[..., :R]
-            fusion = np.ascontiguousarray(Z[..., :R], dtype)
-            self._blocks.append(KeyBlock(sampled.astype(dtype), fusion, mean, ranks, score_errors))
+        self._blocks.append(reduce_block(self.tail, self.queries, grouping, self.scale))
         self._tail_rows = 0
 
     def _copy_on_host(self) -> tuple[np.ndarray, list[KeyBlock], QueryStatistics | None]:
@@ -429,7 +420,29 @@ class GroupedKeys:
         return np.stack([getattr(block, name) for block in self.blocks], axis=-1)
 
 
-def _class_for(kind: Kind) -> type[GroupedKeys]:
+def reduce_block(keys: np.ndarray, queries: QueryStatistics | None, grouping: Subspace, scale: float) -> KeyBlock:
+    """Return what is kept of one block of keys (B, H_kv, L, D)."""
+    with np.errstate(all="ignore"):  # what is not finite passes through to the scores of its block
+        X = keys.astype(np.float64)
+        # rounded first, so that what is added to the scores is what was subtracted
+        mean = X.mean(axis=2).astype(keys.dtype)
+        W, Z, ranks, score_errors = reference.group_block(
+            X,
+            mean.astype(np.float64),
+            None if queries is None else queries.gram,
+            0 if queries is None else queries.rows,
+            scale=scale,
+            rank=grouping.rank,
+            score_tol=grouping.score_tol,
+            refine=grouping.refine,
+        )
+        R = ranks.max(initial=0)
+        sampled = (X - mean[:, :, np.newaxis].astype(np.float64)) @ W[..., :R]
+        fusion = np.ascontiguousarray(Z[..., :R], keys.dtype)
+        return KeyBlock(sampled.astype(keys.dtype), fusion, mean, ranks, score_errors)
+
+
+def class_for(kind: Kind) -> type[GroupedKeys]:
     """Return the class of `GroupedKeys` of this kind of arrays, importing their package."""
     if kind == "numpy":
         return GroupedKeys
@@ -438,7 +451,7 @@ def _class_for(kind: Kind) -> type[GroupedKeys]:
     return found
 
 
-def _read_arrays(file: str | Path | IO[bytes]) -> dict[str, np.ndarray]:
+def read_arrays(file: str | Path | IO[bytes], writer: str = "GroupedKeys.save") -> dict[str, np.ndarray]:
     """Return the arrays of an npz file."""
     with Path(file).open("rb") if isinstance(file, str | Path) else nullcontext(file) as opened:
         try:
@@ -446,13 +459,14 @@ def _read_arrays(file: str | Path | IO[bytes]) -> dict[str, np.ndarray]:
                 return dict(npz)
         except Exception as error:  # whatever NumPy raises for a file that is damaged or something else
             reason = str(error).partition("\n")[0]
-            raise ValueError(f"file: must be one that GroupedKeys.save wrote, got {file}: {reason}") from error
+            raise ValueError(f"file: must be one that {writer} wrote, got {file}: {reason}") from error
 
 
-def _as_plain(array: np.ndarray) -> np.ndarray:
+def as_plain(array: np.ndarray) -> np.ndarray:
     """Return what a reader without ml_dtypes can load: bfloat16 as its 16 bits."""
     return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
 
 
-def _dtype_of_name(name: str) -> np.dtype[Any]:
+def dtype_of_name(name: str) -> np.dtype[Any]:
+    """Return the dtype that a file names; bfloat16 is that of ml_dtypes."""
     return np.dtype(importlib.import_module("ml_dtypes").bfloat16 if name == "bfloat16" else name)

@@ -802,7 +802,7 @@ def _decode_cases(shared_limit: int) -> Iterator[Defines]:
     ]
     for number, (shape, rows) in enumerate(product(shapes, (4, 32, 64))):
         width, rank, value_width = shape
-        for paged in (False, True) if rank is None else (False,):
+        for paged in (False, True) if rank is None or rows == 4 else (False,):
             yield decode_defines(
                 decode_tiles(width, rank, value_width, rows, shared_limit),
                 element=1 + number % 2,

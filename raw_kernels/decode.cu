@@ -6,10 +6,12 @@
 //
 // s_m are the R numbers that a cache keeps of a finished key, Z_c and mean_c what its block shares. Without MAPPED all
 // keys are plain, and with PAGED they and the values lie in pages: key m of sequence b is row m % S of page
-// page_table[b, m / S].                                                                       docs/caches.md
+// page_table[b, m / S]. With both a page is a block: s_m, Z_c and mean_c of a finished one lie where its number says, and
+// the keys of another, a sequence's last, in place tail_of[page] of K.                        docs/math.md (eq. 30)
 //
 // With pages the host knows no lengths: it cuts the keys that would fill all pages, and splits behind the end of a
-// sequence find nothing. Every row looks its page up, one of eight in 32 bytes that stay in L1.
+// sequence find nothing. Every row looks its page up, one of eight in 32 bytes that stay in L1; with MAPPED each tile does,
+// for none leaves its block.
 //
 // The queries of all heads that share a key head are the rows of one tile, so keys and values are read once. The keys of
 // a head are cut into splits, one thread block each; merge_splits.cu adds up what they write.
@@ -78,7 +80,6 @@ static_assert(D >= 1 && D <= 256 && E >= 1 && E <= 256 && R >= 1 && R <= D, "row
 static_assert(NUM_WARPS % ROW_WARPS == 0, "each tile of rows has as many warps");
 static_assert(BLOCK_KV % (MMA_K * KEY_WARPS) == 0, "each warp owns whole 16-key tiles");
 static_assert(STAGES >= 2, "one buffer is filled while another is read");
-static_assert(!MAPPED || !PAGED, "keys in pages are plain");
 static_assert(!ALIGNED || (D % CHUNK == 0 && E % CHUNK == 0), "ALIGNED rows are whole 16-byte chunks");
 
 constexpr int D_PADDED = (D + 15) / 16 * 16, R_PADDED = (R + 15) / 16 * 16, E_PADDED = (E + 15) / 16 * 16;
@@ -323,6 +324,7 @@ extern "C" __global__ __launch_bounds__(NUM_THREADS, 2)
 void decode(const element_t* __restrict__ Q,         // [B, H, N, D]
             const element_t* __restrict__ finished,  // [B * H_kv, at least finished_end, R_PADDED], unused if not MAPPED
             const element_t* __restrict__ maps,      // [B * H_kv, blocks, R_PADDED + 1, D_PADDED], unused if not MAPPED
+                                                     // with PAGED of each page and head: [P * H_kv, S or R_PADDED + 1, ...]
             const element_t* __restrict__ K,         // [B, H_kv, M - finished_end, D], keys as they are; or pages of S keys
             const element_t* __restrict__ V,         // [B, H_kv, M, E]; or pages
             element_t* __restrict__ O,               // [B, H, N, E], written if splits == 1
@@ -347,6 +349,9 @@ void decode(const element_t* __restrict__ Q,         // [B, H, N, D]
             long long stride_table,                  // of sequences
             int page_shift,                          // log2 of S
             int counts_from_end                      // 1: causal_offset is one more for each key of the sequence
+#if MAPPED
+            , const int* __restrict__ tail_of        // [P], among the places of K; -1 of a finished page
+#endif
 #endif
             ) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
@@ -365,7 +370,14 @@ void decode(const element_t* __restrict__ Q,         // [B, H, N, D]
 #if PAGED
   const int keys = min(max(seqlens_k[b], 0), M);
   const long long last_offset = causal_offset + (counts_from_end ? static_cast<long long>(keys) : 0);
+#if MAPPED
+  const int* const table = page_table + b * stride_table;
+  const int last_page = max(keys - 1, 0) >> page_shift;
+  const int place = keys == 0 ? 0 : tail_of[table[last_page]];
+  finished_end = place < 0 ? keys : last_page << page_shift;
+#else
   Pages pages = {page_table + b * stride_table, stride_k_b, page_shift, 0};
+#endif
 #else
   const int keys = M;
   const long long last_offset = causal_offset;
@@ -378,30 +390,48 @@ void decode(const element_t* __restrict__ Q,         // [B, H, N, D]
   const int end = min(begin + min(keys_per_split, keys - begin), visible_end(last_row));
 
   // ---- the copies ----
-  const element_t* const finished_head = finished + head * stride_finished;
-  const element_t* const maps_head = maps + head * stride_maps;
   const element_t* const K_head = K + (PAGED ? 0 : b * stride_k_b) + h_kv * stride_k_h;
   const element_t* const V_head = V + (PAGED ? 0 : b * stride_v_b) + h_kv * stride_v_h;
+#if MAPPED && PAGED
+  auto row_of = [&](const Item& item) { return item.begin & (block_size - 1); };
+  auto page_of = [&](const Item& item) -> long long {
+    return table[item.kind == MAP ? item.block : item.begin >> page_shift];
+  };
+  auto map_rows = [&](const Item& item) {
+    return maps + (page_of(item) * H_kv + h_kv) * stride_maps + item.begin * D_PADDED;
+  };
+  auto finished_rows = [&](const Item& item) {
+    return finished + (page_of(item) * H_kv + h_kv) * stride_finished + row_of(item) * R_PADDED;
+  };
+  auto K_rows = [&](const Item& item) { return K_head + place * stride_k_b + row_of(item) * stride_k_m; };
+  auto V_rows = [&](const Item& item) { return V_head + page_of(item) * stride_v_b + row_of(item) * stride_v_m; };
+#else
+  const element_t* const finished_head = finished + head * stride_finished;
+  const element_t* const maps_head = maps + head * stride_maps;
+  auto map_rows = [&](const Item& item) {
+    return maps_head + (static_cast<long long>(item.block) * (R_PADDED + 1) + item.begin) * D_PADDED;
+  };
+  auto finished_rows = [&](const Item& item) { return finished_head + static_cast<long long>(item.begin) * R_PADDED; };
+  auto K_rows = [&](const Item& item) { return K_head + (item.begin - finished_end) * stride_k_m; };
+  auto V_rows = [&](const Item& item) { return V_head + item.begin * stride_v_m; };
+#endif
   auto load = [&](const Item& item, element_t* stage) {
     if (item.kind == NOTHING) return;
     const int rows_valid = item.end - item.begin;
 #if MAPPED
     if (item.kind == MAP) {  // past the mean there is nothing to read
-      const element_t* const map =
-          maps_head + (static_cast<long long>(item.block) * (R_PADDED + 1) + item.begin) * D_PADDED;
-      load_rows<MAP_CHUNK, D_PADDED, D_PADDED, D_STRIDE, true>(stage, map, D_PADDED,
+      load_rows<MAP_CHUNK, D_PADDED, D_PADDED, D_STRIDE, true>(stage, map_rows(item), D_PADDED,
                                                                min(rows_valid, R_PADDED + 1 - item.begin));
       return;
     }
     if (item.kind == FINISHED) {
-      load_rows<BLOCK_KV, R_PADDED, R_PADDED, R_STRIDE, true>(
-          stage, finished_head + static_cast<long long>(item.begin) * R_PADDED, R_PADDED, rows_valid);
-      load_rows<BLOCK_KV, E_PADDED, E, E_STRIDE, ALIGNED>(stage + BLOCK_KV * R_STRIDE, V_head + item.begin * stride_v_m,
-                                                          stride_v_m, rows_valid);
+      load_rows<BLOCK_KV, R_PADDED, R_PADDED, R_STRIDE, true>(stage, finished_rows(item), R_PADDED, rows_valid);
+      load_rows<BLOCK_KV, E_PADDED, E, E_STRIDE, ALIGNED>(stage + BLOCK_KV * R_STRIDE, V_rows(item), stride_v_m,
+                                                          rows_valid);
       return;
     }
 #endif
-#if PAGED
+#if PAGED && !MAPPED
     pages.first = item.begin;
     pages.stride = stride_k_b;
     load_rows<PLAIN_KV, D_PADDED, D, D_STRIDE, ALIGNED, true>(stage, K_head, stride_k_m, rows_valid, pages);
@@ -409,10 +439,9 @@ void decode(const element_t* __restrict__ Q,         // [B, H, N, D]
     load_rows<PLAIN_KV, E_PADDED, E, E_STRIDE, ALIGNED, true>(stage + PLAIN_KV * D_STRIDE, V_head, stride_v_m,
                                                               rows_valid, pages);
 #else
-    load_rows<PLAIN_KV, D_PADDED, D, D_STRIDE, ALIGNED>(stage, K_head + (item.begin - finished_end) * stride_k_m,
-                                                        stride_k_m, rows_valid);
-    load_rows<PLAIN_KV, E_PADDED, E, E_STRIDE, ALIGNED>(stage + PLAIN_KV * D_STRIDE, V_head + item.begin * stride_v_m,
-                                                        stride_v_m, rows_valid);
+    load_rows<PLAIN_KV, D_PADDED, D, D_STRIDE, ALIGNED>(stage, K_rows(item), stride_k_m, rows_valid);
+    load_rows<PLAIN_KV, E_PADDED, E, E_STRIDE, ALIGNED>(stage + PLAIN_KV * D_STRIDE, V_rows(item), stride_v_m,
+                                                        rows_valid);
 #endif
   };
 

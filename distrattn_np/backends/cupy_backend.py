@@ -265,17 +265,17 @@ class CupyBackend(Backend):
 
     def _paged_keys(self, problem: PagedProblem, q: Any, k: Any, page_table: Any, seqlens_k: Any) -> PagedKeys:
         """Return the keys of a call to pages, or raise where no kernel covers it."""
-        from .cupy_decode import MOST_QUERIES, Pages, suits_pages  # which launches through this module
+        from .cupy_decode import MOST_QUERIES, suits_pages  # which launches through this module
         from .cupy_paged_keys import PagedKeys
 
         with q.device if kind_of(q) == "cupy" else nullcontext():
             if not suits_pages(problem.longest):
                 rule = (
-                    f"the cupy backend takes at most {MOST_QUERIES} queries, exact, of float16 or bfloat16, without "
-                    "window and softcap, from compute capability 8.0 on"
+                    f"the cupy backend takes at most {MOST_QUERIES} queries, exact or of GroupedPages, of float16 or "
+                    "bfloat16, without window and softcap, from compute capability 8.0 on"
                 )
                 raise NotImplementedError(f"page_table: {rule}, got {describe(q)}")
-        return PagedKeys(k, Pages(page_table, seqlens_k, problem.page_size, problem.is_top_left))
+        return PagedKeys.of(problem, k, page_table, seqlens_k)
 
     # ---- arrays ----
 
@@ -284,7 +284,7 @@ class CupyBackend(Backend):
 
         if isinstance(array, PagedKeys):
             table, lengths = (cupy.asarray(x) for x in (array.pages.table, array.pages.lengths))
-            return array.brought_in(self.bring_in(array.rows, layout), table, lengths)
+            return array.brought_in(self.bring_in(array.rows, array.layout_of_rows(layout)), table, lengths)
         native = cupy.asarray(array)
         return native.transpose(0, 2, 1, 3) if layout == "bnhd" else native
 

@@ -37,7 +37,10 @@ LEAST_KEYS = 1024
 
 @dataclass(frozen=True, slots=True)
 class FinishedKeys:
-    """What a cache keeps of its finished blocks, as decode.cu reads it; the last axes are contiguous."""
+    """What a cache keeps of its finished blocks, as decode.cu reads it; the last axes are contiguous.
+
+    In pages P * H_kv stands for B * H_kv, and each has one block; how many keys are finished is known to the device.
+    """
 
     keys: int
     """How many there are: whole blocks."""
@@ -61,6 +64,8 @@ class Pages:
     """S, a power of two."""
     is_top_left: bool
     """Whether a causal limit counts from the first key of a sequence, not from its last."""
+    tail_of: Any = None
+    """(P,) int32, of grouped keys: the place of an unfinished page among the tails, -1 of a finished one."""
 
 
 def suits(problem: Problem, tables: ScoreTables) -> bool:
@@ -82,7 +87,7 @@ def suits_plain_keys(problem: Problem, tables: ScoreTables) -> bool:
 
 
 def suits_pages(problem: Problem) -> bool:
-    """Whether decode.cu takes a call over keys in pages: an exact one."""
+    """Whether decode.cu takes a call over keys in pages: an exact one, or one over grouped keys."""
     return problem.grouping is None and suits(problem, NO_TABLES)
 
 
@@ -99,6 +104,7 @@ def decode(
     """Launch decode.cu, and merge_splits.cu where keys are split; K (B, H_kv, rows, D) are those after ``finished``.
 
     With ``pages`` K and V are (P, H_kv, S, width), and the problem is that of sequences which fill all their pages.
+    With both K are the tails (places, H_kv, S, D).
     """
     device = work().device
     element, width, value_width = _element(Q), problem.width, problem.value_width
@@ -133,6 +139,8 @@ def decode(
             causal_offset = -problem.queries
         shift = pages.size.bit_length() - 1
         in_pages = (pages.table, pages.lengths, _strides(pages.table)[0], shift, int(counts_from_end))
+        if finished is not None:
+            in_pages += (pages.tail_of,)
     _launch(
         "decode",
         defines,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -71,51 +72,12 @@ class CupyGroupedKeys(DeviceGroupedKeys):
         return X if _vector(X) > 1 else X.copy()
 
     def _blocks_at_once(self) -> int:
-        """Return how many blocks a workspace holds two Gram matrices of, of every head."""
         batch, heads, _, width = self._buffer.shape
-        gram_bytes: int = 2 * batch * heads * pad(width) ** 2 * np.dtype(_sum_type(self.dtype)).itemsize
-        return max(1, WORKSPACE_BYTES // max(gram_bytes, 1))
+        return blocks_at_once(batch * heads, width, self.dtype)
 
     def _reduce_blocks(self, grouping: Subspace, X: Any) -> None:
-        """Write what is kept of them; a block is a head of one block here, so that it has a mean of its own."""
-        heads, blocks, L, width = X.shape
-        whole = _WholeBlocks(1, L, 0, 0, L, ALL)
-        sums = _channel_sums(X, whole, power=1)
-        mean = _sum_segments(sums, whole, factor=1 / L, element=_element(X)).reshape(heads, blocks, width)
-        x_grams, y_grams = BACKEND.grams(X, mean, whole), BACKEND.grams(X, None, whole, memory_matters=False)
-        y_rows = L
-        if self.queries is not None:
-            y_rows = self.queries.rows
-            defines = expected_gram_defines(ELEMENTS[y_grams.dtype.name], width)
-            _launch("expected_gram", defines, heads * blocks, None, y_grams, self.queries.gram, blocks)
-        narrows = _has_tensor_cores(X.dtype)
-        rows = _MapRows(L, L, y_rows, 1, ALL, 0)
-        maps = BACKEND.solve_maps(x_grams, y_grams, grouping, rows, mean, X, scale=self.scale, narrows=narrows)
-        dense = _DenseMaps.narrowed(maps, X) if narrows else _DenseMaps.widened(maps, X)
-        problem = Problem(
-            batch=heads,
-            heads=blocks,
-            kv_heads=blocks,
-            queries=1,
-            keys=L,
-            width=width,
-            value_width=1,
-            dtype=X.dtype,
-            scale=1.0,  # its sign chooses kernels of the forward alone
-            causal_offset=None,
-            layout="bhnd",
-            grouping=replace(grouping, block_size=L),
-        )
-        sampled = _Forward(problem, X, X, X, None, None, dense, NO_TABLES).sample_keys()
-
-        new = slice(self._finished, self._finished + blocks)
-        fusion = dense.fusion[:, :, 0]
-        rank = fusion.shape[2]  # padded for tensor cores; kernels on CUDA cores leave the padding unwritten
-        self._sampled.array[:, new, :, :rank] = sampled[..., :rank]
-        self._maps.array[:, new, :rank, : fusion.shape[3]] = fusion
-        self._maps.array[:, new, -1, :width] = mean
-        self._ranks.array[:, new] = maps.ranks
-        self._score_errors.array[:, new] = maps.score_errors
+        new = slice(self._finished, self._finished + X.shape[1])
+        reduce_blocks(X, self.queries, grouping, self.scale, [room.array for room in self._rooms], new)
 
     def kept(self) -> KeptKeys:
         """Return what a call reads."""
@@ -167,6 +129,59 @@ class CupyGroupedKeys(DeviceGroupedKeys):
     def _device_of(array: Any) -> AbstractContextManager[Any]:
         device: AbstractContextManager[Any] = array.device
         return device
+
+
+def blocks_at_once(heads: int, width: int, dtype: Any) -> int:
+    """Return how many blocks a workspace holds two Gram matrices of, of every head."""
+    gram_bytes: int = 2 * heads * pad(width) ** 2 * np.dtype(_sum_type(dtype)).itemsize
+    return max(1, WORKSPACE_BYTES // max(gram_bytes, 1))
+
+
+def reduce_blocks(
+    X: Any, queries: QueryStatistics | None, grouping: Subspace, scale: float, kept: Sequence[Any], where: Any
+) -> None:
+    """Write what is kept of blocks (heads, blocks, L, D); a block is a head of one block here, with a mean of its own.
+
+    ``kept``: arrays as the rooms of `DeviceGroupedKeys`, whose blocks ``where`` these are.
+    """
+    kept_sampled, kept_maps, kept_ranks, kept_score_errors = kept
+    heads, blocks, L, width = X.shape
+    whole = _WholeBlocks(1, L, 0, 0, L, ALL)
+    sums = _channel_sums(X, whole, power=1)
+    mean = _sum_segments(sums, whole, factor=1 / L, element=_element(X)).reshape(heads, blocks, width)
+    x_grams, y_grams = BACKEND.grams(X, mean, whole), BACKEND.grams(X, None, whole, memory_matters=False)
+    y_rows = L
+    if queries is not None:
+        y_rows = queries.rows
+        defines = expected_gram_defines(ELEMENTS[y_grams.dtype.name], width)
+        _launch("expected_gram", defines, heads * blocks, None, y_grams, queries.gram, blocks)
+    narrows = _has_tensor_cores(X.dtype)
+    rows = _MapRows(L, L, y_rows, 1, ALL, 0)
+    maps = BACKEND.solve_maps(x_grams, y_grams, grouping, rows, mean, X, scale=scale, narrows=narrows)
+    dense = _DenseMaps.narrowed(maps, X) if narrows else _DenseMaps.widened(maps, X)
+    problem = Problem(
+        batch=heads,
+        heads=blocks,
+        kv_heads=blocks,
+        queries=1,
+        keys=L,
+        width=width,
+        value_width=1,
+        dtype=X.dtype,
+        scale=1.0,  # its sign chooses kernels of the forward alone
+        causal_offset=None,
+        layout="bhnd",
+        grouping=replace(grouping, block_size=L),
+    )
+    sampled = _Forward(problem, X, X, X, None, None, dense, NO_TABLES).sample_keys()
+
+    fusion = dense.fusion[:, :, 0]
+    rank = fusion.shape[2]  # padded for tensor cores; kernels on CUDA cores leave the padding unwritten
+    kept_sampled[:, where, :, :rank] = sampled[..., :rank]
+    kept_maps[:, where, :rank, : fusion.shape[3]] = fusion
+    kept_maps[:, where, -1, :width] = mean
+    kept_ranks[:, where] = maps.ranks
+    kept_score_errors[:, where] = maps.score_errors
 
 
 class _WholeBlocks(_Segments):

@@ -36,7 +36,7 @@ class DeviceGroupedKeys(GroupedKeys, ABC):
         """Take over what `GroupedKeys` says, on the host or the current device."""
         tail = self._on_device(tail)
         super().__init__(tail, [], grouping=grouping, queries=queries, scale=scale, layout=layout)
-        batch, heads, _, width = tail.shape
+        width = tail.shape[3]
         self._finished = 0
         if grouping is None:
             return
@@ -46,9 +46,8 @@ class DeviceGroupedKeys(GroupedKeys, ABC):
         self._ranks = self._room((1,), np.int32)
         self._score_errors = self._room((1,), real)
         if queries is not None and kind_of(queries.gram) == "numpy":  # from a file
-            gram = np.zeros((batch, heads, self._padded(width), self._padded(width)), real)
-            gram[..., :width, :width] = queries.gram
-            self.queries = replace(queries, gram=self._on_device(gram))
+            queries = queries.padded(self._padded(width), real)
+            self.queries = replace(queries, gram=self._on_device(queries.gram))
         for block in blocks:
             self._take_over(block)
 

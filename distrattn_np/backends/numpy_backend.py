@@ -24,7 +24,8 @@ import numpy as np
 
 from .. import reference
 from ..arrays import Kind
-from ..grouped_keys import GroupedKeys
+from ..grouped_keys import GroupedKeys, KeyBlock
+from ..grouped_pages import GroupedPages
 from ..problem import (
     Grouping,
     GroupMaps,
@@ -238,7 +239,7 @@ class NumpyBackend(Backend):
         self,
         problem: PagedProblem,
         q: np.ndarray,
-        k: np.ndarray,
+        k: np.ndarray | GroupedPages,
         v: np.ndarray,
         out: np.ndarray | None,
         page_table: np.ndarray,
@@ -248,13 +249,19 @@ class NumpyBackend(Backend):
         """Compute one checked call: each sequence as a call of its own would, on a copy of its rows."""
         self.refuse(problem, q)
         longest = problem.longest
-        Q, K, V = (self.bring_in(x, longest.layout) for x in (q, k, v))
+        Q, V = (self.bring_in(x, longest.layout) for x in (q, v))
+        K = k if isinstance(k, GroupedPages) else self.bring_in(k, longest.layout)
         shape = (longest.batch, longest.heads, longest.queries, longest.value_width)
         O = self.empty(shape, q, longest.layout) if out is None else self.bring_in(out, longest.layout)
         lse = np.empty(problem.lse_shape, np.float32) if lent.lse is None else lent.lse
         for b, keys in enumerate(seqlens_k.tolist()):
             one = slice(b, b + 1)
-            K_b, V_b = (reference.rows_of_pages(x, page_table[b], keys)[np.newaxis] for x in (K, V))
+            V_b = reference.rows_of_pages(V, page_table[b], keys)[np.newaxis]
+            K_b: np.ndarray | GroupedKeys
+            if isinstance(K, GroupedPages):
+                K_b = _keys_in_pages(K, page_table[b], keys)
+            else:
+                K_b = reference.rows_of_pages(K, page_table[b], keys)[np.newaxis]
             self.compute(problem.sequence(keys), Q[one], K_b, V_b, O[one], lse[one])
         return self.hand_back(O, longest.layout, like=q, out=out), lse
 
@@ -285,6 +292,28 @@ class NumpyBackend(Backend):
         if out is not None:
             return out
         return array.transpose(0, 2, 1, 3) if layout == "bnhd" else array
+
+
+def _keys_in_pages(pages: GroupedPages, page_table: np.ndarray, keys: int) -> GroupedKeys:
+    """Return the keys of one sequence, whose pages are ``page_table`` (T,), as `GroupedKeys` of a batch of one."""
+    size, heads = pages.page_size, pages.tails.shape[1]
+    used = page_table[: ceil_div(keys, size)].tolist()
+    tail = np.zeros((heads, 0, pages.tails.shape[3]), pages.dtype)
+    if used and pages.tail_of[used[-1]] >= 0:
+        tail = pages.tails[pages.tail_of[used.pop()], :, : keys - len(used) * size]
+    blocks = []
+    for page in used:
+        fusion = np.ascontiguousarray(pages.maps[page, :, :-1].swapaxes(1, 2))
+        kept = (pages.sampled[page], fusion, pages.maps[page, :, -1], pages.ranks[page], pages.score_errors[page])
+        blocks.append(KeyBlock(*(x[np.newaxis] for x in kept)))
+    return GroupedKeys(
+        tail[np.newaxis],
+        blocks,
+        grouping=pages.grouping,
+        queries=pages.queries,
+        scale=pages.scale,
+        layout=pages.layout,
+    )
 
 
 def _row_slices(cu_seqlens: np.ndarray) -> Iterator[slice]:

@@ -148,9 +148,10 @@ def test_arrays_of_other_kinds_reach_the_kernel() -> None:
 def test_what_no_kernel_covers_is_refused_by_name(changed: tuple[Any, ...], options: dict[str, Any]) -> None:
     q, pages = paged(changed)
     arrays, tables = pages.given(q, "cupy")
-    rule = "page_table: the cupy backend takes at most 8 queries, exact, of float16 or bfloat16, without window"
+    rule = "page_table: the cupy backend takes at most 8 queries, exact or of GroupedPages, of float16 or bfloat16"
     function = distr_attention if "rank" in options else exact_attention
     with pytest.raises(
-        NotImplementedError, match=f"^{rule} and softcap, from compute capability 8.0 on, got cupy array"
+        NotImplementedError,
+        match=f"^{rule}, without window and softcap, from compute capability 8.0 on, got cupy array",
     ):
         function(*arrays, **tables, **options)

@@ -68,7 +68,7 @@ GROUPED_KEYS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "grouped-options": (512, 64, {"N": 4, "softcap": 2.0, "mask": TABLES["mask"]}),
 }
 """Block size, rank and options of calls to grouped keys, whose last block is never whole."""
-PAGED = {"pages": 16, "large-pages": 256}
+PAGED = {"pages": 16, "large-pages": 256, "grouped-pages": 64}
 """Page sizes of calls to pages, which 16-bit devices from 8.0 on take."""
 RAGGED_OPTIONS = [name for name, options in OPTIONS.items() if not {"mask", "bias", "N"} & options.keys()]
 WITHOUT_ROWS = ("cut_sequences", "group_channels", "narrow_maps")
@@ -134,7 +134,19 @@ def make_paged(name: str, dtype: str, causal: bool, layout: str = "bhnd", D: int
     table, lengths = (
         Placed.contiguous(shape, np.dtype(np.int32)) for shape in ((problem.batch, 2048 // S), (problem.batch,))
     )
-    placed[1] = PlacedPagedKeys(K, table, lengths, S, is_top_left=False)
+    placed[1] = PlacedPagedKeys(K, (table, lengths), S, None, is_top_left=False)
+    if name == "grouped-pages":
+        rank = D // 2
+        tails, sampled, maps = (
+            Placed.contiguous(shape, problem.dtype)
+            for shape in (
+                (5, problem.kv_heads, S, D),
+                (20 * problem.kv_heads, S, pad(rank)),
+                (20 * problem.kv_heads, pad(rank) + 1, pad(D)),
+            )
+        )
+        tail_of = Placed.contiguous((20,), np.dtype(np.int32))
+        placed[1] = PlacedPagedKeys(tails, (table, lengths, sampled, maps, tail_of), S, rank, is_top_left=False)
     return problem, placed
 
 

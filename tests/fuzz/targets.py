@@ -18,7 +18,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distrattn_np import GroupedKeys, distr_attention, exact_attention, group_keys, merge
+from distrattn_np import GroupedKeys, GroupedPages, distr_attention, exact_attention, group_keys, group_pages, merge
 
 REFUSALS = (TypeError, ValueError, NotImplementedError)
 """What the docstrings name."""
@@ -252,10 +252,24 @@ def saved_keys() -> dict[str, np.ndarray]:
 SAVED = saved_keys()
 
 
+def saved_pages() -> dict[str, np.ndarray]:
+    """Return the arrays of a file with a finished page and one that is not."""
+    file, k = io.BytesIO(), np.random.default_rng(1).standard_normal((1, 2, 20, 6), dtype=np.float32)
+    keys = group_pages(k, k, pages=4, tails=2, block_size=16, rank=3)
+    keys.append(k, np.array([[3, 1]], np.int32), np.array([0], np.int32))
+    keys.save(file)
+    file.seek(0)
+    with np.load(file) as npz:
+        return dict(npz)
+
+
+SAVED_PAGES = saved_pages()
+
+
 @st.composite
-def any_file(draw: Any) -> bytes:
+def any_file(draw: Any, saved: dict[str, np.ndarray]) -> bytes:
     """Draw a file whose arrays, or whose bytes, are partly wrong."""
-    arrays = dict(SAVED)
+    arrays = dict(saved)
     for name in draw(st.lists(st.sampled_from(sorted(arrays)), max_size=3, unique=True)):
         match draw(st.integers(0, 3)):
             case 0:
@@ -274,7 +288,7 @@ def any_file(draw: Any) -> bytes:
     return bytes(content[: draw(st.one_of(st.none(), st.integers(0, len(content))))])
 
 
-@given(any_file())
+@given(any_file(SAVED))
 def files(content: bytes) -> None:
     """Any bytes are loaded or refused as a file; what is loaded can be used."""
     try:
@@ -292,4 +306,24 @@ def files(content: bytes) -> None:
     assert out.size == B * H_kv * 2
 
 
-TARGETS = {"arguments": arguments, "files": files}
+@given(any_file(SAVED_PAGES))
+def page_files(content: bytes) -> None:
+    """Any bytes are loaded or refused as a file of pages; what is loaded can be used."""
+    try:
+        pages = GroupedPages.load(io.BytesIO(content))
+    except ValueError as error:
+        if not re.fullmatch(r"file: .+, got .+", str(error), re.DOTALL):
+            raise AssertionError(f"the file is not named: {error}") from error
+        return
+    heads, size, width = pages.tails.shape[1:]
+    pages.release(range(len(pages.filled)))
+    table, lengths = np.array([[0, len(pages.filled) - 1]], np.int32), np.array([0], np.int32)
+    shape = (1, size, heads, width) if pages.layout == "bnhd" else (1, heads, size, width)
+    rows = np.ones(shape, pages.dtype)
+    pages.append(rows, table, lengths)
+    values = np.ones((*pages.shape[:3], 1), pages.dtype)
+    out = distr_attention(rows, pages, values, page_table=table, seqlens_k=lengths + size, layout=pages.layout)
+    assert out.size == heads * size
+
+
+TARGETS = {"arguments": arguments, "files": files, "page_files": page_files}

@@ -10,7 +10,7 @@ from kit.compare import assert_agrees, assert_same_bits
 from oracle import definition
 from oracle.test_definition import TIGHT, offset_of
 
-from distrattn_np import exact_attention, reference
+from distrattn_np import distr_attention, exact_attention, group_pages, reference
 
 S, LENGTHS = 16, [21, 0, 48, 16]
 TABLE = np.array([[5, 2, -7], [99, 99, 99], [0, 5, 3], [2, 8, 8]], np.int32)
@@ -60,3 +60,27 @@ def test_attention_is_that_of_each_sequence(paged: Any, causal: str, options: di
             assert_agrees(
                 result[1][b : b + 1], expected[1], rtol=rtol, atol=rtol, check_dtype=False, constant_ok=not LENGTHS[b]
             )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_grouped_keys_are_those_of_each_sequence(paged: Any, causal: bool) -> None:
+    """Pages that are appended to, beside the reference's maps of plain rows (eq. 26 to 28, 30)."""
+    q, k, v = paged
+    made = {"scale": 0.4, "block_size": S}
+    known = np.random.default_rng(31).standard_normal((1, 4, 9, 6))
+    table = np.array([[5, 2, -7], [99, 99, 99], [5, 0, 3], [5, 4, 8]], np.int32)
+    tables = {"page_table": table, "seqlens_k": np.array([21, 0, 48, 17], np.int32)}
+
+    def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        maps = reference.make_key_maps(k, known, rank=2, **made)
+        offset = k.shape[2] - q.shape[2] if causal else None
+        return reference.grouped_keys_attention(q, k, v, maps, **made, causal_offset=offset)
+
+    keys = group_pages(k[:1], known, pages=6, tails=3, rank=2, **made)
+    for b, first in ((0, 0), (2, S), (3, S)):  # these two begin with a page of the first
+        rows = reference.rows_of_pages(k, table[b], tables["seqlens_k"][b])[np.newaxis, :, first:]
+        keys.append(rows, table[b : b + 1], np.array([first], np.int32))
+    expected = reference.paged_attention(q, k, v, **tables, attend=attend)
+    out, lse = distr_attention(q, keys, v, **tables, causal=causal, return_lse=True)
+    assert_agrees(out, expected[0], **TIGHT)
+    assert_agrees(lse, expected[1], rtol=1e-6, atol=1e-6, check_dtype=False)

@@ -6,7 +6,11 @@ import sys
 
 import distrattn_np
 
-PUBLIC = {"GroupedKeys", "__version__", "distr_attention", "exact_attention", "group_keys", "merge", "workspace_size"}
+PUBLIC = {"GroupedKeys", "GroupedPages", "__version__", "distr_attention", "exact_attention", "group_keys"} | {
+    "group_pages",
+    "merge",
+    "workspace_size",
+}
 OPTIONAL = {"cupy", "numba", "ml_dtypes", "rich", "matplotlib", "scipy", "torch"}
 LIMIT_S = 0.5
 

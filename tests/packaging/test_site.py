@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
-CALLS = ["distr_attention", "exact_attention", "merge", "group_keys", "GroupedKeys.append"]
+CALLS = ["distr_attention", "exact_attention", "merge", "group_keys", "GroupedKeys.append", "group_pages"]
 
 
 @pytest.fixture(scope="module")
