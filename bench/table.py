@@ -12,7 +12,7 @@ from .axes import EXACT
 from .peers import PEERS
 from .report import Report, markdown_table, milliseconds, number, title_of
 
-RESULTS = {"gpu": "h100.json", "cpu": "cpu.json", "roofline": "h100.json"}
+RESULTS = {"gpu": "h100.json", "paper": "paper_h100.json", "cpu": "cpu.json", "roofline": "h100.json"}
 """The one file that fills each kind of block."""
 MISSING = "not measured yet"
 BLOCK = re.compile(

@@ -82,7 +82,7 @@ constexpr int R_PADDED = (R + 15) / 16 * 16;
 constexpr bool ADDS_MEAN_SCORES = DENSE && CHANGES_SCORES;  // cap and bias act on scores of keys as they are
 // two leave 128 registers per thread
 constexpr bool NEEDS_FEW_REGISTERS =
-    E <= 128 && sizeof(accumulate_t) == 4 && !CHANGES_SCORES && !(OWN_BLOCK && (WINDOW || __CUDA_ARCH__ >= 1200));
+    E <= 128 && sizeof(accumulate_t) == 4 && !CHANGES_SCORES && !(OWN_BLOCK && (WINDOW || RAGGED || __CUDA_ARCH__ >= 1200));
 constexpr int MIN_BLOCKS = NEEDS_FEW_REGISTERS ? 2 : 1;
 static_assert(BLOCK_Q % SIDE == 0, "every thread owns the same number of queries");
 

@@ -229,7 +229,9 @@ class DeviceGroupedKeys(GroupedKeys, ABC):
         """Return a view of a room (B * H_kv, blocks, ...) as (B, H_kv, blocks, ...)."""
         batch, heads = self._buffer.shape[:2]
         step = array.strides[0]
-        return self._with_strides(array, (batch, heads, *array.shape[1:]), (heads * step, step, *array.strides[1:]))
+        # Numba takes an axis of stride 0 for one of size 1
+        strides = (max(heads, 1) * step, step, *array.strides[1:])
+        return self._with_strides(array, (batch, heads, *array.shape[1:]), strides)
 
     def _swapped(self, array: Any) -> Any:
         """Return a view of (B, H_kv, R, D) as (B, H_kv, D, R)."""

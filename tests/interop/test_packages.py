@@ -123,10 +123,11 @@ def test_torch_strides_are_kept() -> None:
 
 def test_jax_arrays_stay_as_they_are() -> None:
     jax = pytest.importorskip("jax", reason="pip install jax")
-    given = [jax.numpy.asarray(x) for x in values()]
+    cpu = jax.devices("cpu")[0]  # on a GPU they are CuPy arrays, which know no read-only memory
+    given = [jax.device_put(x, cpu) for x in values()]
     assert not in_place(given[0]).flags.writeable
     assert in_place(given[0]).ctypes.data == given[0].unsafe_buffer_pointer()
-    out = jax.numpy.zeros((1, 4, 33, 8))
+    out = jax.device_put(np.zeros((1, 4, 33, 8), np.float32), cpu)
     with pytest.raises(ValueError, match=r"^out: must be writeable, got read-only numpy array"):
         exact_attention(*given, out=out)
 

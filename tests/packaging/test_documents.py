@@ -119,13 +119,14 @@ def test_jax_function_agrees_inside_jit(dtype):
     jax = pytest.importorskip("jax", reason="jax, which the example needs, is not installed")
     attention = run_snippets(ROOT / "docs" / "interop.md", "jax")["attention"]
     arrays = np.random.default_rng(0).standard_normal((3, 2, 4, 33, 16), dtype=np.float32)
-    cpu = jax.devices("cpu")[0]
-    q, k, v = (jax.device_put(jax.numpy.asarray(x, dtype), cpu) for x in arrays)
+    q, k, v = (jax.numpy.asarray(x, dtype) for x in arrays)
+    # a GPU's kernels add in another order than NumPy; 16 bits are rounded once
+    tolerance = 0 if jax.default_backend() == "cpu" else {"float32": 1e-5, "bfloat16": 2e-2}[dtype]
     for options in ({"causal": True}, {"method": "lsh", "block_size": 16}, {"group_size": 1}):
         out = jax.jit(lambda q, k, v, options=options: attention(q, k, v, **options) * 2)(q, k, v)
-        expected = distr_attention(q, k, v, **options)
-        assert np.array_equal(np.asarray(out, np.float32), np.asarray(expected).astype(np.float32) * 2)
-        assert np.ptp(expected.astype(np.float32)) > 0.1
+        expected = distr_attention(*(np.asarray(x) for x in (q, k, v)), **options).astype(np.float32)
+        np.testing.assert_allclose(np.asarray(out, np.float32), expected * 2, rtol=tolerance, atol=2 * tolerance)
+        assert np.ptp(expected) > 0.1
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=NAMES)
