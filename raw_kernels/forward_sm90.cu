@@ -95,9 +95,12 @@ static_assert(R % MMA_DEPTH == 0 && E % MMA_DEPTH == 0 && Q_WIDTH % MMA_DEPTH ==
 
 // Registers of a thread. What the warpgroups hold together may not exceed what they are launched with, or the block
 // hangs: 65536 / NUM_THREADS each, rounded down to a multiple of eight.
-// Two consumers of narrow values leave some to the producer.
-constexpr int PRODUCER_REGISTERS = NUM_CONSUMERS == 2 ? (E <= 64 ? 40 : 24) : 32;
-constexpr int CONSUMER_REGISTERS = NUM_CONSUMERS == 2 ? (E <= 64 ? 232 : 240) : NUM_CONSUMERS == 3 ? 160 : 112;
+// Two consumers of narrow values leave some to the producer; at two ranks others can too, with own blocks of packed
+// sequences, where it has most to hold and spilled.
+constexpr bool SPARES_REGISTERS = E <= 64 || (RAGGED && OWN_BLOCK && (R == 16 || R == 96));
+constexpr int PRODUCER_REGISTERS = NUM_CONSUMERS == 2 ? (SPARES_REGISTERS ? 40 : 24) : 32;
+constexpr int CONSUMER_REGISTERS =
+    NUM_CONSUMERS == 2 ? (SPARES_REGISTERS ? 232 : 240) : NUM_CONSUMERS == 3 ? 160 : 112;
 static_assert(PRODUCER_REGISTERS + NUM_CONSUMERS * CONSUMER_REGISTERS <=
                   (1 + NUM_CONSUMERS) * (65536 / NUM_THREADS / 8 * 8),
               "the register file holds all warpgroups");
@@ -365,7 +368,7 @@ struct QueryCopies {
 
 #if KEY_MAPS
   __device__ __forceinline__ void multiply_by(const float* __restrict__ mean, SharedTiles& shared) {
-    constexpr int CHUNK = 4;  // the swizzle keeps eight together, which would take too many registers
+    constexpr int CHUNK = 2;  // the swizzle keeps eight together, which would take too many registers
     barrier_wait(shared.mean_scores_empty, ring.parity ^ 1);
     barrier_wait(shared.Q_full, ring.parity);
 #pragma unroll 1
@@ -373,7 +376,7 @@ struct QueryCopies {
       float sum = 0.0f;
 #pragma unroll 1
       for (int d = 0; d < (row < QUERIES ? D : 0); d += CHUNK) {
-        const uint2 chunk = *reinterpret_cast<const uint2*>(shared.Q + swizzled_place<D, BLOCK_Q>(row, d));
+        const unsigned chunk = *reinterpret_cast<const unsigned*>(shared.Q + swizzled_place<D, BLOCK_Q>(row, d));
         const element_t(&q)[CHUNK] = reinterpret_cast<const element_t(&)[CHUNK]>(chunk);
 #pragma unroll
         for (int j = 0; j < CHUNK; ++j) sum = fmaf(to_accumulate(q[j]), mean[d + j], sum);
