@@ -28,3 +28,6 @@ def link_readme_sections(_app: Any, _name: str, source: list[str]) -> None:
 def setup(app: Any) -> None:
     """Register the hook above."""
     app.connect("source-read", link_readme_sections)
+
+# "shape" in the type of a parameter is a word, not one of the attributes of that name
+suppress_warnings = ["ref.python"]
