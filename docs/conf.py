@@ -29,5 +29,6 @@ def setup(app: Any) -> None:
     """Register the hook above."""
     app.connect("source-read", link_readme_sections)
 
+
 # "shape" in the type of a parameter is a word, not one of the attributes of that name
 suppress_warnings = ["ref.python"]
