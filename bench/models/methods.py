@@ -138,10 +138,9 @@ def subspace_flop(problem: Problem, ranks: np.ndarray) -> int:
     """Return the FLOP of a call whose blocks have these ranks (B, H_x, C).
 
     Counted are the two products, that of the scores over D channels in own blocks (docs/math.md, eq. 20); X W, and Y Z
-    for every row that meets the block (4); the Gram matrices (11), each row once for a head that it is pooled in, and one
-    half of a matrix, which is the other's mirror image; and the small matrices of every block: the choice of channels
-    (15), the half-steps (16), column scaling and predicted error (17, 18). A block of rank D needs no X W and no Y Z, one
-    that nobody meets nothing at all.
+    for every row that meets the block (4); the Gram matrices (11), one half of each, a row once for a head that it is
+    pooled in; and the small matrices of every block: the choice of channels (15), the half-steps (16), column scaling
+    and predicted error (17, 18). A block of rank D needs no X W and no Y Z, one that nobody meets nothing at all.
     """
     grouping = problem.grouping
     if not isinstance(grouping, Subspace):
