@@ -245,10 +245,15 @@ def sm90_tiles(rank: int, value_width: int, query_block_size: int, *, ragged: bo
     return Sm90Tiles(128, 128, 2)
 
 
-def sm90_key_map_tiles(rank: int, width: int, value_width: int) -> Sm90Tiles:
-    """Return the tiles where forward_sm90.cu maps the queries itself, for blocks over keys; ``rank`` is padded."""
+def sm90_key_map_tiles(rank: int, width: int, value_width: int, block_size: int) -> Sm90Tiles:
+    """Return the tiles where forward_sm90.cu maps the queries itself, for blocks over keys; ``rank`` is padded.
+
+    It takes them where they are whole tiles of keys.
+    """
     if max(width, value_width) <= 64:  # the exponentials set the pace: more rows, of which some are always in a product
-        return Sm90Tiles(256, 64, 4, map_ahead=False) if rank <= 16 else Sm90Tiles(192, 64, 4)
+        if rank <= 16:
+            return Sm90Tiles(256, 64, 4, map_ahead=False)
+        return Sm90Tiles(192, 96, 3, map_ahead=rank <= 32) if block_size % 96 == 0 else Sm90Tiles(192, 64, 4)
     if rank > 96:  # more than the registers hold beside 128 keys
         return Sm90Tiles(128, 64, 3)
     return Sm90Tiles(128, 128, 2, map_ahead=rank < 96)
@@ -785,9 +790,10 @@ def _forward_sm90_cases() -> Iterator[Defines]:
         if rank <= width:
             usual = value_width == width  # so that both are built for every pair of width and rank
             ends = ((usual, False), (False, True), (True, True))
-            for folds_reference, (causal, ragged) in product((False, True), ends):
+            sizes = (1024, 960) if width == value_width == 64 and rank > 16 else (1024,)
+            for block_size, folds_reference, (causal, ragged) in product(sizes, (False, True), ends):
                 yield sm90_defines(
-                    sm90_key_map_tiles(rank, width, value_width),
+                    sm90_key_map_tiles(rank, width, value_width, block_size),
                     element=1 + (rank // 16 + folds_reference) % 2,
                     rank=rank,
                     value_width=value_width,

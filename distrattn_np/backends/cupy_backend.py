@@ -1062,7 +1062,7 @@ class _Forward:
         return self.dense_maps is not None and self.block_size % self._key_map_tiles().block_kv == 0
 
     def _key_map_tiles(self) -> Sm90Tiles:
-        return sm90_key_map_tiles(pad(self.rank), self.problem.width, self.problem.value_width)
+        return sm90_key_map_tiles(pad(self.rank), self.problem.width, self.problem.value_width, self.block_size)
 
     def _launch_sm90(self, Q: Any, K: Any, first_item: int, items: int) -> None:
         """Launch forward_sm90.cu; K is (B, H_kv, M, R), or (1, items of this launch, M, R) where fused for items."""
