@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..problem import GroupBy, RaggedProblem
+from ..problem import GroupBy, RaggedProblem, ceil_div
 from ..tiles import cut_defines
 
 PIECE_NUMBERS = 8
@@ -53,7 +53,7 @@ class Sequences:
             _launch(
                 "cut_sequences",
                 defines,
-                -(-len(pieces) // defines["THREADS"]),
+                ceil_div(len(pieces), defines["THREADS"]),
                 None,
                 *(self._edges[side], self._edges[other], pieces, len(pieces), self.count),
                 *(self._rows[side], self._rows[other], step, other_step, sign),
