@@ -35,7 +35,32 @@ from .cupy_kept_keys import KeptKeys
 from .device_grouped_keys import DeviceGroupedKeys
 
 
-class CupyGroupedKeys(DeviceGroupedKeys):
+class OnCupy:
+    """What keys on the device, their own or in pages, ask of their kind of arrays."""
+
+    @staticmethod
+    def _padded(size: int) -> int:
+        return pad(size)
+
+    @staticmethod
+    def _sum_type(dtype: Any) -> Any:
+        return _sum_type(dtype)
+
+    @staticmethod
+    def _on_device(array: Any) -> Any:
+        return cupy.asarray(array)
+
+    @staticmethod
+    def _on_host(array: Any) -> np.ndarray:
+        host: np.ndarray = cupy.asnumpy(array)
+        return host
+
+    @staticmethod
+    def _zeros(shape: tuple[int, ...], dtype: Any, like: Any = None) -> Any:  # noqa: ARG004
+        return cupy.zeros(shape, dtype)
+
+
+class CupyGroupedKeys(OnCupy, DeviceGroupedKeys):
     """Keys on the device of the first of them; docs/caches.md says which calls are read by which kernels.
 
     All work is queued on the current stream. R and D are padded as decode.cu reads them.
@@ -99,27 +124,6 @@ class CupyGroupedKeys(DeviceGroupedKeys):
     def on_stream(handle: int | None) -> AbstractContextManager[Any]:
         """Return a context in which CuPy's current stream is the one with this handle; None: it stays."""
         return on_stream(handle)
-
-    @staticmethod
-    def _padded(size: int) -> int:
-        return pad(size)
-
-    @staticmethod
-    def _sum_type(dtype: Any) -> Any:
-        return _sum_type(dtype)
-
-    @staticmethod
-    def _on_device(array: Any) -> Any:
-        return cupy.asarray(array)
-
-    @staticmethod
-    def _on_host(array: Any) -> np.ndarray:
-        host: np.ndarray = cupy.asnumpy(array)
-        return host
-
-    @staticmethod
-    def _zeros(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:  # noqa: ARG004
-        return cupy.zeros(shape, dtype)
 
     @staticmethod
     def _with_strides(array: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:

@@ -13,12 +13,10 @@ from ..arrays import Kind, kind_of
 from ..grouped_keys import QueryStatistics
 from ..grouped_pages import POOLS, GroupedPages, as_bits
 from ..problem import Layout, Subspace
-from ..tiles import pad
-from .cupy_backend import _sum_type
-from .cupy_grouped_keys import blocks_at_once, reduce_blocks
+from .cupy_grouped_keys import OnCupy, blocks_at_once, reduce_blocks
 
 
-class CupyGroupedPages(GroupedPages):
+class CupyGroupedPages(OnCupy, GroupedPages):
     """Pages on the device of the keys that they were made like. All work is queued on a stream."""
 
     kind: ClassVar[Kind] = "cupy"
@@ -36,7 +34,7 @@ class CupyGroupedPages(GroupedPages):
     ) -> None:
         """Take memory on the device of ``like``; for a NumPy array, as from a file, on the current one."""
         if queries is not None and kind_of(queries.gram) == "numpy":
-            queries = queries.padded(pad(like.shape[3]), _sum_type(like.dtype))
+            queries = queries.padded(self._padded(like.shape[3]), self._sum_type(like.dtype))
             queries = replace(queries, gram=cupy.asarray(queries.gram))
         with cupy.cuda.Device() if kind_of(like) == "numpy" else like.device:
             super().__init__(like, pages, tails, grouping=grouping, queries=queries, scale=scale, layout=layout)
@@ -71,27 +69,6 @@ class CupyGroupedPages(GroupedPages):
     def _current(self) -> AbstractContextManager[Any]:
         device: AbstractContextManager[Any] = self.tails.device
         return device
-
-    @staticmethod
-    def _padded(size: int) -> int:
-        return pad(size)
-
-    @staticmethod
-    def _sum_type(dtype: Any) -> Any:
-        return _sum_type(dtype)
-
-    @staticmethod
-    def _zeros(shape: tuple[int, ...], dtype: Any) -> Any:
-        return cupy.zeros(shape, dtype)
-
-    @staticmethod
-    def _on_device(array: np.ndarray) -> Any:
-        return cupy.asarray(array)
-
-    @staticmethod
-    def _on_host(array: Any) -> np.ndarray:
-        host: np.ndarray = cupy.asnumpy(array)
-        return host
 
 
 GROUPED_PAGES = CupyGroupedPages

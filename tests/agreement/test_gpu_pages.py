@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 from kit.cases import BFLOAT16
 from kit.compare import assert_agrees, assert_same_bits, relative_error, to_host
-from kit.device import Allocations, poison, poisoned_like
+from kit.device import Allocations, Captured, poisoned_like
 from kit.pages import Paged, in_pages
 
 from distrattn_np import distr_attention, exact_attention, workspace_size
@@ -101,13 +102,7 @@ def test_one_graph_for_all_lengths() -> None:
     arrays, tables = pages.given(q, "cupy")
     out, lse = (poisoned_like(x) for x in exact_attention(*arrays, **tables, causal=True, return_lse=True))
     memory = cupy.empty(workspace_size(*arrays, **tables, group_size=1, causal=True, out=out, lse=lse), np.uint8)
-    stream = cupy.cuda.Stream(non_blocking=True)
-    cupy.cuda.Device().synchronize()
-    stream.begin_capture(cupy.cuda.runtime.streamCaptureModeThreadLocal)
-    try:
-        exact_attention(*arrays, **tables, causal=True, out=out, lse=lse, workspace=memory, stream=stream)
-    finally:
-        graph = stream.end_capture()
+    graph = Captured(partial(exact_attention, *arrays, **tables, causal=True), out, lse, memory)
     for seed in (1, 2):
         q, pages = paged(case, seed)
         others, other_tables = pages.given(q, "cupy")
@@ -116,13 +111,7 @@ def test_one_graph_for_all_lengths() -> None:
             mine[...] = theirs
         for name in ("page_table", "seqlens_k"):
             tables[name][...] = other_tables[name]
-        for array in (out, lse, memory):
-            poison(array)
-        cupy.cuda.Device().synchronize()
-        graph.launch(stream)
-        stream.synchronize()
-        for got, wanted in zip((out, lse), expected, strict=True):
-            assert_same_bits(got, wanted)
+        graph.assert_gives(expected)
 
 
 def test_arrays_of_other_kinds_reach_the_kernel() -> None:
