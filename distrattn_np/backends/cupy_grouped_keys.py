@@ -73,9 +73,8 @@ class CupyGroupedKeys(OnCupy, DeviceGroupedKeys):
         """Return what the maps need of known queries (B, H, rows, D)."""
         batch, heads, rows, width = q.shape
         shared = heads // kv_heads if kv_heads else 1
-        with q.device:
-            grams = BACKEND.grams(q, None, _Segments(1, rows, 0, 0, rows, ALL), shared, memory_matters=False)
-            return QueryStatistics(grams.reshape(batch, kv_heads, pad(width), pad(width)), shared * rows)
+        grams = BACKEND.grams(q, None, _Segments(1, rows, 0, 0, rows, ALL), shared, memory_matters=False)
+        return QueryStatistics(grams.reshape(batch, kv_heads, pad(width), pad(width)), shared * rows)
 
     @property
     def device(self) -> int:
@@ -130,7 +129,8 @@ class CupyGroupedKeys(OnCupy, DeviceGroupedKeys):
         return cupy.ndarray(shape, array.dtype, memptr=array.data, strides=strides)
 
     @staticmethod
-    def _device_of(array: Any) -> AbstractContextManager[Any]:
+    def on_device_of(array: Any) -> AbstractContextManager[Any]:
+        """Return a context in which the device that holds ``array`` is current."""
         device: AbstractContextManager[Any] = array.device
         return device
 

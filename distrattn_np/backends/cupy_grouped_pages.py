@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -32,12 +31,11 @@ class CupyGroupedPages(OnCupy, GroupedPages):
         scale: float,
         layout: Layout,
     ) -> None:
-        """Take memory on the device of ``like``; for a NumPy array, as from a file, on the current one."""
+        """Take memory on the current device; ``like`` may be a NumPy array, as from a file."""
         if queries is not None and kind_of(queries.gram) == "numpy":
             queries = queries.padded(self._padded(like.shape[3]), self._sum_type(like.dtype))
             queries = replace(queries, gram=cupy.asarray(queries.gram))
-        with cupy.cuda.Device() if kind_of(like) == "numpy" else like.device:
-            super().__init__(like, pages, tails, grouping=grouping, queries=queries, scale=scale, layout=layout)
+        super().__init__(like, pages, tails, grouping=grouping, queries=queries, scale=scale, layout=layout)
 
     def __repr__(self) -> str:
         """Return what error messages say of it."""
@@ -65,10 +63,6 @@ class CupyGroupedPages(OnCupy, GroupedPages):
             where = cupy.asarray(np.array(pages))
             for pool, new in zip(pools, made, strict=True):
                 as_bits(pool)[where] = as_bits(new)
-
-    def _current(self) -> AbstractContextManager[Any]:
-        device: AbstractContextManager[Any] = self.tails.device
-        return device
 
 
 GROUPED_PAGES = CupyGroupedPages

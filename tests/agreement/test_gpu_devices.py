@@ -12,7 +12,7 @@ from kit.backends import count_cuda_devices, to_kind
 from kit.compare import assert_same_bits, to_host
 from kit.pages import in_pages
 
-from distrattn_np import distr_attention, exact_attention, group_keys, merge, workspace_size
+from distrattn_np import distr_attention, exact_attention, group_keys, group_pages, merge, workspace_size
 from distrattn_np.arrays import kind_of
 
 if TYPE_CHECKING:
@@ -70,9 +70,24 @@ def grouped(give: Any) -> Callable[[], Any]:
     first, second, q, v = map(give, (k[:, :, :200].copy(), k[:, :, 200:].copy(), q, v))
 
     def grow() -> Any:
-        keys = group_keys(first, rank=16, block_size=64)
+        keys = group_keys(first, q, rank=16, block_size=64)
         keys.append(second)
         return distr_attention(q, keys, v)
+
+    return grow
+
+
+def grouped_pages(give: Any) -> Callable[[], Any]:
+    q, k, v = inputs(2, 300)
+    pages = in_pages(np.zeros_like(v[:, :, :64]), np.zeros_like(v[:, :, :64]), [64, 64], 16)
+    table, lengths = pages.tables["page_table"], pages.tables["seqlens_k"]
+    k, q, v = map(give, (k[:, :, :50].copy(), q, np.resize(v, pages.v.shape)))
+    tables = {"page_table": give(table), "seqlens_k": give(np.full_like(lengths, 50))}
+
+    def grow() -> Any:
+        keys = group_pages(k[:1], q[:1], pages=len(v), tails=2, block_size=16, rank=16)
+        keys.append(k, table, np.zeros_like(lengths))
+        return distr_attention(q, keys, v, **tables)
 
     return grow
 
@@ -98,9 +113,10 @@ CALLS: dict[str, Callable[[Any], Callable[[], Any]]] = {
     "packed": packed,
     "paged": paged,
     "grouped": grouped,
+    "grouped-pages": grouped_pages,
     "merge": halves,
 }
-KINDS = [("cupy", name) for name in CALLS] + [("numba", name) for name in CALLS if name != "paged"]
+KINDS = [("cupy", name) for name in CALLS] + [("numba", name) for name in CALLS if "page" not in name]
 
 
 def results_of(call: Callable[[], Any]) -> tuple[Any, ...]:
@@ -142,6 +158,22 @@ def test_threads_have_a_device_each() -> None:
         for number, (device, out) in enumerate(pool.map(work, range(8))):
             assert device == number % 2
             assert_same_bits(out, expected)
+
+
+def test_a_stream_of_the_device_that_is_not_current() -> None:
+    import cupy
+
+    make = CALLS["grouped"]
+    expected = [to_host(x) for x in results_of(make(lambda x: to_kind(x, "cupy")))]
+    with current(1):
+        q, k, v = (to_kind(x, "cupy") for x in inputs(2, 300))
+        stream = cupy.cuda.Stream(non_blocking=True)
+        cupy.cuda.Device().synchronize()
+    keys = group_keys(k[:, :, :200], q, rank=16, block_size=64, stream=stream)
+    keys.append(k[:, :, 200:], stream=stream)
+    out = distr_attention(q, keys, v, stream=stream)
+    stream.synchronize()
+    assert_same_bits(to_host(out), expected[0])
 
 
 def test_a_workspace_on_each_device() -> None:
