@@ -1,7 +1,7 @@
 """Numba's simulator without its busy waiting: the threads of a block take turns, each up to its next barrier.
 
 The simulator starts an operating-system thread for every CUDA thread and polls them all, and lists all attributes of an
-array to find one: that took nine tenths of the time. Here threads are kept from block to block and one runs at a time.
+array to find one: that took most of the time. Here threads are kept from block to block and one runs at a time.
 From barrier to barrier their order turns round, and neighbouring blocks begin at either end, so that a value which is
 read without a barrier before it is missing in one of them.
 """
@@ -25,7 +25,7 @@ class _Thread(kernel.BlockThread):
     """Plays one CUDA thread after another."""
 
     def __init__(self) -> None:
-        threading.Thread.__init__(self, daemon=True)  # type: ignore[call-arg]
+        threading.Thread.__init__(self, daemon=True)
         self.turn, self.paused = threading.Lock(), threading.Lock()
         self.turn.acquire()
         self.paused.acquire()
