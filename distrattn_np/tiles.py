@@ -216,7 +216,12 @@ def simt_defines(
 SM90_WIDTHS = (16, 32, 48, 64, 96, 128)
 """Inner and value widths of forward_sm90.cu: those that hopper.cuh has products for."""
 SM90_MAX_ROUNDS = 31
-"""Query tiles that a thread block of forward_sm90.cu takes one after the other where all take equally long."""
+"""Query tiles that a thread block of forward_sm90.cu takes one after the other."""
+_ROUNDS_TO_EVEN_OUT = 8
+"""Rounds in which causal tiles are dealt out, so that what the last of them leaves uneven is little."""
+_KEPT_IN_L2 = 32 << 20
+"""Bytes of keys and values that stay in the L2 cache while the tiles of their queries are dealt out."""
+_LEAST_HEADS_DEALT = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,9 +298,37 @@ def sm90_defines(
         "BLOCK_Q": tiles.block_q,
         "BLOCK_KV": tiles.block_kv,
         "STAGES": tiles.stages,
-        "MAX_ROUNDS": 1 if causal or ragged else SM90_MAX_ROUNDS,
+        "MAX_ROUNDS": 1 if (causal and keys_per_item) or ragged else SM90_MAX_ROUNDS,
         "RAGGED": int(ragged),
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Sm90Grid:
+    """How many thread blocks forward_sm90.cu is launched with, and how it deals out causal tiles (work_item.cuh)."""
+
+    blocks: int
+    items_dealt: int = 0
+    blocks_at_once: int = 0
+
+
+def sm90_grid(
+    defines: Defines, *, items: int, query_tiles: int, keys: int, heads_per_kv_head: int, multiprocessors: int
+) -> Sm90Grid:
+    """Return the grid for work items of so many query tiles; a multiprocessor runs one thread block at a time."""
+    positions, most_rounds = items * query_tiles, defines["MAX_ROUNDS"]
+    if not (defines["CAUSAL"] and most_rounds > 1):
+        return Sm90Grid(min(positions, multiprocessors * ceil_div(positions, multiprocessors * most_rounds)))
+    bytes_of_a_head = 2 * max(keys, 1) * (defines["R"] + defines["E"])
+    most_dealt = min(items, heads_per_kv_head * max(_KEPT_IN_L2 // bytes_of_a_head, _LEAST_HEADS_DEALT))
+    sections = dealt = rounds = at_once = 0
+    while not 0 < rounds <= most_rounds:
+        at_once += multiprocessors
+        sections = ceil_div(items, min(most_dealt, ceil_div(_ROUNDS_TO_EVEN_OUT * at_once, query_tiles)))
+        dealt = ceil_div(items, sections)
+        rounds = ceil_div(dealt * query_tiles, at_once)
+    at_once = min(at_once, positions)
+    return Sm90Grid(at_once * ceil_div(sections, most_rounds // rounds), dealt, at_once)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@
 //                            take the softmax's reference off the scores.
 //
 // Grid      : (positions / MAX_ROUNDS or more); see work_item.cuh. A thread block takes one position after the other, at
-//             most MAX_ROUNDS, and copies the first tiles of the next while it finishes one. CAUSAL and RAGGED, where
-//             positions differ: (positions), of which CAUSAL takes the longest first
+//             most MAX_ROUNDS, and copies the first tiles of the next while it finishes one. CAUSAL: a multiple of
+//             blocks_at_once (Deal). RAGGED, and CAUSAL with KEYS_PER_ITEM: (positions), CAUSAL the longest first
 // Block     : (1 + NUM_CONSUMERS) * 128 threads. Warpgroup 0 copies tiles, the others own 64 query rows each
 // Shared    : sizeof(SharedTiles) + SWIZZLE_ALIGNMENT bytes, dynamic: 2 (BLOCK_Q Q_WIDTH + STAGES BLOCK_KV (R + E))
 //             + 8 (3 + 4 STAGES) + 1024; KEY_MAPS: and 2 R D + 4 BLOCK_Q + 32; OWN_BLOCK: D in place of R in the tiles of K;
@@ -73,7 +73,7 @@
 #define STAGES 2
 #endif
 #ifndef MAX_ROUNDS
-#define MAX_ROUNDS (CAUSAL || RAGGED ? 1 : 31)  // positions that a thread block takes
+#define MAX_ROUNDS ((CAUSAL && KEYS_PER_ITEM) || RAGGED ? 1 : 31)  // positions that a thread block takes
 #endif
 
 #include "hopper.cuh"
@@ -90,7 +90,8 @@ static_assert(BLOCK_Q % CONSUMER_ROWS == 0 && NUM_CONSUMERS >= 2 && NUM_CONSUMER
               "two to four warpgroups own 64 query rows each");
 static_assert(BLOCK_KV % MMA_DEPTH == 0 && BLOCK_KV <= 128, "S [64, BLOCK_KV] is held in registers");
 static_assert(MAX_ROUNDS <= 31, "a bit for each round, and one for the pass");
-static_assert(!(CAUSAL || RAGGED) || MAX_ROUNDS == 1, "only thread blocks of one position can take the longest first");
+static_assert(!((CAUSAL && KEYS_PER_ITEM) || RAGGED) || MAX_ROUNDS == 1, "only whole heads of one length are dealt out");
+constexpr bool DEALS = CAUSAL && MAX_ROUNDS > 1;
 static_assert(R % MMA_DEPTH == 0 && E % MMA_DEPTH == 0 && Q_WIDTH % MMA_DEPTH == 0, "a product is 16 columns deep");
 
 // Registers of a thread. What the warpgroups hold together may not exceed what they are launched with, or the block
@@ -477,6 +478,7 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
                   int H, int heads_per_kv_head, int N, int M,
                   int query_blocks, int query_block_size,  // one block of N rows where queries are not cut
                   int first_item, int positions,           // of this launch
+                  int items_dealt, int blocks_at_once,     // Deal, where CAUSAL thread blocks take several positions
                   int causal_offset,
                   float scale_log2,                        // scale * log2(e)
                   long long stride_o_b, long long stride_o_h, long long stride_o_n  // elements
@@ -494,9 +496,17 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
   SharedTiles& shared = *reinterpret_cast<SharedTiles*>(
       shared_bytes + (SWIZZLE_ALIGNMENT - shared_address(shared_bytes) % SWIZZLE_ALIGNMENT) % SWIZZLE_ALIGNMENT);
 
+  const auto deal = [&] {
+    const int query_tiles = (N + BLOCK_Q - 1) / BLOCK_Q;
+    return Deal{items_dealt, blocks_at_once, positions / query_tiles, query_tiles, MAX_ROUNDS};
+  };
+  // Of this thread block; `positions` and more where it has none.
+  const auto position_of = [&](int round) -> int {
+    return DEALS ? deal().position(round) : blockIdx.x + round * gridDim.x;
+  };
   const auto find_position = [&](int round) {
-    return find_work(BLOCK_Q, H, N, query_blocks, query_block_size, first_item, CAUSAL, pieces,
-                     blockIdx.x + round * gridDim.x);
+    return find_work(BLOCK_Q, H, N, query_blocks, query_block_size, first_item, CAUSAL && !DEALS, pieces,
+                     position_of(round));
   };
 #if RAGGED
   const WorkItem only = find_position(0);  // MAX_ROUNDS is 1
@@ -567,9 +577,10 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
   const auto for_positions = [&](const auto& body) {
     unsigned rounds = ~0u;  // the highest bit: it is the first pass
     do {
+      const int last_round = DEALS ? deal().rounds() : min(MAX_ROUNDS, (positions - 1) / static_cast<int>(gridDim.x) + 1);
 #pragma unroll 1
-      for (int round = 0; round < MAX_ROUNDS && blockIdx.x + round * gridDim.x < positions; ++round) {
-        if (!(rounds >> round & 1)) continue;
+      for (int round = 0; round < last_round; ++round) {
+        if (!(rounds >> round & 1) || position_of(round) >= positions) continue;
         const WorkItem work = find_position(round);
         if (work.query_begin < work.query_end) body(!(rounds >> MAX_ROUNDS), round, work);
       }

@@ -10,7 +10,7 @@
 //
 //   positions = (items of this launch) * query_tiles,     query_tiles = ceil_div(query_block_size, BLOCK_Q)
 //
-// A thread block has a position of its own, or takes every gridDim.x-th.
+// A thread block has a position of its own, or takes every gridDim.x-th, or those of a `Deal`.
 //
 // RAGGED: c counts the pieces of sequences.cuh, of query_block_size queries, and the batch is 1. Exact attention and
 // blocks over keys have pieces of BLOCK_Q queries then. Queries are counted in the array, the keys of the item's
@@ -70,6 +70,40 @@ struct WorkItem {
 #else
     return 0;
 #endif
+  }
+};
+
+// How the positions of a causal call are dealt out where thread blocks take several: `thread_blocks` of them, as many as
+// run at a time, share the tiles of `items` work items, the longest first, forwards and backwards in turn, so that each gets
+// as much; and then those of as many more items, until they have had most_rounds. The items, which are whole heads, are
+// so few that their keys stay in the L2 cache.
+struct Deal {
+  int items, thread_blocks;
+  int all_items, query_tiles;  // of an item
+  int most_rounds;
+
+  __device__ __forceinline__ int rounds_each() const {  // of a section, the tiles that are shared
+    return (items * query_tiles + thread_blocks - 1) / thread_blocks;
+  }
+
+  __device__ __forceinline__ int first_section() const {
+    return blockIdx.x / thread_blocks * (most_rounds / rounds_each());
+  }
+
+  // How many this thread block has.
+  __device__ __forceinline__ int rounds() const {
+    const int sections_left = (all_items + items - 1) / items - first_section();
+    return min(most_rounds / rounds_each(), sections_left) * rounds_each();
+  }
+
+  // Its position in one of them; past the last where a section ends before.
+  __device__ __forceinline__ int position(int round) const {
+    const int each = rounds_each(), section = first_section() + round / each;
+    const int items_left = min(items, all_items - section * items), player = blockIdx.x % thread_blocks;
+    const bool is_backwards = (section + round % each) % 2;
+    const int place = round % each * thread_blocks + (is_backwards ? thread_blocks - 1 - player : player);
+    if (place >= items_left * query_tiles) return all_items * query_tiles;
+    return (section * items + place % items_left + 1) * query_tiles - 1 - place / items_left;
   }
 };
 

@@ -80,6 +80,7 @@ from ..tiles import (
     reduce_simt_defines,
     simt_defines,
     sm90_defines,
+    sm90_grid,
     sm90_key_map_tiles,
     sm90_tiles,
     sum_defines,
@@ -1107,16 +1108,22 @@ class _Forward:
         if launch.own_box:
             shown.append((self.K, launch.own_box))
         maps = [work().tensor_map(x, box) for x, box in shown]
-        positions = items * self.tiles_per_item(sizes, launch.block_q)
-        multiprocessors = work().device.multiprocessors
-        blocks = min(positions, multiprocessors * ceil_div(positions, multiprocessors * defines["MAX_ROUNDS"]))
+        query_tiles = self.tiles_per_item(sizes, launch.block_q)
+        grid = sm90_grid(
+            defines,
+            items=items,
+            query_tiles=query_tiles,
+            keys=M,
+            heads_per_kv_head=heads_per_kv_head,
+            multiprocessors=work().device.multiprocessors,
+        )
         _launch(
             "forward_sm90",
             defines,
-            blocks,
+            grid.blocks,
             launch.threads,
             *(*maps, self.O, self.lse, heads, heads_per_kv_head, N, M, query_blocks, query_block_size, first),
-            *(positions, offset),
+            *(items * query_tiles, grid.items_dealt, grid.blocks_at_once, offset),
             np.float32(problem.scale * math.log2(math.e)),
             *_strides(self.O),
             *((by_keys.mean, key_block_size) if by_keys else ()),
