@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from distrattn_np.problem import ceil_div
-from distrattn_np.tiles import DecodeTiles, decode_splits, decode_tiles
+from distrattn_np.tiles import DecodeTiles, Sm90Grid, decode_splits, decode_tiles, sm90_grid
 
 H100 = 132, 227 << 10
 
@@ -64,3 +64,32 @@ def test_narrow_rows_have_more_buffers() -> None:
 def test_bad_tiles_are_refused() -> None:
     with pytest.raises(ValueError, match="whole 16-key tiles"):
         DecodeTiles(1, 4, 48, 2)
+
+
+def grid(items: int, query_tiles: int, *, causal: int = 1, keys: int = 4096, heads_per_kv_head: int = 1) -> Sm90Grid:
+    defines = {"CAUSAL": causal, "MAX_ROUNDS": 31, "R": 128, "E": 128}
+    sizes = {"items": items, "query_tiles": query_tiles, "keys": keys, "heads_per_kv_head": heads_per_kv_head}
+    return sm90_grid(defines, **sizes, multiprocessors=132)
+
+
+@pytest.mark.parametrize("items", [1, 8, 33, 256, 5120, 70_000])
+@pytest.mark.parametrize("query_tiles", [1, 2, 22, 128, 4096])
+def test_all_causal_tiles_are_dealt_out_in_rounds_that_a_thread_block_has(items: int, query_tiles: int) -> None:
+    found = grid(items, query_tiles)
+    rounds = ceil_div(found.items_dealt * query_tiles, found.blocks_at_once)
+    assert 1 <= rounds <= 31
+    assert found.blocks % found.blocks_at_once == 0
+    sections = found.blocks // found.blocks_at_once * (31 // rounds)
+    assert sections * found.items_dealt >= items
+    assert found.blocks <= items * query_tiles
+
+
+def test_keys_of_heads_that_are_dealt_together_stay_in_the_cache() -> None:
+    assert grid(256, 22, keys=4096).items_dealt <= 16  # 2 MB each
+    assert grid(256, 22, keys=4096, heads_per_kv_head=4).items_dealt > 16
+    assert grid(256, 86, keys=16384).items_dealt == 8
+
+
+def test_full_calls_have_a_thread_block_a_multiprocessor() -> None:
+    assert grid(32, 128, causal=0) == Sm90Grid(2 * 132)
+    assert grid(1, 5, causal=0) == Sm90Grid(5)

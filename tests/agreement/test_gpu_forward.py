@@ -88,3 +88,15 @@ def test_same_maps_give_the_same_attention(name: str, case: Case) -> None:
     lse = to_kind(np.full((case.B, case.H, case.N), np.nan, np.float32), name)
     backend.attend(problem, Q, K, V, O, lse, given)
     assert_computes(case, inputs, maps, to_host(O), to_host(lse))
+
+
+@pytest.mark.parametrize("options", [{"group_size": 1}, {"rank": 30, "block_size": 64}], ids=["exact", "subspace"])
+def test_heads_that_are_dealt_to_several_thread_blocks_do_not_differ(options: dict[str, Any]) -> None:
+    """Causal, 5120 heads of two tiles: more than each multiprocessor's thread block has rounds for."""
+    import cupy
+
+    one = cupy.random.default_rng(0).standard_normal((3, 1, 1, 200, 64), dtype="f4").astype("f2")
+    expected = distr_attention(*one, causal=True, **options)
+    many = [cupy.ascontiguousarray(cupy.broadcast_to(x, (64, 80, 200, 64))) for x in one]
+    out = distr_attention(*many, causal=True, **options, out=cupy.full_like(many[0], cupy.nan))
+    assert bool((out == expected).all())
