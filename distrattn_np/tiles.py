@@ -579,6 +579,20 @@ def cut_defines(edge_bytes: int) -> Defines:
     return {"LONG_EDGES": int(edge_bytes == 8), "THREADS": 256}
 
 
+def pack_defines(element: int, width: int, vector: int, *, paged: bool) -> Defines:
+    """Return the -D options of pack_rows.cu; ``paged``: it reads pages."""
+    lanes = min(32, 1 << (ceil_div(width, vector) - 1).bit_length())
+    return {
+        "ELEMENT": element,
+        "VECTOR": vector,
+        "LANES": lanes,
+        "PAGED": int(paged),
+        # a few rows a thread, as a thread block with pages begins by adding up lengths
+        "ROWS": 4 * 256 // lanes,
+        "THREADS": 256,
+    }
+
+
 def hash_defines(element: int, vector: int, *, ragged: bool = False) -> Defines:
     """Return the -D options of hash_channels.cu."""
     return {"ELEMENT": element, "VECTOR": vector, "RAGGED": int(ragged), "THREADS": 512}
@@ -854,6 +868,12 @@ _SIXTEEN_BITS = (ELEMENTS["float16"], ELEMENTS["bfloat16"])
 _EITHER = (False, True)
 _CASES: dict[str, Callable[[int], Iterable[Defines]]] = {
     "cut_sequences": lambda _: [cut_defines(size) for size in (4, 8)],
+    "pack_rows": lambda _: [
+        pack_defines(e, width, vector, paged=paged)
+        for e in ELEMENTS.values()
+        for width, vector in ((128, _widest(e)), (33, 1), (1, 1))
+        for paged in _EITHER
+    ],
     "hash_channels": lambda _: [
         hash_defines(e, v, ragged=ragged) for e in ELEMENTS.values() for v in (1, _widest(e)) for ragged in _EITHER
     ],

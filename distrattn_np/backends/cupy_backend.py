@@ -23,6 +23,7 @@ except ImportError:  # `load_by_name` says so before a call; plans do without
 from .. import checks
 from ..arrays import Kind, describe, kind_of, on_stream
 from ..grouped_keys import GroupedKeys
+from ..grouped_pages import GroupedPages
 from ..problem import (
     GroupBy,
     Grouping,
@@ -269,10 +270,10 @@ class CupyBackend(Backend):
         from .cupy_paged_keys import PagedKeys
 
         with q.device if kind_of(q) == "cupy" else nullcontext():
-            if not suits_pages(problem.longest):
+            if isinstance(k, GroupedPages) and not suits_pages(problem.longest):
                 rule = (
-                    f"the cupy backend takes at most {MOST_QUERIES} queries, exact or of GroupedPages, of float16 or "
-                    "bfloat16, without window and softcap, from compute capability 8.0 on"
+                    f"the cupy backend takes GroupedPages with at most {MOST_QUERIES} queries of float16 or bfloat16, "
+                    "without window and softcap, from compute capability 8.0 on"
                 )
                 raise NotImplementedError(f"page_table: {rule}, got {describe(q)}")
         return PagedKeys.of(problem, k, page_table, seqlens_k)
@@ -341,7 +342,9 @@ class CupyBackend(Backend):
         return channels
 
     def group_maps(self, problem: Problem, Q: Any, K: Any, sequences: Sequences | None = None) -> Maps:
-        if problem.blocks == 0 or problem.keys == 0:
+        from .cupy_paged_keys import PagedKeys  # which launches through this module
+
+        if problem.blocks == 0 or problem.keys == 0 or isinstance(K, PagedKeys):  # sequences have maps of their own
             return None
         match problem.grouping:
             case Subspace() as subspace:

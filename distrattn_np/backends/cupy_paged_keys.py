@@ -1,13 +1,20 @@
-"""Keys and values in pages on a CUDA device; planned without CuPy, as any call."""
+"""Keys and values in pages on a CUDA device; planned without CuPy, as any call.
+
+decode.cu reads pages where they lie. For all other calls their rows are copied, and are packed sequences from there on.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from ..grouped_pages import GroupedPages
-from ..problem import Layout, PagedProblem, Problem
+from ..problem import Layout, PagedProblem, Problem, ceil_div
+from ..tiles import Defines, pack_defines
 from . import ScoreTables, cupy_decode
+from .cupy_backend import BACKEND, _as_batch, _element, _empty, _launch, _strides, _vector
 from .device_work import Placed
 
 PLACES = (7, 8, 9, 10, 11)
@@ -37,7 +44,48 @@ class PagedKeys:
 
     def attend(self, problem: Problem, Q: Any, V: Any, O: Any, lse: Any, _tables: ScoreTables) -> None:
         """Write attention to these keys into O and lse, as `Backend.attend` does."""
-        cupy_decode.decode(problem, Q, self.rows, V, O, lse, self.finished, self.pages)
+        if cupy_decode.suits_pages(problem):
+            cupy_decode.decode(problem, Q, self.rows, V, O, lse, self.finished, self.pages)
+        else:
+            self._attend_packed(problem, Q, V, O, lse)
+
+    def _attend_packed(self, problem: Problem, Q: Any, V: Any, O: Any, lse: Any) -> None:
+        """Write attention to copies of the rows of pages, packed one sequence after another."""
+        ragged = PagedProblem(problem, self.pages.size, self.pages.is_top_left).packed
+        edges = _empty((2, problem.batch + 1), np.int32)
+        K_rows, V_rows = (self._rows_of_pages(x, problem, edges) for x in (self.rows, V))
+        Q_rows, O_rows = (_evenly_spaced(x) for x in (Q, O))
+        lse_rows = lse
+        if problem.batch > 1 and problem.heads > 1:  # packed, heads come first
+            lse_rows = _empty((problem.heads, problem.batch, problem.queries), lse.dtype).swapaxes(0, 1)
+        if Q_rows is not Q:
+            _copy_rows(Q, Q_rows)
+        packed_lse = lse_rows.swapaxes(0, 1).reshape(ragged.lse_shape)[np.newaxis]
+        packed = (_as_packed(Q_rows), K_rows, V_rows, _as_packed(O_rows), packed_lse)
+        BACKEND.compute_ragged(ragged, edges[0], edges[1], *packed)
+        if O_rows is not O:
+            _copy_rows(O_rows, O)
+        if lse_rows is not lse:
+            _copy_rows(lse_rows[..., np.newaxis], lse[..., np.newaxis])
+
+    def _rows_of_pages(self, rows: Any, problem: Problem, edges: Any) -> Any:
+        """Return the rows of all sequences (1, H_kv, as many as fill all pages, width), from pages of them.
+
+        Where each sequence begins is written into edges (2, B + 1), of queries and of keys.
+        """
+        _, heads, size, width = rows.shape
+        packed = _as_batch(_empty((problem.batch * problem.keys, heads, width), rows.dtype))
+        defines = _defines(rows, packed, paged=True)
+        _launch(
+            "pack_rows",
+            defines,
+            problem.batch * heads * max(ceil_div(problem.keys, defines["ROWS"]), 1),
+            None,
+            *(rows, packed, heads, problem.keys, width, *_strides(rows), *_strides(packed)[1:]),
+            *(self.pages.table, self.pages.lengths, edges, problem.batch, problem.queries),
+            *(size.bit_length() - 1, _strides(self.pages.table)[0]),
+        )
+        return packed
 
     def layout_of_rows(self, layout: Layout) -> Layout:
         """Return the layout of ``rows`` in a call of this layout."""
@@ -77,3 +125,37 @@ class PlacedPagedKeys:
             return PagedKeys(self.rows.planned(place), pages)
         finished = cupy_decode.FinishedKeys(0, self.page_size, self.rank, *kept[:2])
         return PagedKeys(self.rows.planned(place), replace(pages, tail_of=kept[2]), finished)
+
+
+def _evenly_spaced(array: Any) -> Any:
+    """Return an array (B, H, N, width), or memory for one, whose rows are equally far apart over the whole batch."""
+    batch, heads, rows, width = array.shape
+    step_b, _, step_n, _ = array.strides
+    if batch == 1 or rows == 1 or step_b == rows * step_n:
+        return array
+    return _empty((batch, rows, heads, width), array.dtype).swapaxes(1, 2)
+
+
+def _as_packed(array: Any) -> Any:
+    """Return a view of evenly spaced rows (B, H, N, width) as (1, H, B * N, width)."""
+    batch, heads, rows, width = array.shape
+    return _as_batch(array.swapaxes(1, 2).reshape(batch * rows, heads, width))
+
+
+def _copy_rows(source: Any, target: Any) -> None:
+    """Copy an array (B, H, N, width) into another."""
+    batch, heads, rows, width = source.shape
+    defines = _defines(source, target, paged=False)
+    _launch(
+        "pack_rows",
+        defines,
+        batch * heads * ceil_div(rows, defines["ROWS"]),
+        None,
+        *(source, target, heads, rows, width, *_strides(source), *_strides(target)[1:], _strides(target)[0]),
+    )
+
+
+def _defines(source: Any, target: Any, *, paged: bool) -> Defines:
+    """Return the -D options of a copy."""
+    vector = min(_vector(source), _vector(target))
+    return pack_defines(_element(source), source.shape[3], vector, paged=paged)
