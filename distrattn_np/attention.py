@@ -382,7 +382,9 @@ def _attention(
     chosen = backends.load(backend, like=q)
     if keys is not None:  # before a device is looked for
         chosen.refuse(problem, q)
-        checks.check_kind_of_grouped_keys(q, keys, chosen.name, chosen.kinds_of_grouped_keys)
+        are_pages = isinstance(keys, GroupedPages)
+        kinds = chosen.kinds_of_grouped_pages if are_pages else chosen.kinds_of_grouped_keys
+        checks.check_kind_of_grouped_keys(q, keys, chosen.name, kinds)
     tables = backends.ScoreTables(mask, bias)
     if workspace is _MEASURE:
         return chosen.workspace_bytes(problem, q, k, v, out, tables, lent, page_table, seqlens_k)

@@ -85,7 +85,7 @@ from ..tiles import (
     sm90_tiles,
     sum_defines,
 )
-from . import NO_TABLES, NOTHING_LENT, Backend, Lent, Maps, ScoreTables, host_copy_back
+from . import NO_TABLES, NOTHING_LENT, Backend, KeysInPages, Lent, Maps, ScoreTables, host_copy_back
 from .cupy_sequences import Sequences
 from .device_work import DeviceFacts, Placed, Plan, PlannedArray, Work, doing, work
 from .tensor_map import Box, can_be_mapped, forward_sm90_launch, panel_columns
@@ -110,7 +110,7 @@ class CupyBackend(Backend):
     kinds: ClassVar[frozenset[Kind]] = frozenset({"cupy", "numba", "numpy"})
     builds_subspace: ClassVar[bool] = True
     kinds_of_grouped_keys: ClassVar[frozenset[Kind]] = frozenset({"cupy"})
-    attends_pages: ClassVar[bool] = True
+    kinds_of_grouped_pages: ClassVar[frozenset[Kind]] = frozenset({"cupy"})
 
     def attention(
         self,
@@ -281,11 +281,6 @@ class CupyBackend(Backend):
     # ---- arrays ----
 
     def bring_in(self, array: Any, layout: Layout) -> Any:
-        from .cupy_paged_keys import PagedKeys
-
-        if isinstance(array, PagedKeys):
-            table, lengths = (cupy.asarray(x) for x in (array.pages.table, array.pages.lengths))
-            return array.brought_in(self.bring_in(array.rows, array.layout_of_rows(layout)), table, lengths)
         native = cupy.asarray(array)
         return native.transpose(0, 2, 1, 3) if layout == "bnhd" else native
 
@@ -342,9 +337,7 @@ class CupyBackend(Backend):
         return channels
 
     def group_maps(self, problem: Problem, Q: Any, K: Any, sequences: Sequences | None = None) -> Maps:
-        from .cupy_paged_keys import PagedKeys  # which launches through this module
-
-        if problem.blocks == 0 or problem.keys == 0 or isinstance(K, PagedKeys):  # sequences have maps of their own
+        if problem.blocks == 0 or problem.keys == 0:
             return None
         match problem.grouping:
             case Subspace() as subspace:
@@ -540,9 +533,9 @@ class CupyBackend(Backend):
         maps: Maps,
         tables: ScoreTables = NO_TABLES,
     ) -> None:
-        from . import cupy_decode, cupy_kept_keys, cupy_paged_keys  # which launch through this module
+        from . import cupy_decode, cupy_kept_keys  # which launch through this module
 
-        attends_itself = isinstance(K, GroupedKeys | cupy_kept_keys.KeptKeys | cupy_paged_keys.PagedKeys)
+        attends_itself = isinstance(K, GroupedKeys | cupy_kept_keys.KeptKeys | KeysInPages)
         if attends_itself:
             K.attend(problem, Q, V, O, lse, tables)
             return

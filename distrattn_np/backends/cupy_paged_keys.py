@@ -5,6 +5,7 @@ decode.cu reads pages where they lie. For all other calls their rows are copied,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from ..grouped_pages import GroupedPages
 from ..problem import Layout, PagedProblem, Problem, ceil_div
 from ..tiles import Defines, pack_defines
-from . import ScoreTables, cupy_decode
+from . import KeysInPages, ScoreTables, cupy_decode
 from .cupy_backend import BACKEND, _as_batch, _element, _empty, _launch, _strides, _vector
 from .device_work import Placed
 
@@ -22,7 +23,7 @@ PLACES = (7, 8, 9, 10, 11)
 
 
 @dataclass(frozen=True, slots=True)
-class PagedKeys:
+class PagedKeys(KeysInPages):
     """Pages of keys (P, H_kv, S, D), and which of them a sequence has; its values lie in pages of the same numbers.
 
     Of grouped keys, ``rows`` are the tails, always in this order of axes.
@@ -101,8 +102,10 @@ class PagedKeys:
         rank = None if kept is None else kept.rank
         return PlacedPagedKeys(rows, tuple(Placed.of(x, "bhnd") for x in beside), pages.size, rank, pages.is_top_left)
 
-    def brought_in(self, rows: Any, table: Any, lengths: Any) -> PagedKeys:
+    def brought_in(self, bring_in: Callable[[Any, Layout], Any], layout: Layout) -> PagedKeys:
         """Return the same with its arrays on the device, ``rows`` in native order."""
+        table, lengths = (bring_in(x, "bhnd") for x in (self.pages.table, self.pages.lengths))
+        rows = bring_in(self.rows, self.layout_of_rows(layout))
         return replace(self, rows=rows, pages=replace(self.pages, table=table, lengths=lengths))
 
 
