@@ -3,7 +3,7 @@
 //   to[b, h, n] <- from[b, h, n],   n < N
 //
 // PAGED: sequence b has s_b <= N rows, row n being row n mod S of page t_bc, c = floor(n / S); they come behind those of
-// the sequences before it, and `edges` says where.                                            docs/math.md (eq. 29, 30)
+// the sequences before it, from the row on that edges_k says.                                 docs/math.md (eq. 29, 30)
 //
 // Launcher  : distrattn_np/backends/cupy_paged_keys.py      Tests : tests/agreement/test_gpu_pages.py
 //
@@ -48,7 +48,8 @@ void pack_rows(const element_t* __restrict__ source,  // [B, H, N, width]; PAGED
 #if PAGED
                const int* __restrict__ page_table,  // [B, pages of a sequence]
                const int* __restrict__ lengths,     // [B]
-               int* __restrict__ edges,             // [2, B + 1], the first query and the first key of each sequence
+               int* __restrict__ edges_q,           // [B + 1], the first query of each sequence
+               int* __restrict__ edges_k,           // [B + 1], its first key
                int B, int queries,                  // of each
                int page_shift,                      // log2 of S
                long long stride_table
@@ -76,11 +77,11 @@ void pack_rows(const element_t* __restrict__ source,  // [B, H, N, width]; PAGED
   __syncthreads();  // all is added before it is read
   const int begin = begin_smem;
   if (writes_edges && threadIdx.x == 0) {
-    edges[b] = b * queries;
-    edges[B + 1 + b] = begin;
+    edges_q[b] = b * queries;
+    edges_k[b] = begin;
     if (b == B - 1) {
-      edges[B] = B * queries;
-      edges[2 * B + 1] = begin + rows;
+      edges_q[B] = B * queries;
+      edges_k[B] = begin + rows;
     }
   }
   target += begin * stride_target_n;

@@ -53,8 +53,8 @@ class PagedKeys(KeysInPages):
     def _attend_packed(self, problem: Problem, Q: Any, V: Any, O: Any, lse: Any) -> None:
         """Write attention to copies of the rows of pages, packed one sequence after another."""
         ragged = PagedProblem(problem, self.pages.size, self.pages.is_top_left).packed
-        edges = _empty((2, problem.batch + 1), np.int32)
-        K_rows, V_rows = (self._rows_of_pages(x, problem, edges) for x in (self.rows, V))
+        edges_q, edges_k = (_empty((problem.batch + 1,), np.int32) for _ in range(2))
+        K_rows, V_rows = (self._rows_of_pages(x, problem, edges_q, edges_k) for x in (self.rows, V))
         Q_rows, O_rows = (_evenly_spaced(x) for x in (Q, O))
         lse_rows = lse
         if problem.batch > 1 and problem.heads > 1:  # packed, heads come first
@@ -63,16 +63,16 @@ class PagedKeys(KeysInPages):
             _copy_rows(Q, Q_rows)
         packed_lse = lse_rows.swapaxes(0, 1).reshape(ragged.lse_shape)[np.newaxis]
         packed = (_as_packed(Q_rows), K_rows, V_rows, _as_packed(O_rows), packed_lse)
-        BACKEND.compute_ragged(ragged, edges[0], edges[1], *packed)
+        BACKEND.compute_ragged(ragged, edges_q, edges_k, *packed)
         if O_rows is not O:
             _copy_rows(O_rows, O)
         if lse_rows is not lse:
             _copy_rows(lse_rows[..., np.newaxis], lse[..., np.newaxis])
 
-    def _rows_of_pages(self, rows: Any, problem: Problem, edges: Any) -> Any:
+    def _rows_of_pages(self, rows: Any, problem: Problem, edges_q: Any, edges_k: Any) -> Any:
         """Return the rows of all sequences (1, H_kv, as many as fill all pages, width), from pages of them.
 
-        Where each sequence begins is written into edges (2, B + 1), of queries and of keys.
+        Where each sequence begins is written into the edges (B + 1,) of queries and of keys.
         """
         _, heads, size, width = rows.shape
         packed = _as_batch(_empty((problem.batch * problem.keys, heads, width), rows.dtype))
@@ -83,7 +83,7 @@ class PagedKeys(KeysInPages):
             problem.batch * heads * max(ceil_div(problem.keys, defines["ROWS"]), 1),
             None,
             *(rows, packed, heads, problem.keys, width, *_strides(rows), *_strides(packed)[1:]),
-            *(self.pages.table, self.pages.lengths, edges, problem.batch, problem.queries),
+            *(self.pages.table, self.pages.lengths, edges_q, edges_k, problem.batch, problem.queries),
             *(size.bit_length() - 1, _strides(self.pages.table)[0]),
         )
         return packed
