@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -255,14 +256,14 @@ def _pages(dtype: str = "float32", **options: Any) -> Check:
     return check
 
 
-def _grouped_pages(column: Column) -> None:
+def _grouped_pages(column: Column, dtype: str) -> None:
     """Two sequences that share a page, whose keys less their means lie in as few dimensions as are kept."""
     rank, size = 5, 16
     rng = np.random.default_rng(6)
     table, lengths = np.array([[4, 1, 3], [4, 5, -1]], np.int32), np.array([40, 21], np.int32)
-    q, v = (rng.standard_normal(shape).astype(np.float16) for shape in ((2, H, 3, D), (6, H_KV, size, E)))
+    q, v = (rng.standard_normal(shape).astype(dtype) for shape in ((2, H, 3, D), (6, H_KV, size, E)))
     k = rng.standard_normal((6, H_KV, size, rank)) @ rng.standard_normal((rank, D)) / np.sqrt(rank)
-    k = k.astype(np.float16)
+    k = k.astype(dtype)
 
     def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return definition.attention(q, k, v, is_exact=True, causal=True)
@@ -284,7 +285,7 @@ def _grouped_pages(column: Column) -> None:
             keys.append(column.give(rows), table[b : b + 1], np.array([first], np.int32))
         results = column.attend(q, keys, v, page_table=table, seqlens_k=lengths, causal=True)
     for result, wanted in zip(results, expected, strict=True):
-        assert_near(result, wanted, "float16")
+        assert_near(result, wanted, dtype)
 
 
 def _cache(*, is_saved: bool) -> Check:
@@ -449,7 +450,11 @@ FEATURES = (
             "lsh": _pages(method="lsh", block_size=BLOCK, causal=True),
         },
     ),
-    Feature("Grouped keys in pages", "`group_pages`", {"decoding": _grouped_pages}),
+    Feature(
+        "Grouped keys in pages",
+        "`group_pages`",
+        {"decoding": partial(_grouped_pages, dtype="float16"), "float32": partial(_grouped_pages, dtype="float32")},
+    ),
     Feature(
         "Caches that grow",
         "`group_keys`, `append`",

@@ -411,9 +411,9 @@ REBUILD_TILE = 64
 """Keys of a block of rebuild_keys.cu."""
 
 
-def rebuild_defines(element: int, width: int, rank: int) -> Defines:
+def rebuild_defines(element: int, width: int, rank: int, *, paged: bool = False) -> Defines:
     """Return the -D options of rebuild_keys.cu."""
-    return {"ELEMENT": element, "D": width, "R": rank}
+    return {"ELEMENT": element, "D": width, "R": rank, "PAGED": int(paged)}
 
 
 def gram_defines(*, element: int, width: int, centred: bool, aligned: bool, ragged: bool = False) -> Defines:
@@ -922,9 +922,10 @@ _CASES: dict[str, Callable[[int], Iterable[Defines]]] = {
         expected_gram_defines(ELEMENTS[name], width) for name in ("float32", "float64") for width in (1, 128, 256)
     ],
     "rebuild_keys": lambda _: [
-        rebuild_defines(e, width, rank)
+        rebuild_defines(e, width, rank, paged=paged)
         for e in ELEMENTS.values()
         for width, rank in ((128, 64), (64, 32), (33, 11), (2, 1), (256, 256))
+        for paged in _EITHER
     ],
     "forward_simt": lambda _: _forward_simt_cases(),
     "forward_mma": _forward_mma_cases,

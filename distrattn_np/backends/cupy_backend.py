@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -21,9 +21,8 @@ except ImportError:  # `load_by_name` says so before a call; plans do without
     cupy = None
 
 from .. import checks
-from ..arrays import Kind, describe, kind_of, on_stream
+from ..arrays import Kind, kind_of, on_stream
 from ..grouped_keys import GroupedKeys
-from ..grouped_pages import GroupedPages
 from ..problem import (
     GroupBy,
     Grouping,
@@ -89,9 +88,6 @@ from . import NO_TABLES, NOTHING_LENT, Backend, KeysInPages, Lent, Maps, ScoreTa
 from .cupy_sequences import Sequences
 from .device_work import DeviceFacts, Placed, Plan, PlannedArray, Work, doing, work
 from .tensor_map import Box, can_be_mapped, forward_sm90_launch, panel_columns
-
-if TYPE_CHECKING:
-    from .cupy_paged_keys import PagedKeys  # which launches through this module
 
 WORKSPACE_BYTES = 256 << 20
 """Most that the fused keys of one launch take; longer calls go through (head, block) pairs in several launches."""
@@ -197,7 +193,9 @@ class CupyBackend(Backend):
     ) -> int:
         self.refuse(problem, q)
         if isinstance(problem, PagedProblem):
-            k = self._paged_keys(problem, q, k, page_table, seqlens_k)
+            from .cupy_paged_keys import PagedKeys  # which launches through this module
+
+            k = PagedKeys.of(problem, k, page_table, seqlens_k)
             problem = problem.longest
         with q.device if kind_of(q) == "cupy" else nullcontext():
             device = replace(work().device, capability=capability(), runs_sm90a=hopper_is_usable())
@@ -259,24 +257,11 @@ class CupyBackend(Backend):
         seqlens_k: Any,
         lent: Lent = NOTHING_LENT,
     ) -> tuple[Any, Any]:
-        self.refuse(problem, q)
-        keys = self._paged_keys(problem, q, k, page_table, seqlens_k)
+        from .cupy_paged_keys import PagedKeys  # which launches through this module
+
+        keys = PagedKeys.of(problem, k, page_table, seqlens_k)
         result, lse, _ = self.attention(problem.longest, q, keys, v, out, NO_TABLES, lent)
         return result, lse
-
-    def _paged_keys(self, problem: PagedProblem, q: Any, k: Any, page_table: Any, seqlens_k: Any) -> PagedKeys:
-        """Return the keys of a call to pages, or raise where no kernel covers it."""
-        from .cupy_decode import MOST_QUERIES, suits_pages  # which launches through this module
-        from .cupy_paged_keys import PagedKeys
-
-        with q.device if kind_of(q) == "cupy" else nullcontext():
-            if isinstance(k, GroupedPages) and not suits_pages(problem.longest):
-                rule = (
-                    f"the cupy backend takes GroupedPages with at most {MOST_QUERIES} queries of float16 or bfloat16, "
-                    "without window and softcap, from compute capability 8.0 on"
-                )
-                raise NotImplementedError(f"page_table: {rule}, got {describe(q)}")
-        return PagedKeys.of(problem, k, page_table, seqlens_k)
 
     # ---- arrays ----
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..grouped_pages import GroupedPages
 from ..problem import Layout, PagedProblem, Problem, ceil_div
-from ..tiles import Defines, pack_defines
+from ..tiles import REBUILD_TILE, SIMT_THREADS, Defines, pack_defines, rebuild_defines
 from . import KeysInPages, ScoreTables, cupy_decode
 from .cupy_backend import BACKEND, _as_batch, _element, _empty, _launch, _strides, _vector
 from .device_work import Placed
@@ -54,7 +54,11 @@ class PagedKeys(KeysInPages):
         """Write attention to copies of the rows of pages, packed one sequence after another."""
         ragged = PagedProblem(problem, self.pages.size, self.pages.is_top_left).packed
         edges_q, edges_k = (_empty((problem.batch + 1,), np.int32) for _ in range(2))
-        K_rows, V_rows = (self._rows_of_pages(x, problem, edges_q, edges_k) for x in (self.rows, V))
+        V_rows = self._rows_of_pages(V, problem, edges_q, edges_k)
+        if self.finished is None:
+            K_rows = self._rows_of_pages(self.rows, problem, edges_q, edges_k)
+        else:
+            K_rows = self._rebuilt(self.finished, problem, edges_k)
         Q_rows, O_rows = (_evenly_spaced(x) for x in (Q, O))
         lse_rows = lse
         if problem.batch > 1 and problem.heads > 1:  # packed, heads come first
@@ -85,6 +89,23 @@ class PagedKeys(KeysInPages):
             *(rows, packed, heads, problem.keys, width, *_strides(rows), *_strides(packed)[1:]),
             *(self.pages.table, self.pages.lengths, edges_q, edges_k, problem.batch, problem.queries),
             *(size.bit_length() - 1, _strides(self.pages.table)[0]),
+        )
+        return packed
+
+    def _rebuilt(self, finished: cupy_decode.FinishedKeys, problem: Problem, edges_k: Any) -> Any:
+        """Return the keys of all sequences as they are or, of finished pages, as they count (eq. 27), as above."""
+        _, heads, size, width = self.rows.shape
+        packed = _as_batch(_empty((problem.batch * problem.keys, heads, width), self.rows.dtype))
+        pages = problem.keys // size
+        _launch(
+            "rebuild_keys",
+            rebuild_defines(_element(packed), width, finished.rank, paged=True),
+            problem.batch * heads * pages * ceil_div(size, REBUILD_TILE),
+            SIMT_THREADS,
+            *(finished.sampled, finished.maps, self.rows, packed, pages, size, heads),
+            *(self.pages.table, self.pages.lengths, edges_k, self.pages.tail_of, _strides(self.pages.table)[0]),
+            *(_strides(x)[0] for x in (finished.sampled, finished.maps)),
+            *(_strides(self.rows)[1], _strides(packed)[2]),
         )
         return packed
 
