@@ -52,8 +52,9 @@ class PagedKeys(KeysInPages):
         lse_packed = _with_batch_axis(_view(lse_rows, ragged.lse_shape, (of_head, of_query)))
         packed = (_as_packed(Q_rows), K_packed, V_packed, _as_packed(O_rows), lse_packed)
         BACKEND.compute_ragged(ragged, edges[0], edges[1], *packed)
-        NumbaGroupedKeys._put(O, _swap_rows_and_heads(O_rows))
-        NumbaGroupedKeys._put(lse, _view(lse_rows, problem.lse_shape, (of_sequence, of_head, of_query)))
+        # a copy goes to the stream of its target
+        NumbaGroupedKeys._put(O.bind(Q.stream), _swap_rows_and_heads(O_rows))
+        NumbaGroupedKeys._put(lse.bind(Q.stream), _view(lse_rows, problem.lse_shape, (of_sequence, of_head, of_query)))
 
     def _rows_of_pages(self, rows: Any, problem: Problem, edges: list[Any], like: Any) -> Any:
         """Return the rows of all sequences (1, H_kv, as many as fill all pages, width), on the stream of ``like``.

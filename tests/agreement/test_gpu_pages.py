@@ -9,7 +9,7 @@ import pytest
 from kit.backends import options_to_kind, to_kind
 from kit.cases import BFLOAT16
 from kit.compare import assert_agrees, assert_same_bits, relative_error, to_host
-from kit.device import Allocations, poison, poisoned_like
+from kit.device import Allocations, poison, poisoned_like, write_late
 from kit.pages import Paged, in_pages, unpacked
 
 from distrattn_np import distr_attention, exact_attention, workspace_size
@@ -195,3 +195,29 @@ def test_lengths_out_of_range_stay_in_the_pages() -> None:
         results.append(exact_attention(*arrays, **tables, causal=True, return_lse=True))
     for one, other in zip(*results, strict=True):
         assert_same_bits(one, other)
+
+
+def test_numba_works_on_the_stream_that_is_named() -> None:
+    """All that is read is written there late, and the results belong to another stream."""
+    import cupy
+    from numba import cuda
+
+    q, pages = paged(PACKED[2][0])
+    arrays, tables = pages.given(q, "cupy")
+    good = [*arrays, tables["page_table"], tables["seqlens_k"]]
+    late = [poisoned_like(x) for x in good]  # no sequence has a key
+
+    def attend(given: list[Any], **options: Any) -> Any:
+        *rows, table, lengths = (cuda.as_cuda_array(x) for x in given)
+        named = {"page_table": table, "seqlens_k": lengths, "causal": True, "return_lse": True}
+        return exact_attention(*rows, **named, **options)
+
+    expected = [to_host(x) for x in attend(good)]
+    results = [poisoned_like(x) for x in expected]
+    stream = cupy.cuda.Stream(non_blocking=True)
+    out, lse = (cuda.as_cuda_array(x) for x in results)
+    write_late(stream, late, good)
+    attend(late, stream=stream, out=out, lse=lse)
+    stream.synchronize()
+    for one, other in zip(results, expected, strict=True):
+        assert_same_bits(to_host(one), other)
