@@ -45,16 +45,14 @@ extern "C" __global__ __launch_bounds__(THREADS, MIN_BLOCKS)
 void rebuild_keys(const element_t* __restrict__ finished,  // [heads, at least blocks * block_size, R_PADDED]
                   const element_t* __restrict__ maps,      // [heads, at least blocks, R_PADDED + 1, D_PADDED]
                   const element_t* __restrict__ tail,      // [heads, tail_rows, D]
-                                                           // PAGED: of page and head, [P * H, S, R_PADDED],
-                                                           // [P * H, R_PADDED + 1, D_PADDED], [places * H, S, D]
                   element_t* __restrict__ keys,            // [heads, blocks * block_size + tail_rows, D]
-                                                           // PAGED: [as many rows as fill all pages, H, D]
+                                                           // PAGED: [P * H, S, R_PADDED], [P * H, R_PADDED + 1, D_PADDED],
+                                                           // [places * H, S, D] and [as many as fill all pages, H, D]
                   int blocks, int block_size,
 #if PAGED
                   int H,
                   const int* __restrict__ page_table,  // [B, blocks]
-                  const int* __restrict__ lengths,     // [B]
-                  const int* __restrict__ edges_k,     // [B + 1]
+                  const int* __restrict__ edges_k,     // [B + 1], the first key of each sequence
                   const int* __restrict__ tail_of,     // [P], among the places; -1 of a finished page
                   long long stride_table,
 #else
@@ -70,7 +68,7 @@ void rebuild_keys(const element_t* __restrict__ finished,  // [heads, at least b
 #if PAGED
   const int tile = blockIdx.x % (blocks * row_tiles), c = tile / row_tiles, first = tile % row_tiles * TILE;
   const int h = blockIdx.x / (blocks * row_tiles) % H, b = blockIdx.x / (blocks * row_tiles) / H;
-  const int behind = min(lengths[b], blocks * block_size) - c * block_size;  // keys of the sequence from this page on
+  const int behind = edges_k[b + 1] - edges_k[b] - c * block_size;  // keys of the sequence from this page on
   const int rows = min(TILE, min(behind, block_size) - first);
   if (rows <= 0) return;
   const int page = page_table[b * stride_table + c];

@@ -103,7 +103,7 @@ class PagedKeys(KeysInPages):
             problem.batch * heads * pages * ceil_div(size, REBUILD_TILE),
             SIMT_THREADS,
             *(finished.sampled, finished.maps, self.rows, packed, pages, size, heads),
-            *(self.pages.table, self.pages.lengths, edges_k, self.pages.tail_of, _strides(self.pages.table)[0]),
+            *(self.pages.table, edges_k, self.pages.tail_of, _strides(self.pages.table)[0]),
             *(_strides(x)[0] for x in (finished.sampled, finished.maps)),
             *(_strides(self.rows)[1], _strides(packed)[2]),
         )
