@@ -315,19 +315,22 @@ def _attention(
 ) -> Any:
     """Check a call and let its backend compute it; without ``grouping_options`` it is exact attention."""
     given_out, given_lse, handle = out, lse, checks.check_stream(stream)
-    page_table, seqlens_k = checks.arrays_in_place(handle, page_table=page_table, seqlens_k=seqlens_k)
-    q, k, v, mask, bias, cu_seqlens_q, cu_seqlens_k, out, lse, workspace = checks.arrays_in_place(
-        handle,
-        q=q,
-        k=k,
-        v=v,
-        mask=mask,
-        bias=bias,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        out=out,
-        lse=lse,
-        workspace=workspace,
+    page_table, seqlens_k, q, k, v, mask, bias, cu_seqlens_q, cu_seqlens_k, out, lse, workspace = (
+        checks.arrays_in_place(
+            handle,
+            page_table=page_table,
+            seqlens_k=seqlens_k,
+            q=q,
+            k=k,
+            v=v,
+            mask=mask,
+            bias=bias,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            out=out,
+            lse=lse,
+            workspace=workspace,
+        )
     )
     is_packed = not (cu_seqlens_q is None and cu_seqlens_k is None) and page_table is None and seqlens_k is None
     keys = grouping = None

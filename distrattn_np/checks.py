@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,9 @@ KIND_NAMES = {"U": "name", "f": "number", "iu": "integer"}
 
 WRITTEN = ("out", "lse", "workspace")
 """Arguments that a call writes to."""
+
+Require = Callable[[bool, str], None]
+"""Raises an error with a rule unless a condition holds."""
 
 
 def arrays_in_place(stream: int | None = None, /, **named: Any) -> list[Any]:
@@ -442,30 +446,16 @@ def check_appended(k: Any, keys: Any, batch: int | None = None) -> None:
 
 def check_saved_keys(file: Any, arrays: dict[str, np.ndarray], fmt: int) -> None:
     """Raise unless ``arrays`` are what `GroupedKeys.save` wrote to ``file``, whole and of one size."""
-
-    def require(condition: bool, rule: str) -> None:
-        if not condition:
-            raise ValueError(_message("file", rule, str(file)))
-
+    require = _requirement(file)
     names = {"format", "dtype", "layout", "scale", "tail"}
     require(names <= set(arrays), f"must be one that GroupedKeys.save wrote, with {', '.join(sorted(names))}")
     optional = {"query_gram": {"query_rows"}, "rank": {"score_tol", "refine", "block_size"}}
     optional["widths"] = optional["rank"] | {"rank", "sampled", "fusion", "mean", "ranks", "score_errors"}
     for name, others in optional.items():
         require(name not in arrays or others <= set(arrays), f"must hold {', '.join(sorted(others))} with {name}")
-    for scalars, kinds in (
-        (("dtype", "layout"), "U"),
-        (("scale", "score_tol"), "f"),
-        (("format", "rank", "refine", "block_size", "query_rows"), "iu"),
-    ):
-        for name in sorted(set(scalars) & set(arrays)):
-            is_one = arrays[name].shape == () and arrays[name].dtype.kind in kinds
-            require(is_one, f"{name} must be one {KIND_NAMES[kinds]}")
-    require(int(arrays["format"]) == fmt, f"must be of format {fmt}")
-    require(str(arrays["dtype"]) in DTYPES, f"the dtype must be one of {', '.join(DTYPES)}")
-    require(str(arrays["layout"]) in ("bhnd", "bnhd"), "the layout must be 'bhnd' or 'bnhd'")
-    require(bool(abs(arrays["scale"]) <= FLOAT32_MAX), "the scale must be a finite number in the range of float32")
-    stored = "uint16" if arrays["dtype"] == "bfloat16" else str(arrays["dtype"])
+    kinds = {"dtype": "U", "layout": "U", "scale": "f", "score_tol": "f"}
+    kinds |= dict.fromkeys(("block_size", "format", "query_rows", "rank", "refine"), "iu")
+    stored = _check_header(require, arrays, fmt, {name: kind for name, kind in kinds.items() if name in arrays})
     found = arrays["tail"].shape
     require(len(found) == 4, f"tail must have shape (B, H_kv, rows, D) and not {found}")
     batch, heads, rows, width = found
@@ -493,19 +483,12 @@ def check_saved_keys(file: Any, arrays: dict[str, np.ndarray], fmt: int) -> None
             "ranks": ((batch, heads, blocks), "int32"),
             "score_errors": ((batch, heads, blocks), "float64"),
         }
-    for name, (shape, dtype) in wanted.items():
-        array = arrays[name]
-        require(array.shape == shape, f"{name} must have shape {shape} and not {array.shape}")
-        require(array.dtype == dtype, f"{name} must have dtype {dtype} and not {array.dtype}")
+    _check_contents(require, arrays, wanted)
 
 
 def check_saved_pages(file: Any, arrays: dict[str, np.ndarray], fmt: int) -> None:
     """Raise unless ``arrays`` are what `GroupedPages.save` wrote to ``file``, whole and of one size."""
-
-    def require(condition: bool, rule: str) -> None:
-        if not condition:
-            raise ValueError(_message("file", rule, str(file)))
-
+    require = _requirement(file)
     scalars = {"format": "iu", "dtype": "U", "layout": "U", "scale": "f", "rank": "iu", "refine": "iu"}
     pools = {"sampled", "maps", "ranks", "score_errors", "tails", "tail_of", "filled"}
     names = {*scalars, *pools}
@@ -513,13 +496,7 @@ def check_saved_pages(file: Any, arrays: dict[str, np.ndarray], fmt: int) -> Non
     require("query_gram" not in arrays or "query_rows" in arrays, "must hold query_rows with query_gram")
     if "query_gram" in arrays:
         scalars["query_rows"] = "iu"
-    for name, kinds in scalars.items():
-        is_one = arrays[name].shape == () and arrays[name].dtype.kind in kinds
-        require(is_one, f"{name} must be one {KIND_NAMES[kinds]}")
-    require(int(arrays["format"]) == fmt, f"must be of format {fmt}")
-    require(str(arrays["dtype"]) in DTYPES, f"the dtype must be one of {', '.join(DTYPES)}")
-    require(str(arrays["layout"]) in ("bhnd", "bnhd"), "the layout must be 'bhnd' or 'bnhd'")
-    require(bool(abs(arrays["scale"]) <= FLOAT32_MAX), "the scale must be a finite number in the range of float32")
+    stored = _check_header(require, arrays, fmt, scalars)
     require(int(arrays["refine"]) >= 0, "refine must be at least 0")
     found = arrays["tails"].shape
     require(len(found) == 4, f"tails must have shape (places, H_kv, S, D) and not {found}")
@@ -529,7 +506,6 @@ def check_saved_pages(file: Any, arrays: dict[str, np.ndarray], fmt: int) -> Non
     require(1 <= width <= MAX_WIDTH, f"tails must have 1 to {MAX_WIDTH} columns and not {width}")
     rank, pages = int(arrays["rank"]), arrays["filled"].size
     require(0 < rank < width, "must hold a rank less than the width")
-    stored = "uint16" if arrays["dtype"] == "bfloat16" else str(arrays["dtype"])
     wanted: dict[str, tuple[tuple[int, ...], str]] = {
         "tails": (found, stored),
         "sampled": ((pages, heads, size, rank), stored),
@@ -542,10 +518,7 @@ def check_saved_pages(file: Any, arrays: dict[str, np.ndarray], fmt: int) -> Non
     if "query_gram" in arrays:
         wanted["query_gram"] = ((1, heads, width, width), "float64")
         require(int(arrays["query_rows"]) >= 1, "query_rows must be at least 1")
-    for name, (shape, dtype) in wanted.items():
-        array = arrays[name]
-        require(array.shape == shape, f"{name} must have shape {shape} and not {array.shape}")
-        require(array.dtype == dtype, f"{name} must have dtype {dtype} and not {array.dtype}")
+    _check_contents(require, arrays, wanted)
     filled, tail_of = arrays["filled"], arrays["tail_of"]
     require(bool(((filled >= 0) & (filled <= size)).all()), f"filled must be 0 to {size}")
     unfinished = tail_of[tail_of != -1]
@@ -698,6 +671,37 @@ def _message(argument: str, rule: str, got: str) -> str:
 
 def _show(value: Any) -> str:
     return repr(value) if kind_of(value) is None else describe(value)
+
+
+def _requirement(file: Any) -> Require:
+    """Return a function that raises an error about ``file`` with this rule, unless the condition holds."""
+
+    def require(condition: bool, rule: str) -> None:
+        if not condition:
+            raise ValueError(_message("file", rule, str(file)))
+
+    return require
+
+
+def _check_header(require: Require, arrays: dict[str, np.ndarray], fmt: int, scalars: dict[str, str]) -> str:
+    """Return the dtype that keys are stored in; ``scalars``: the kinds of those that the file must hold."""
+    for name, kinds in scalars.items():
+        is_one = arrays[name].shape == () and arrays[name].dtype.kind in kinds
+        require(is_one, f"{name} must be one {KIND_NAMES[kinds]}")
+    require(int(arrays["format"]) == fmt, f"must be of format {fmt}")
+    require(str(arrays["dtype"]) in DTYPES, f"the dtype must be one of {', '.join(DTYPES)}")
+    require(str(arrays["layout"]) in ("bhnd", "bnhd"), "the layout must be 'bhnd' or 'bnhd'")
+    require(bool(abs(arrays["scale"]) <= FLOAT32_MAX), "the scale must be a finite number in the range of float32")
+    return "uint16" if arrays["dtype"] == "bfloat16" else str(arrays["dtype"])
+
+
+def _check_contents(
+    require: Require, arrays: dict[str, np.ndarray], wanted: dict[str, tuple[tuple[int, ...], str]]
+) -> None:
+    for name, (shape, dtype) in wanted.items():
+        array = arrays[name]
+        require(array.shape == shape, f"{name} must have shape {shape} and not {array.shape}")
+        require(array.dtype == dtype, f"{name} must have dtype {dtype} and not {array.dtype}")
 
 
 def _check_choice(name: str, value: Any, *choices: str) -> None:

@@ -132,7 +132,7 @@ def group_keys(
     first = of_kind.bhnd(k, order)
     B, H_kv, _, D = first.shape
     queries = None
-    with of_kind.on_stream(handle):
+    with of_kind.on_device_of(first), of_kind.on_stream(handle):
         if q is not None and grouping is not None:
             queries = of_kind.query_statistics(of_kind.bound(of_kind.bhnd(q, order), handle), H_kv)
         nothing = of_kind.empty((B, H_kv, 0, D), of_kind.bound(first, handle))
@@ -270,7 +270,7 @@ class GroupedKeys:
         (k,) = checks.arrays_in_place(handle, k=k)
         checks.check_appended(k, self)
         checks.check_stream_of(k, stream)
-        with self.on_stream(handle):
+        with self.on_device_of(k), self.on_stream(handle):
             self._append(self.bound(self.bhnd(k, self.layout), handle))
 
     def _append(self, new: Any) -> None:
@@ -397,6 +397,11 @@ class GroupedKeys:
     def bhnd(array: Any, layout: Layout) -> Any:
         """Return a view of an array of the caller's with the axes (B, H, rows, D)."""
         return array.swapaxes(1, 2) if layout == "bnhd" else array
+
+    @staticmethod
+    def on_device_of(array: Any) -> AbstractContextManager[Any]:  # noqa: ARG004
+        """Return a context in which the device that holds ``array`` is current."""
+        return nullcontext()
 
     @staticmethod
     def on_stream(handle: int | None) -> AbstractContextManager[Any]:  # noqa: ARG004

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
@@ -102,7 +101,7 @@ def group_pages(
     of_kind = _pages_for(kind_of(k) or "numpy")
     keys = class_for(of_kind.kind)
     first = keys.bhnd(k, order)
-    with keys.on_stream(handle):
+    with keys.on_device_of(first), keys.on_stream(handle):
         queries = None if q is None else keys.query_statistics(keys.bhnd(q, order), first.shape[1])
         return of_kind(first, pages, tails, grouping=grouping, queries=queries, scale=scale, layout=order)
 
@@ -241,7 +240,7 @@ class GroupedPages:
         plan = _Append(self)
         for b, length in enumerate(seqlens_k.tolist()):
             plan.add(b, page_table[b], length, new.shape[2])
-        with self._current(), keys.on_stream(handle):
+        with keys.on_device_of(self.tails), keys.on_stream(handle):
             self._put_rows(plan.rows_before, new)
             blocks = {page: self.tails[place] for page, place in plan.from_tails.items()}
             blocks |= {page: new[b, :, i : i + self.page_size] for page, (b, i) in plan.whole.items()}
@@ -258,7 +257,7 @@ class GroupedPages:
         self.filled[numbers] = 0
         tail_of = self._tail_of_on_host.copy()
         tail_of[numbers] = -1
-        with self._current():
+        with class_for(self.kind).on_device_of(self.tails):
             self._take_tails(tail_of)
 
     def save(self, file: str | Path | IO[bytes]) -> None:
@@ -351,10 +350,6 @@ class GroupedPages:
             self.ranks[page], self.score_errors[page] = block.ranks[0], block.score_errors[0]
 
     # ---- what the kinds of arrays differ in ----
-
-    def _current(self) -> AbstractContextManager[Any]:
-        """Return a context in which the device that holds the pages is current."""
-        return nullcontext()
 
     @staticmethod
     def _padded(size: int) -> int:

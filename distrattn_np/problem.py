@@ -146,6 +146,17 @@ class RaggedProblem:
         """Of the log-sum-exp: (H, N)."""
         return self.packed.heads, self.packed.queries
 
+    @property
+    def most_blocks(self) -> int:
+        """The most grouping blocks that a head can have; without a grouping every sequence is one."""
+        grouping = self.packed.grouping
+        return self.sequences if grouping is None else self.most_pieces(grouping.by, grouping.block_size)
+
+    def most_pieces(self, side: GroupBy, step: int) -> int:
+        """Return the most pieces of ``step`` rows that sequences with so many rows in all can have."""
+        rows = self.packed.queries if side == "queries" else self.packed.keys
+        return rows // step + self.sequences
+
     def sequence(self, queries: int, keys: int) -> Problem:
         """Return the problem of one sequence of these lengths."""
         offset = None

@@ -245,10 +245,15 @@ def sm90_tiles(rank: int, value_width: int, query_block_size: int, *, ragged: bo
     return Sm90Tiles(128, 128, 2)
 
 
-def sm90_key_map_tiles(rank: int, width: int, value_width: int) -> Sm90Tiles:
-    """Return the tiles where forward_sm90.cu maps the queries itself, for blocks over keys; ``rank`` is padded."""
+def sm90_key_map_tiles(rank: int, width: int, value_width: int, block_size: int) -> Sm90Tiles:
+    """Return the tiles where forward_sm90.cu maps the queries itself, for blocks over keys; ``rank`` is padded.
+
+    It takes them where they are whole tiles of keys.
+    """
     if max(width, value_width) <= 64:  # the exponentials set the pace: more rows, of which some are always in a product
-        return Sm90Tiles(256, 64, 4, map_ahead=False) if rank <= 16 else Sm90Tiles(192, 64, 4)
+        if rank <= 16:
+            return Sm90Tiles(256, 64, 4, map_ahead=False)
+        return Sm90Tiles(192, 96, 3, map_ahead=rank <= 32) if block_size % 96 == 0 else Sm90Tiles(192, 64, 4)
     if rank > 96:  # more than the registers hold beside 128 keys
         return Sm90Tiles(128, 64, 3)
     return Sm90Tiles(128, 128, 2, map_ahead=rank < 96)
@@ -315,13 +320,17 @@ class DecodeTiles:
 
     def shared_bytes(self, width: int, rank: int | None, value_width: int) -> int:
         """Return the dynamic shared memory of a block: Q, Q through a map, and the ring of buffers."""
-        plain_row = pad(width) + 8 + pad(value_width) + 8
-        if rank is None:
-            mapped_q, stage = 0, self.block_kv * plain_row
-        else:
-            mapped_q = self.rows * (pad(rank) + 8)
-            stage = max(self.block_kv * (pad(rank) + 8 + pad(value_width) + 8), 16 * plain_row)
-        return 2 * (self.rows * (pad(width) + 8) + mapped_q + self.stages * stage)
+        mapped_q = 0 if rank is None else self.rows * (pad(rank) + 8)
+        ring = self.stages * _stage_bytes(self.block_kv, width, rank, value_width)
+        return 2 * (self.rows * (pad(width) + 8) + mapped_q) + ring
+
+
+def _stage_bytes(block_kv: int, width: int, rank: int | None, value_width: int) -> int:
+    """Return the bytes of one buffer of decode.cu's ring."""
+    plain_row = pad(width) + 8 + pad(value_width) + 8
+    if rank is None:
+        return 2 * block_kv * plain_row
+    return 2 * max(block_kv * (pad(rank) + 8 + pad(value_width) + 8), 16 * plain_row)
 
 
 _SHARED_BYTES_OF_A_BLOCK = 1 << 10
@@ -329,14 +338,26 @@ _SHARED_BYTES_OF_A_BLOCK = 1 << 10
 DECODE_BLOCKS_PER_PROCESSOR = 2
 
 
-def decode_tiles(width: int, rank: int | None, value_width: int, rows: int, shared_limit: int) -> DecodeTiles:
+_BYTES_ON_THEIR_WAY = 24 << 10
+"""Bytes that a thread block has asked for while it computes, so that two cover what memory takes to answer."""
+
+
+def decode_tiles(
+    width: int, rank: int | None, value_width: int, rows: int, shared_limit: int, block_size: int | None = None
+) -> DecodeTiles:
     """Return tiles for ``rows`` rows a key head in ``shared_limit`` bytes of a block; plain keys have no ``rank``.
 
     The first that let two blocks share a multiprocessor, one copying while the other computes; else the first that fit.
+    Eight warps where registers hold their sums and blocks of ``block_size`` keys fill their tiles.
     """
     row_warps = min(1 << (ceil_div(rows, 16) - 1).bit_length(), 4)
     sizes = [(row_warps, 4), (min(row_warps, 2), 2), (1, 2)]
-    all_tiles = [DecodeTiles(of_rows, warps, 16 * warps, stages) for of_rows, warps in sizes for stages in (4, 3, 2)]
+    if row_warps == 1 and value_width <= 128 and (block_size is None or block_size >= 128):
+        sizes.insert(0, (1, 8))
+    all_tiles = []
+    for of_rows, warps in sizes:
+        on_their_way = ceil_div(_BYTES_ON_THEIR_WAY, _stage_bytes(16 * warps, width, rank, value_width))
+        all_tiles += [DecodeTiles(of_rows, warps, 16 * warps, n) for n in range(min(1 + on_their_way, 4), 1, -1)]
     two_blocks = (shared_limit + _SHARED_BYTES_OF_A_BLOCK) // DECODE_BLOCKS_PER_PROCESSOR - _SHARED_BYTES_OF_A_BLOCK
     # beside the dynamic shared memory, at most 1 KB for sums of rows
     for limit in (two_blocks - 1024, shared_limit - 1024):
@@ -347,10 +368,10 @@ def decode_tiles(width: int, rank: int | None, value_width: int, rows: int, shar
     raise NotImplementedError(msg)
 
 
-_LEAST_TILES = 4
-"""Tiles of keys in a split below which its partial result costs more than another thread block brings."""
-_TILES_TO_START = 2
-"""Tiles that a thread block could read while it starts and ends."""
+_LEAST_KEYS = 256
+"""Keys of a split below which its partial result costs more than another thread block brings."""
+_KEYS_TO_START = 128
+"""Keys that a thread block could read while it starts and ends."""
 
 
 @lru_cache(maxsize=1024)
@@ -361,10 +382,10 @@ def decode_splits(keys: int, block_kv: int, items: int, blocks_at_once: int) -> 
     where every block of a round takes as long as its keys.
     """
     tiles = ceil_div(keys, block_kv)
-    most = min(tiles // _LEAST_TILES, 4 * ceil_div(blocks_at_once, items))
+    most = min(tiles * block_kv // _LEAST_KEYS, 4 * ceil_div(blocks_at_once, items))
 
     def duration(splits: int) -> int:
-        return ceil_div(items * splits, blocks_at_once) * (ceil_div(tiles, splits) + _TILES_TO_START)
+        return ceil_div(items * splits, blocks_at_once) * (ceil_div(tiles, splits) * block_kv + _KEYS_TO_START)
 
     keys_per_split = ceil_div(tiles, min(range(1, max(most, 1) + 1), key=duration)) * block_kv
     return ceil_div(keys, keys_per_split), keys_per_split
@@ -783,9 +804,10 @@ def _forward_sm90_cases() -> Iterator[Defines]:
         if rank <= width:
             usual = value_width == width  # so that both are built for every pair of width and rank
             ends = ((usual, False), (False, True), (True, True))
-            for folds_reference, (causal, ragged) in product((False, True), ends):
+            sizes = (1024, 960) if width == value_width == 64 and rank > 16 else (1024,)
+            for block_size, folds_reference, (causal, ragged) in product(sizes, (False, True), ends):
                 yield sm90_defines(
-                    sm90_key_map_tiles(rank, width, value_width),
+                    sm90_key_map_tiles(rank, width, value_width, block_size),
                     element=1 + (rank // 16 + folds_reference) % 2,
                     rank=rank,
                     value_width=value_width,
@@ -816,9 +838,14 @@ def _decode_cases(shared_limit: int) -> Iterator[Defines]:
     ]
     for number, (shape, rows) in enumerate(product(shapes, (4, 32, 64))):
         width, rank, value_width = shape
-        for paged in (False, True) if rank is None or rows == 4 else (False,):
+        keys: list[tuple[bool, int | None]] = [(False, None)]  # in pages or not, and the block size
+        if rank is None:
+            keys.append((True, None))
+        elif rows == 4:
+            keys += [(False, 64), (True, 64)]
+        for paged, block_size in keys:
             yield decode_defines(
-                decode_tiles(width, rank, value_width, rows, shared_limit),
+                decode_tiles(width, rank, value_width, rows, shared_limit, block_size),
                 element=1 + number % 2,
                 width=width,
                 rank=rank,

@@ -102,7 +102,8 @@ def grouping_flop(problem: Problem) -> int:
         # a half-step: A W, W^T (A W), the factor, two triangular solves
         half_step = 2 * D * R * (D + R) + R**3 // 3 + 2 * D * R**2
         blocks = problem.batch * problem.grouped_heads * problem.blocks
-        return 2 * D**2 * (x_rows + y_rows) + blocks * (1 + 2 * grouping.refine) * half_step
+        # a Gram matrix is symmetric: one half and the diagonal
+        return D * (D + 1) * (x_rows + y_rows) + blocks * (1 + 2 * grouping.refine) * half_step
     flop = 2 * x_rows * D * HASH_BITS
     if grouping.fusion == "lstsq":
         flop += 2 * D * (x_rows + y_rows) + 2 * (D - R) * x_rows

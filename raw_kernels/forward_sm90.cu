@@ -120,7 +120,7 @@ struct SharedTiles {
 #if RAGGED
   volatile struct {
     int M, causal_offset, first_key, first_key_block;
-    int queries, unused;  // of this tile
+    int queries;  // of this tile
   } sequence;  // read where it is needed: registers of the loops are dearer
 #endif
   Barrier Q_full, Q_empty, K_full[STAGES], K_empty[STAGES], V_full[STAGES], V_empty[STAGES];

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -16,6 +17,10 @@ from kit.backends import reason_for_no_gpu
 NO_GPU = reason_for_no_gpu()
 if NO_GPU is not None:
     os.environ["NUMBA_ENABLE_CUDASIM"] = "1"  # read when Numba is imported
+    if importlib.util.find_spec("numba") is not None:
+        from kit.simulator import hasten
+
+        hasten()
 
 # JAX would take most of a device's memory, which CuPy and PyTorch use in the same process
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -20,7 +20,7 @@ def test_splits_hold_every_key_once_and_leave_none_empty(keys: int, items: int) 
 
 def test_splits_fill_an_h100() -> None:
     # B = 8, 8 key heads, 32768 keys: four splits of each head are 256 of 264 thread blocks, all of one length
-    assert decode_splits(32768, 64, 64, 264) == (4, 8192)
+    assert decode_splits(32768, 64, 64, 264) == decode_splits(32768, 128, 64, 264) == (4, 8192)
     # one request: every multiprocessor has work
     splits, _ = decode_splits(32768, 64, 8, 264)
     assert 0.9 < 8 * splits / 264 <= 1
@@ -40,13 +40,25 @@ def test_tiles_fit_and_are_no_wider_than_their_rows(D: int, R: int | None, E: in
     assert ceil_div(64, tiles.rows) <= 4
 
 
-def test_two_blocks_share_a_multiprocessor_where_they_are_timed() -> None:
+@pytest.mark.parametrize(
+    ("R", "block_size", "tiles"),
+    [
+        (64, 1024, DecodeTiles(1, 8, 128, 2)),
+        (32, 128, DecodeTiles(1, 8, 128, 2)),
+        (64, 64, DecodeTiles(1, 4, 64, 2)),  # half of a tile of 128 keys would be empty
+        (None, None, DecodeTiles(1, 4, 64, 2)),  # two blocks of 128 keys do not fit
+    ],
+)
+def test_two_blocks_share_a_multiprocessor_where_they_are_timed(
+    R: int | None, block_size: int | None, tiles: DecodeTiles
+) -> None:
     _, limit = H100
-    for R in (64, 32, None):
-        tiles = decode_tiles(128, R, 128, 4, limit)
-        assert 2 * (tiles.shared_bytes(128, R, 128) + 2048) <= limit + 1024
-        assert tiles.stages >= 3
-        assert tiles.block_kv == 64
+    assert decode_tiles(128, R, 128, 4, limit, block_size) == tiles
+    assert 2 * (tiles.shared_bytes(128, R, 128) + 2048) <= limit + 1024
+
+
+def test_narrow_rows_have_more_buffers() -> None:
+    assert decode_tiles(16, None, 16, 4, 227 << 10).stages > decode_tiles(128, None, 128, 4, 227 << 10).stages
 
 
 def test_bad_tiles_are_refused() -> None:

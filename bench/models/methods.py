@@ -138,9 +138,9 @@ def subspace_flop(problem: Problem, ranks: np.ndarray) -> int:
     """Return the FLOP of a call whose blocks have these ranks (B, H_x, C).
 
     Counted are the two products, that of the scores over D channels in own blocks (docs/math.md, eq. 20); X W, and Y Z
-    for every row that meets the block (4); the Gram matrices (11), each row once for a head that it is pooled in; and
-    the small matrices of every block: the choice of channels (15), the half-steps (16), column scaling and predicted
-    error (17, 18). A block of rank D, or that nobody meets, needs no X W and no Y Z.
+    for every row that meets the block (4); the Gram matrices (11), one half of each, a row once for a head that it is
+    pooled in; and the small matrices of every block: the choice of channels (15), the half-steps (16), column scaling
+    and predicted error (17, 18). A block of rank D needs no X W and no Y Z, one that nobody meets nothing at all.
     """
     grouping = problem.grouping
     if not isinstance(grouping, Subspace):
@@ -149,15 +149,17 @@ def subspace_flop(problem: Problem, ranks: np.ndarray) -> int:
     batch, map_heads, _ = ranks.shape
     shared = problem.heads // map_heads  # query heads that share a map
     met = rows_met(problem)
-    flop: int = batch * map_heads * (problem.grouped_rows + shared * max(met, default=0)) * (2 * D * D + D)
-    for c, (start, stop) in enumerate(block_edges(problem.grouped_rows, grouping.block_size)):
+    edges = block_edges(problem.grouped_rows, grouping.block_size)
+    own_rows = sum(stop - start for (start, stop), rows in zip(edges, met, strict=True) if rows)
+    flop: int = batch * map_heads * (own_rows + shared * max(met, default=0)) * (D * (D + 1) + D)
+    for c, (start, stop) in enumerate(edges):
         mapped_rows = stop - start + shared * met[c] if met[c] else 0
         pairs = shared * _block_pairs(problem, grouping.by, start, stop)
         # whoever meets a block through its maps and does not own it sees all of it
         own_pairs = pairs - shared * met[c] * (stop - start) if problem.own_block_is_exact else 0
         for R in map(int, ranks[:, :, c].ravel()):
             columns = D if grouping.rank is None else R  # ranks are chosen among the columns made for R = D
-            flop += _map_flop(D, columns, grouping.refine)
+            flop += _map_flop(D, columns, grouping.refine) if met[c] else 0
             flop += 2 * pairs * (R + E) + 2 * own_pairs * (D - R) + (2 * mapped_rows * D * R if R < D else 0)
     return flop
 

@@ -150,17 +150,17 @@ class CupyBackend(Backend):
             result = self.hand_back(O[0].swapaxes(0, 1), None, like=q, out=out)
             blocks = None
             if isinstance(packed.grouping, Subspace) and lent.workspace is None:
-                told = self._told_of_blocks(problem, packed.grouping, maps)
+                told = self._told_of_blocks(problem, maps)
                 ranks, score_errors = (self.hand_back(x, None, like=q, out=None) for x in told)
                 blocks = ranks, score_errors
             return result, self.hand_back(lse[0], None, like=q, out=lent.lse), blocks
 
-    def _told_of_blocks(self, problem: RaggedProblem, grouping: Subspace, maps: Maps) -> tuple[Any, Any]:
+    def _told_of_blocks(self, problem: RaggedProblem, maps: Maps) -> tuple[Any, Any]:
         """Return ranks and score errors (H_x, C), C the most blocks that there can be."""
         if isinstance(maps, SubspaceMaps):
             return maps.ranks[0], maps.score_errors[0]
         packed = problem.packed
-        shape = (packed.grouped_heads, packed.grouped_rows // grouping.block_size + problem.sequences)
+        shape = (packed.grouped_heads, problem.most_blocks)
         ranks, score_errors = (cupy.asarray(np.zeros(shape, x)) for x in (np.int32, _sum_type(packed.dtype)))
         return ranks, score_errors
 
@@ -869,9 +869,8 @@ class _Forward:
     @property
     def blocks(self) -> int:
         """Number of grouping blocks of a head; of packed sequences the most that there can be."""
-        grouping = self.problem.grouping
-        if self.sequences and grouping:
-            return self.sequences.most_pieces(grouping.by, grouping.block_size)
+        if self.sequences and self.problem.grouping:
+            return self.sequences.problem.most_blocks
         return self.problem.blocks
 
     @property
@@ -899,7 +898,7 @@ class _Forward:
         if by_queries:
             query_blocks, query_block_size = self.blocks, self.block_size
         elif self.sequences:  # tiles begin with the first row of each
-            query_blocks, query_block_size = self.sequences.most_pieces("queries", block_q), block_q
+            query_blocks, query_block_size = self.sequences.problem.most_pieces("queries", block_q), block_q
         return (
             problem.heads,
             problem.heads_per_kv_head,
@@ -1043,7 +1042,7 @@ class _Forward:
         return self.dense_maps is not None and self.block_size % self._key_map_tiles().block_kv == 0
 
     def _key_map_tiles(self) -> Sm90Tiles:
-        return sm90_key_map_tiles(pad(self.rank), self.problem.width, self.problem.value_width)
+        return sm90_key_map_tiles(pad(self.rank), self.problem.width, self.problem.value_width, self.block_size)
 
     def _launch_sm90(self, Q: Any, K: Any, first_item: int, items: int) -> None:
         """Launch forward_sm90.cu; K is (B, H_kv, M, R), or (1, items of this launch, M, R) where fused for items."""

@@ -109,7 +109,9 @@ def decode(
     device = work().device
     element, width, value_width = _element(Q), problem.width, problem.value_width
     rank = None if finished is None else finished.rank
-    tiles = decode_tiles(width, rank, value_width, problem.queries * problem.heads_per_kv_head, device.shared_limit)
+    rows_of_a_tile = problem.queries * problem.heads_per_kv_head
+    block_size = None if finished is None else finished.block_size
+    tiles = decode_tiles(width, rank, value_width, rows_of_a_tile, device.shared_limit, block_size)
     defines = decode_defines(
         tiles,
         element=element,
@@ -119,7 +121,7 @@ def decode(
         aligned=all(_vector(x) == 8 for x in (Q, K, V)),
         paged=pages is not None,
     )
-    row_tiles = ceil_div(problem.queries * problem.heads_per_kv_head, tiles.rows)
+    row_tiles = ceil_div(rows_of_a_tile, tiles.rows)
     items = problem.batch * problem.kv_heads * row_tiles
     splits, keys_per_split = decode_splits(
         problem.keys, tiles.block_kv, items, DECODE_BLOCKS_PER_PROCESSOR * device.multiprocessors

@@ -35,7 +35,32 @@ from .cupy_kept_keys import KeptKeys
 from .device_grouped_keys import DeviceGroupedKeys
 
 
-class CupyGroupedKeys(DeviceGroupedKeys):
+class OnCupy:
+    """What keys on the device, their own or in pages, ask of their kind of arrays."""
+
+    @staticmethod
+    def _padded(size: int) -> int:
+        return pad(size)
+
+    @staticmethod
+    def _sum_type(dtype: Any) -> Any:
+        return _sum_type(dtype)
+
+    @staticmethod
+    def _on_device(array: Any) -> Any:
+        return cupy.asarray(array)
+
+    @staticmethod
+    def _on_host(array: Any) -> np.ndarray:
+        host: np.ndarray = cupy.asnumpy(array)
+        return host
+
+    @staticmethod
+    def _zeros(shape: tuple[int, ...], dtype: Any, like: Any = None) -> Any:  # noqa: ARG004
+        return cupy.zeros(shape, dtype)
+
+
+class CupyGroupedKeys(OnCupy, DeviceGroupedKeys):
     """Keys on the device of the first of them; docs/caches.md says which calls are read by which kernels.
 
     All work is queued on the current stream. R and D are padded as decode.cu reads them.
@@ -48,9 +73,8 @@ class CupyGroupedKeys(DeviceGroupedKeys):
         """Return what the maps need of known queries (B, H, rows, D)."""
         batch, heads, rows, width = q.shape
         shared = heads // kv_heads if kv_heads else 1
-        with q.device:
-            grams = BACKEND.grams(q, None, _Segments(1, rows, 0, 0, rows, ALL), shared, memory_matters=False)
-            return QueryStatistics(grams.reshape(batch, kv_heads, pad(width), pad(width)), shared * rows)
+        grams = BACKEND.grams(q, None, _Segments(1, rows, 0, 0, rows, ALL), shared, memory_matters=False)
+        return QueryStatistics(grams.reshape(batch, kv_heads, pad(width), pad(width)), shared * rows)
 
     @property
     def device(self) -> int:
@@ -101,32 +125,12 @@ class CupyGroupedKeys(DeviceGroupedKeys):
         return on_stream(handle)
 
     @staticmethod
-    def _padded(size: int) -> int:
-        return pad(size)
-
-    @staticmethod
-    def _sum_type(dtype: Any) -> Any:
-        return _sum_type(dtype)
-
-    @staticmethod
-    def _on_device(array: Any) -> Any:
-        return cupy.asarray(array)
-
-    @staticmethod
-    def _on_host(array: Any) -> np.ndarray:
-        host: np.ndarray = cupy.asnumpy(array)
-        return host
-
-    @staticmethod
-    def _zeros(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:  # noqa: ARG004
-        return cupy.zeros(shape, dtype)
-
-    @staticmethod
     def _with_strides(array: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
         return cupy.ndarray(shape, array.dtype, memptr=array.data, strides=strides)
 
     @staticmethod
-    def _device_of(array: Any) -> AbstractContextManager[Any]:
+    def on_device_of(array: Any) -> AbstractContextManager[Any]:
+        """Return a context in which the device that holds ``array`` is current."""
         device: AbstractContextManager[Any] = array.device
         return device
 

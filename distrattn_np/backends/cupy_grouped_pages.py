@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -13,12 +12,10 @@ from ..arrays import Kind, kind_of
 from ..grouped_keys import QueryStatistics
 from ..grouped_pages import POOLS, GroupedPages, as_bits
 from ..problem import Layout, Subspace
-from ..tiles import pad
-from .cupy_backend import _sum_type
-from .cupy_grouped_keys import blocks_at_once, reduce_blocks
+from .cupy_grouped_keys import OnCupy, blocks_at_once, reduce_blocks
 
 
-class CupyGroupedPages(GroupedPages):
+class CupyGroupedPages(OnCupy, GroupedPages):
     """Pages on the device of the keys that they were made like. All work is queued on a stream."""
 
     kind: ClassVar[Kind] = "cupy"
@@ -34,12 +31,11 @@ class CupyGroupedPages(GroupedPages):
         scale: float,
         layout: Layout,
     ) -> None:
-        """Take memory on the device of ``like``; for a NumPy array, as from a file, on the current one."""
+        """Take memory on the current device; ``like`` may be a NumPy array, as from a file."""
         if queries is not None and kind_of(queries.gram) == "numpy":
-            queries = queries.padded(pad(like.shape[3]), _sum_type(like.dtype))
+            queries = queries.padded(self._padded(like.shape[3]), self._sum_type(like.dtype))
             queries = replace(queries, gram=cupy.asarray(queries.gram))
-        with cupy.cuda.Device() if kind_of(like) == "numpy" else like.device:
-            super().__init__(like, pages, tails, grouping=grouping, queries=queries, scale=scale, layout=layout)
+        super().__init__(like, pages, tails, grouping=grouping, queries=queries, scale=scale, layout=layout)
 
     def __repr__(self) -> str:
         """Return what error messages say of it."""
@@ -67,31 +63,6 @@ class CupyGroupedPages(GroupedPages):
             where = cupy.asarray(np.array(pages))
             for pool, new in zip(pools, made, strict=True):
                 as_bits(pool)[where] = as_bits(new)
-
-    def _current(self) -> AbstractContextManager[Any]:
-        device: AbstractContextManager[Any] = self.tails.device
-        return device
-
-    @staticmethod
-    def _padded(size: int) -> int:
-        return pad(size)
-
-    @staticmethod
-    def _sum_type(dtype: Any) -> Any:
-        return _sum_type(dtype)
-
-    @staticmethod
-    def _zeros(shape: tuple[int, ...], dtype: Any) -> Any:
-        return cupy.zeros(shape, dtype)
-
-    @staticmethod
-    def _on_device(array: np.ndarray) -> Any:
-        return cupy.asarray(array)
-
-    @staticmethod
-    def _on_host(array: Any) -> np.ndarray:
-        host: np.ndarray = cupy.asnumpy(array)
-        return host
 
 
 GROUPED_PAGES = CupyGroupedPages

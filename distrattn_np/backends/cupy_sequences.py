@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..problem import GroupBy, RaggedProblem
+from ..problem import GroupBy, RaggedProblem, ceil_div
 from ..tiles import cut_defines
 
 PIECE_NUMBERS = 8
@@ -21,7 +21,7 @@ class Sequences:
 
     def __init__(self, problem: RaggedProblem, edges_q: Any, edges_k: Any) -> None:
         """Take the edges (B + 1,) of both sides, on the device."""
-        self._problem = problem
+        self.problem = problem
         self._edges = {"queries": edges_q, "keys": edges_k}
         self._rows = {"queries": problem.packed.queries, "keys": problem.packed.keys}
         self._cut: dict[tuple[GroupBy, int, int], Any] = {}
@@ -29,16 +29,12 @@ class Sequences:
     @property
     def count(self) -> int:
         """Number of sequences B."""
-        return self._problem.sequences
+        return self.problem.sequences
 
     @property
     def average_queries(self) -> int:
         """Queries of a sequence, on average."""
         return self._rows["queries"] // max(self.count, 1)
-
-    def most_pieces(self, side: GroupBy, step: int) -> int:
-        """Return how many pieces of ``step`` rows there are at most."""
-        return self._rows[side] // step + self.count
 
     def blocks(self, side: GroupBy, step: int) -> Any:
         """Return the pieces of ``step`` rows, where nothing is asked of pieces of the other side."""
@@ -51,13 +47,13 @@ class Sequences:
         key = side, step, other_step
         if key not in self._cut:
             other: GroupBy = "keys" if side == "queries" else "queries"
-            sign = 0 if self._problem.is_top_left else 1 if side == "queries" else -1
-            pieces = _empty((self.most_pieces(side, step), PIECE_NUMBERS), np.int32)
+            sign = 0 if self.problem.is_top_left else 1 if side == "queries" else -1
+            pieces = _empty((self.problem.most_pieces(side, step), PIECE_NUMBERS), np.int32)
             defines = cut_defines(self._edges[side].dtype.itemsize)
             _launch(
                 "cut_sequences",
                 defines,
-                -(-len(pieces) // defines["THREADS"]),
+                ceil_div(len(pieces), defines["THREADS"]),
                 None,
                 *(self._edges[side], self._edges[other], pieces, len(pieces), self.count),
                 *(self._rows[side], self._rows[other], step, other_step, sign),

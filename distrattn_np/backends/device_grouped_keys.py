@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -83,11 +82,6 @@ class DeviceGroupedKeys(GroupedKeys, ABC):
     def _with_strides(array: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
         """Return a view with this shape and these strides, in bytes."""
 
-    @staticmethod
-    @abstractmethod
-    def _device_of(array: Any) -> AbstractContextManager[Any]:
-        """Return a context in which the device that holds ``array`` is current."""
-
     @abstractmethod
     def _blocks_at_once(self) -> int:
         """Return how many blocks `_reduce_blocks` takes at a time."""
@@ -166,15 +160,14 @@ class DeviceGroupedKeys(GroupedKeys, ABC):
 
     def _append(self, new: Any) -> None:
         """Append checked keys (B, H_kv, rows, D); all blocks that they finish are made together."""
-        with self._device_of(new):
-            rows = self._tail_rows + new.shape[2]
-            finished = max(ceil_div(rows, self.block_size) - 1, 0)
-            taken = finished * self.block_size - self._tail_rows if finished else 0
-            if finished and self.grouping is not None:
-                self._finish_blocks(self.grouping, self._rows_of_blocks(new, taken))
-                self._tail_rows = 0
-            if taken < new.shape[2]:
-                self._extend_tail(new[:, :, taken:])
+        rows = self._tail_rows + new.shape[2]
+        finished = max(ceil_div(rows, self.block_size) - 1, 0)
+        taken = finished * self.block_size - self._tail_rows if finished else 0
+        if finished and self.grouping is not None:
+            self._finish_blocks(self.grouping, self._rows_of_blocks(new, taken))
+            self._tail_rows = 0
+        if taken < new.shape[2]:
+            self._extend_tail(new[:, :, taken:])
 
     def _rows_of_blocks(self, new: Any, taken: int) -> Any:
         """Return the tail and ``taken`` of new keys (B, H_kv, rows, D), whole blocks, as (B * H_kv, blocks, L, D)."""

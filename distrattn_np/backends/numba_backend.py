@@ -221,7 +221,7 @@ class NumbaBackend(Backend):
             return _without_batch_axis(maps.ranks), _without_batch_axis(maps.score_errors)
         if not isinstance(packed.grouping, Subspace):
             return None
-        shape = packed.grouped_heads, _most_blocks(problem)
+        shape = packed.grouped_heads, problem.most_blocks
         return tuple(_copy_in(np.zeros(shape, dtype), like) for dtype in (np.int32, _accumulator(packed.dtype)))
 
     def workspace_bytes(self, problem: Problem | RaggedProblem | PagedProblem, q: Any, *_others: Any) -> int:
@@ -340,7 +340,7 @@ class NumbaBackend(Backend):
         """Return where sequences and their blocks are; without a ragged problem, all rows of a batch are one."""
         count, blocks, diagonal = 1, problem.blocks, 0
         if ragged is not None:
-            count, blocks = ragged.sequences, _most_blocks(ragged)
+            count, blocks = ragged.sequences, ragged.most_blocks
             diagonal = 0 if ragged.is_top_left else problem.keys - problem.queries
         table = _empty((SEQUENCE_FIELDS, count + 1), np.int64, like)
         found = Sequences(table, _empty((BLOCK_FIELDS, blocks), np.int64, like), diagonal)
@@ -630,13 +630,6 @@ def _row_blocks(problem: Problem) -> tuple[int, int]:
         # queries behind the last key have their own blocks too (eq. 20)
         key_block = min(problem.grouping.block_size, max(key_block, problem.queries + (problem.causal_offset or 0)))
     return query_block, key_block
-
-
-def _most_blocks(problem: RaggedProblem) -> int:
-    """Return the most grouping blocks that sequences of these rows in all can have."""
-    packed = problem.packed
-    whole = 0 if packed.grouping is None else packed.grouped_rows // packed.grouping.block_size
-    return whole + problem.sequences
 
 
 def _forward_tiles(problem: Problem) -> Tiles:

@@ -47,11 +47,10 @@ class NumbaGroupedKeys(DeviceGroupedKeys):
         """Return what the maps need of known queries (B, H, rows, D)."""
         batch, heads, rows, width = q.shape
         shared = heads // kv_heads if kv_heads else 1
-        with _on_device_of(q):
-            grams = BACKEND.grams(q, None, BACKEND.one_block(rows, rows, q), START, kv_heads)
-            step = grams.strides
-            shape = (batch, kv_heads, width, width)
-            return QueryStatistics(_view(grams, shape, (*step[:2], *step[3:])), shared * rows)
+        grams = BACKEND.grams(q, None, BACKEND.one_block(rows, rows, q), START, kv_heads)
+        step = grams.strides
+        shape = (batch, kv_heads, width, width)
+        return QueryStatistics(_view(grams, shape, (*step[:2], *step[3:])), shared * rows)
 
     def attend(self, problem: Problem, Q: Any, V: Any, O: Any, lse: Any, tables: ScoreTables) -> None:
         """Write attention to these keys into O and lse, as `Backend.attend` does."""
@@ -173,7 +172,8 @@ class NumbaGroupedKeys(DeviceGroupedKeys):
         return _view(array, shape, strides)
 
     @staticmethod
-    def _device_of(array: Any) -> AbstractContextManager[Any]:
+    def on_device_of(array: Any) -> AbstractContextManager[Any]:
+        """Return a context in which the device that holds ``array`` is current."""
         return _on_device_of(array)
 
 

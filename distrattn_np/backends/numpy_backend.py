@@ -93,12 +93,12 @@ class NumpyBackend(Backend):
         dtype, D = _compute_dtype(problem), problem.width
         blocks = (problem.batch, problem.grouped_heads, problem.blocks)
         key_mean = np.empty((problem.batch, problem.kv_heads, D), dtype)
-        maps = SubspaceMaps(
-            sampling=np.empty((*blocks, D, problem.rank), dtype),
-            fusion=np.empty((*blocks, D, problem.rank), dtype),
+        maps = SubspaceMaps(  # as they are for blocks that no row meets
+            sampling=np.zeros((*blocks, D, problem.rank), dtype),
+            fusion=np.zeros((*blocks, D, problem.rank), dtype),
             key_mean=key_mean,
-            ranks=np.empty(blocks, np.int32),
-            score_errors=np.empty(blocks, dtype),
+            ranks=np.full(blocks, grouping.rank or min(reference.RANK_STEP, D), np.int32),
+            score_errors=np.zeros(blocks, dtype),
         )
 
         averaged = reference.keys_of_mean(K)
@@ -119,6 +119,7 @@ class NumpyBackend(Backend):
                 for c, start, stop, gram_of_y, y_rows in _blocks_with_sums(
                     problem, grouping, sums_of_y, np.zeros((D, D))
                 )
+                if y_rows > 0
             )
             while stack := list(itertools.islice(blocks_left, stacked)):
                 c, A, B, x_rows, y_rows = (np.array(column) for column in zip(*stack, strict=True))

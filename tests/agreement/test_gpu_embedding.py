@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kit.backends import count_cuda_devices, to_kind
+from kit.backends import to_kind
 from kit.compare import assert_agrees, assert_same_bits, to_host
 from kit.device import Allocations, poison, poisoned_like, write_late
 
@@ -171,31 +171,6 @@ def test_torch_memory_as_a_workspace() -> None:
     assert results[0] is out
     assert results[1] is lse
     assert_same_bits(out.cpu().numpy(), to_host(expected))
-
-
-@pytest.mark.skipif(count_cuda_devices() < 2, reason="one CUDA device")
-def test_workspace_on_another_device_is_named() -> None:
-    import cupy
-
-    arrays, options = make_arrays("exact")
-    with cupy.cuda.Device(1):
-        memory = cupy.empty(1 << 20, np.uint8)
-    with pytest.raises(ValueError, match=r"^workspace: must be on q's device 0, got cupy array .* on device 1$"):
-        distr_attention(*arrays, **options, workspace=memory)
-
-
-@pytest.mark.skipif(count_cuda_devices() < 2, reason="one CUDA device")
-def test_workspaces_of_two_devices() -> None:
-    import cupy
-
-    arrays, options = make_arrays("subspace")
-    expected = distr_attention(*arrays, **options)
-    with cupy.cuda.Device(1):
-        there = [cupy.asarray(x.get()) for x in arrays]
-        memory = cupy.empty(workspace_size(*there, **options), np.uint8)
-        out = cupy.empty(expected.shape, expected.dtype)
-    distr_attention(*there, **options, out=out, workspace=memory)
-    assert_same_bits(to_host(out), to_host(expected))
 
 
 # ---- graphs ----

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 from kit.backends import to_kind
 from kit.cases import BFLOAT16, Case, in_memory
 from kit.compare import assert_agrees, assert_no_worse_than_plain, assert_same_bits, relative_error, to_host
-from kit.device import Allocations, poison, poisoned_like, write_late
+from kit.device import Allocations, Captured, poisoned_like, write_late
 from kit.strategies import SPACING
 
 from distrattn_np import GroupedKeys, distr_attention, exact_attention, group_keys, reference, workspace_size
@@ -560,7 +561,6 @@ def test_a_step_in_a_workspace_allocates_nothing_and_stays_inside(name: str) -> 
 
 @pytest.mark.parametrize("name", IN_WORKSPACES)
 def test_a_captured_step_computes_with_what_its_arrays_hold_then(name: str) -> None:
-    """Captured so that an allocation or synchronisation is an error."""
     import cupy
 
     case, options = IN_WORKSPACES[name]
@@ -569,26 +569,11 @@ def test_a_captured_step_computes_with_what_its_arrays_hold_then(name: str) -> N
     keys, q, v = grouped(case, inputs), case.give(inputs.q), case.give(inputs.v)
     out, lse = (poisoned_like(x) for x in distr_attention(q, keys, v, **options, return_lse=True))
     memory = cupy.empty(workspace_size(q, keys, v, **options, out=out, lse=lse), np.uint8)
-    call = options | {"out": out, "lse": lse, "workspace": memory}
-    stream = cupy.cuda.Stream(non_blocking=True)
-    call["stream"] = stream
-    cupy.cuda.Device().synchronize()
-    stream.begin_capture(cupy.cuda.runtime.streamCaptureModeThreadLocal)
-    try:
-        distr_attention(q, keys, v, **call)
-    finally:
-        graph = stream.end_capture()
+    graph = Captured(partial(distr_attention, q, keys, v, **options), out, lse, memory)
     for seed in (1, 2):
         others = make_inputs(case, seed)
         q[...], v[...] = case.give(others.q), case.give(others.v)
-        expected = distr_attention(q, keys, v, **options, return_lse=True)
-        for array in (out, lse, memory):
-            poison(array)
-        cupy.cuda.Device().synchronize()
-        graph.launch(stream)
-        stream.synchronize()
-        for got, wanted in zip((out, lse), expected, strict=True):
-            assert_same_bits(got, wanted)
+        graph.assert_gives(distr_attention(q, keys, v, **options, return_lse=True))
 
 
 def test_kinds_are_not_mixed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from kit.backends import to_kind
 from kit.cases import BFLOAT16
 from kit.compare import assert_agrees, assert_same_bits, relative_error, to_host
-from kit.device import Allocations, poison, poisoned_like
+from kit.device import Allocations, Captured, poisoned_like
 from kit.grouped_pages import Sequences, in_grouped_pages
 
 from distrattn_np import GroupedPages, distr_attention, workspace_size
@@ -155,14 +156,8 @@ def test_one_graph_while_sequences_grow() -> None:
     out, lse = (poisoned_like(x) for x in distr_attention(*arrays, **tables, causal=True, return_lse=True))
     size = workspace_size(*arrays, **tables, causal=True, out=out, lse=lse)
     memory = cupy.empty(size, np.uint8)
-    stream = cupy.cuda.Stream(non_blocking=True)
-    cupy.cuda.Device().synchronize()
     with Allocations() as allocations:
-        stream.begin_capture(cupy.cuda.runtime.streamCaptureModeThreadLocal)
-        try:
-            distr_attention(*arrays, **tables, causal=True, out=out, lse=lse, workspace=memory, stream=stream)
-        finally:
-            graph = stream.end_capture()
+        graph = Captured(partial(distr_attention, *arrays, **tables, causal=True), out, lse, memory)
     assert allocations.sizes == []
     rng = np.random.default_rng(5)
     for rows in (1, 5, 60):
@@ -170,14 +165,7 @@ def test_one_graph_while_sequences_grow() -> None:
         sequences.keys.append(to_kind(new, "cupy"), table, lengths)
         lengths = lengths + np.int32(rows)
         tables["seqlens_k"][...] = to_kind(lengths, "cupy")
-        expected = distr_attention(*arrays, **tables, causal=True, return_lse=True)
-        for array in (out, lse, memory):
-            poison(array)
-        cupy.cuda.Device().synchronize()
-        graph.launch(stream)
-        stream.synchronize()
-        for got, wanted in zip((out, lse), expected, strict=True):
-            assert_same_bits(got, wanted)
+        graph.assert_gives(distr_attention(*arrays, **tables, causal=True, return_lse=True))
 
 
 def test_files_go_to_either_kind() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from kit.backends import options_to_kind, to_kind
 from kit.cases import BFLOAT16
 from kit.compare import assert_agrees, assert_same_bits, relative_error, to_host
-from kit.device import Allocations, poison, poisoned_like, write_late
+from kit.device import Allocations, Captured, poisoned_like, write_late
 from kit.pages import Paged, in_pages, unpacked
 
 from distrattn_np import distr_attention, exact_attention, workspace_size
@@ -148,13 +149,7 @@ def test_one_graph_for_all_lengths(case: tuple[Any, ...], options: dict[str, Any
     arrays, tables = pages.given(q, "cupy")
     out, lse = (poisoned_like(x) for x in distr_attention(*arrays, **tables, **options, return_lse=True))
     memory = cupy.empty(workspace_size(*arrays, **tables, **options, out=out, lse=lse), np.uint8)
-    stream = cupy.cuda.Stream(non_blocking=True)
-    cupy.cuda.Device().synchronize()
-    stream.begin_capture(cupy.cuda.runtime.streamCaptureModeThreadLocal)
-    try:
-        distr_attention(*arrays, **tables, **options, out=out, lse=lse, workspace=memory, stream=stream)
-    finally:
-        graph = stream.end_capture()
+    graph = Captured(partial(distr_attention, *arrays, **tables, **options), out, lse, memory)
     for seed in (1, 2):
         q, pages = paged(case, seed)
         others, other_tables = pages.given(q, "cupy")
@@ -163,13 +158,7 @@ def test_one_graph_for_all_lengths(case: tuple[Any, ...], options: dict[str, Any
             mine[...] = theirs
         for name in ("page_table", "seqlens_k"):
             tables[name][...] = other_tables[name]
-        for array in (out, lse, memory):
-            poison(array)
-        cupy.cuda.Device().synchronize()
-        graph.launch(stream)
-        stream.synchronize()
-        for got, wanted in zip((out, lse), expected, strict=True):
-            assert_same_bits(got, wanted)
+        graph.assert_gives(expected)
 
 
 @pytest.mark.parametrize(("case", "options"), [(CASES[0], EXACT), PACKED[3]], ids=str)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+from .compare import assert_same_bits
 
 
 def poison(array: Any) -> Any:
@@ -45,6 +48,35 @@ class Allocations:
     @property
     def sizes(self) -> list[int]:
         return self.hook.sizes
+
+
+class Captured:
+    """A call in a CUDA graph, captured so that an allocation or synchronisation is an error."""
+
+    def __init__(self, call: Callable[..., Any], out: Any, lse: Any, workspace: Any) -> None:
+        """Capture ``call`` on a stream of its own, writing to these arrays."""
+        import cupy
+
+        self.results, self.workspace = (out, lse), workspace
+        self.stream = cupy.cuda.Stream(non_blocking=True)
+        cupy.cuda.Device().synchronize()
+        self.stream.begin_capture(cupy.cuda.runtime.streamCaptureModeThreadLocal)
+        try:
+            call(out=out, lse=lse, workspace=workspace, stream=self.stream)
+        finally:
+            self.graph = self.stream.end_capture()
+
+    def assert_gives(self, expected: tuple[Any, Any]) -> None:
+        """Launch the graph over poison and compare the bits of the result and the lse."""
+        import cupy
+
+        for array in (*self.results, self.workspace):
+            poison(array)
+        cupy.cuda.Device().synchronize()
+        self.graph.launch(self.stream)
+        self.stream.synchronize()
+        for got, wanted in zip(self.results, expected, strict=True):
+            assert_same_bits(got, wanted)
 
 
 def write_late(stream: Any, late: list[Any], good: list[Any]) -> None:

@@ -197,6 +197,13 @@ SUBSPACE_BLOCKS = [
 ]
 
 # rows around the edges of tiles; M < N leaves queries without a key, or behind all blocks
+# tiles of 96 keys
+SUBSPACE_WIDE_TILES = [
+    subspace(N=300, M=500, L=L, dtype=dtype, by="keys", causal=causal, **of_rank)
+    for L, of_rank in ((192, {"rank": 30}), (96, {}), (192, {"rank": 44}), (96, {"score_tol": 0.3}))
+    for dtype in ("float16", "bfloat16")
+    for causal in (False, True)
+]
 SUBSPACE_TAILS = [
     subspace(N=N, M=M, by="keys" if (i + j) % 3 else "queries", causal=causal, dtype="float32" if j % 2 else "float16")
     for i, N in enumerate((1, 63, 64, 65, 129))
@@ -236,6 +243,7 @@ SUBSPACE = [
     *SUBSPACE_OPTIONS,
     *SUBSPACE_PADDED,
     *SUBSPACE_BLOCKS,
+    *SUBSPACE_WIDE_TILES,
     *SUBSPACE_TAILS,
     *SUBSPACE_HEADS,
     *SUBSPACE_MEMORY,
@@ -248,6 +256,12 @@ SUBSPACE_SMALL = [
         subspace(N=70, M=90, L=32, dtype=dtype, by=by, causal=causal)
         for dtype in ("float16", "float32", "float64")
         for by in BY
+        for causal in (False, True)
+    ),
+    # whole tiles, for the forward on Hopper
+    *(
+        subspace(N=70, M=200, L=L, D=D, E=D, rank=rank, by="keys", causal=causal)
+        for L, D, rank in ((64, 64, 16), (96, 64, 32), (128, 128, 62))
         for causal in (False, True)
     ),
     subspace(N=70, M=90, L=32, D=33, E=7, rank=11, by="keys", causal="top-left"),

@@ -76,6 +76,12 @@ def compile_kernel(stem: str, arch: str, defines: dict[str, Any] | None = None, 
         nvrtc.nvrtcDestroyProgram(program)
 
 
+@cache
+def compile_defaults(stem: str, arch: str) -> Compiled:
+    """Compile ``raw_kernels/<stem>.cu`` with its own tile parameters."""
+    return compile_kernel(stem, arch)
+
+
 def parse_resources(log: str) -> dict[str, Resources]:
     """Read ptxas's verbose report: one entry for every kernel."""
     pattern = (

@@ -152,10 +152,13 @@ class TestSubspaceFlop:
                 own = [(n, m) for n, m in pairs if (m if by == "keys" else n) in rows]
                 meeting = {n if by == "keys" else m for n, m in own if (n, m) not in exact_pairs}
                 flop += shared * sum(2 * ((D if pair in exact_pairs else R) + E) for pair in own)
+                if not meeting:
+                    continue
                 flop += 5 * (2 * D * D * R + 4 * D * R * R + R**3 // 3) + D * R * R + 4 * D * D * R + 4 * D * R * R
-                if R < D and meeting:
+                flop += len(rows) * (D * D + 2 * D)
+                if R < D:
                     flop += 2 * D * R * (len(rows) + shared * len(meeting))
-            flop += (shared * len(ever_meeting) + N) * (2 * D * D + D)
+            flop += shared * len(ever_meeting) * (D * D + 2 * D)
         assert subspace_flop(problem, ranks) == flop
 
     def test_columns_are_made_for_all_ranks_that_may_be_chosen(self):
