@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -230,39 +231,39 @@ def _merge(column: Column) -> None:
     assert_near(lse, expected[1])
 
 
-def _pages(**options: Any) -> Check:
+def _pages(dtype: str = "float32", **options: Any) -> Check:
     """Return a check with keys and values in pages, the first of which two sequences share."""
 
     def check(column: Column) -> None:
         rng = np.random.default_rng(5)
         shapes = ((2, H, 3, D), (6, H_KV, 16, D), (6, H_KV, 16, E))
-        q, k, v = (rng.standard_normal(shape, dtype=np.float32).astype(np.float16) for shape in shapes)
+        q, k, v = (rng.standard_normal(shape, dtype=np.float32).astype(dtype) for shape in shapes)
         tables = {
             "page_table": np.array([[4, 1, 3], [4, 5, -1]], np.int32),
             "seqlens_k": np.array([40, 21], np.int32),
         }
 
         def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            return definition.attention(q, k, v, is_exact=True, **options)
+            return definition.attention(q, k, v, **options)
 
         expected = reference.paged_attention(q, k, v, **tables, attend=attend)
         if column.name == "reference":  # which the definition is
             return
-        results = column.attend(q, k, v, is_exact=True, **tables, **options)
+        results = column.attend(q, k, v, **tables, **options)
         for result, wanted in zip(results, expected, strict=True):
-            assert_near(result, wanted, "float16")
+            assert_near(result, wanted, dtype)
 
     return check
 
 
-def _grouped_pages(column: Column) -> None:
+def _grouped_pages(column: Column, dtype: str) -> None:
     """Two sequences that share a page, whose keys less their means lie in as few dimensions as are kept."""
     rank, size = 5, 16
     rng = np.random.default_rng(6)
     table, lengths = np.array([[4, 1, 3], [4, 5, -1]], np.int32), np.array([40, 21], np.int32)
-    q, v = (rng.standard_normal(shape).astype(np.float16) for shape in ((2, H, 3, D), (6, H_KV, size, E)))
+    q, v = (rng.standard_normal(shape).astype(dtype) for shape in ((2, H, 3, D), (6, H_KV, size, E)))
     k = rng.standard_normal((6, H_KV, size, rank)) @ rng.standard_normal((rank, D)) / np.sqrt(rank)
-    k = k.astype(np.float16)
+    k = k.astype(dtype)
 
     def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return definition.attention(q, k, v, is_exact=True, causal=True)
@@ -284,7 +285,7 @@ def _grouped_pages(column: Column) -> None:
             keys.append(column.give(rows), table[b : b + 1], np.array([first], np.int32))
         results = column.attend(q, keys, v, page_table=table, seqlens_k=lengths, causal=True)
     for result, wanted in zip(results, expected, strict=True):
-        assert_near(result, wanted, "float16")
+        assert_near(result, wanted, dtype)
 
 
 def _cache(*, is_saved: bool) -> Check:
@@ -442,9 +443,18 @@ FEATURES = (
     Feature(
         "Keys and values in pages",
         "`page_table=`, `seqlens_k=`",
-        {"decoding": _pages(causal=True), "window": _pages(window=(20, None))},
+        {
+            "decoding": _pages("float16", is_exact=True, causal=True),
+            "window": _pages(is_exact=True, window=(20, None)),
+            "subspace": _pages(rank=RANK, block_size=BLOCK, causal=True),
+            "lsh": _pages(method="lsh", block_size=BLOCK, causal=True),
+        },
     ),
-    Feature("Grouped keys in pages", "`group_pages`", {"decoding": _grouped_pages}),
+    Feature(
+        "Grouped keys in pages",
+        "`group_pages`",
+        {"decoding": partial(_grouped_pages, dtype="float16"), "float32": partial(_grouped_pages, dtype="float32")},
+    ),
     Feature(
         "Caches that grow",
         "`group_keys`, `append`",

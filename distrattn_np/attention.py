@@ -115,8 +115,8 @@ def distr_attention(
         Keys and values in pages: k is (P, H_kv, S, D) and v (P, H_kv, S, E), in ``layout``, S one of 16, 32, 64, 128
         and 256. Sequence b has ``seqlens_k[b]`` keys; key m is row ``m % S`` of page ``page_table[b, m // S]``. Pages
         may be shared, and entries behind the last page that a sequence begins may hold anything. ``mask``, ``bias`` and
-        ``return_info`` must be left out. Values are checked only where they lie on the host. CuPy backend: at most 8
-        queries, exact or of GroupedPages, in 16 bits (docs/caches.md).
+        ``return_info`` must be left out. Values are checked only where they lie on the host. On a GPU the rows that
+        sequences have are copied, except in decoding steps on CuPy (docs/caches.md).
     layout : {"bhnd", "bnhd"}
         Order of the axes of q, k, v and the result; "bnhd" is (B, N, H, D).
     out : array, optional
@@ -385,7 +385,9 @@ def _attention(
     chosen = backends.load(backend, like=q)
     if keys is not None:  # before a device is looked for
         chosen.refuse(problem, q)
-        checks.check_kind_of_grouped_keys(q, keys, chosen.name, chosen.kinds_of_grouped_keys)
+        are_pages = isinstance(keys, GroupedPages)
+        kinds = chosen.kinds_of_grouped_pages if are_pages else chosen.kinds_of_grouped_keys
+        checks.check_kind_of_grouped_keys(q, keys, chosen.name, kinds)
     tables = backends.ScoreTables(mask, bias)
     if workspace is _MEASURE:
         return chosen.workspace_bytes(problem, q, k, v, out, tables, lent, page_table, seqlens_k)

@@ -561,11 +561,13 @@ def check_options_of_grouped_keys(
 
 
 def check_kind_of_grouped_keys(q: Any, keys: Any, backend: str, kinds: frozenset[str]) -> None:
-    """Raise unless a backend that takes `GroupedKeys` of these kinds can attend to ``keys`` with ``q``."""
+    """Raise unless a backend that takes grouped keys, or pages of them, of these kinds can attend to ``keys``."""
     if keys.kind != kind_of(q):
         raise TypeError(_message("k", f"must hold {kind_of(q)} arrays, as q is", str(keys)))
     if keys.kind not in kinds:
-        rule = f"the {backend} backend takes {keys.called} of {' and '.join(sorted(kinds))} arrays"
+        rule = f"{keys.called} are not built for the {backend} backend yet"
+        if kinds:
+            rule = f"the {backend} backend takes {keys.called} of {' and '.join(sorted(kinds))} arrays"
         raise NotImplementedError(_message("k", rule, str(keys)))
     if keys.device != _device_of(q):
         raise ValueError(_message("k", f"must be on q's device {_device_of(q)}", f"{keys} on device {keys.device}"))

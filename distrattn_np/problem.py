@@ -184,6 +184,17 @@ class PagedProblem:
         """Of the log-sum-exp: (B, H, N)."""
         return self.longest.lse_shape
 
+    @property
+    def packed(self) -> RaggedProblem:
+        """The same sequences, their rows packed one after another into as many as fill all pages."""
+        longest = self.longest
+        queries, keys = longest.batch * longest.queries, longest.batch * longest.keys
+        offset = None
+        if longest.causal_offset is not None:
+            offset = 0 if self.is_top_left else keys - queries
+        rows = replace(longest, batch=1, queries=queries, keys=keys, causal_offset=offset)
+        return RaggedProblem(rows, longest.batch, self.is_top_left)
+
     def sequence(self, keys: int) -> Problem:
         """Return the problem of one sequence of this length."""
         offset = None

@@ -465,9 +465,9 @@ REBUILD_TILE = 64
 """Keys of a block of rebuild_keys.cu."""
 
 
-def rebuild_defines(element: int, width: int, rank: int) -> Defines:
+def rebuild_defines(element: int, width: int, rank: int, *, paged: bool = False) -> Defines:
     """Return the -D options of rebuild_keys.cu."""
-    return {"ELEMENT": element, "D": width, "R": rank}
+    return {"ELEMENT": element, "D": width, "R": rank, "PAGED": int(paged)}
 
 
 def gram_defines(*, element: int, width: int, centred: bool, aligned: bool, ragged: bool = False) -> Defines:
@@ -631,6 +631,20 @@ def mean_scores_defines(element: int, width: int, vector: int, *, adds: bool = T
 def cut_defines(edge_bytes: int) -> Defines:
     """Return the -D options of cut_sequences.cu for edges of 4 or 8 bytes."""
     return {"LONG_EDGES": int(edge_bytes == 8), "THREADS": 256}
+
+
+def pack_defines(element: int, width: int, vector: int, *, paged: bool) -> Defines:
+    """Return the -D options of pack_rows.cu; ``paged``: it reads pages."""
+    lanes = min(32, 1 << (ceil_div(width, vector) - 1).bit_length())
+    return {
+        "ELEMENT": element,
+        "VECTOR": vector,
+        "LANES": lanes,
+        "PAGED": int(paged),
+        # a few rows a thread, as a thread block with pages begins by adding up lengths
+        "ROWS": 4 * 256 // lanes,
+        "THREADS": 256,
+    }
 
 
 def hash_defines(element: int, vector: int, *, ragged: bool = False) -> Defines:
@@ -914,6 +928,12 @@ _SIXTEEN_BITS = (ELEMENTS["float16"], ELEMENTS["bfloat16"])
 _EITHER = (False, True)
 _CASES: dict[str, Callable[[int], Iterable[Defines]]] = {
     "cut_sequences": lambda _: [cut_defines(size) for size in (4, 8)],
+    "pack_rows": lambda _: [
+        pack_defines(e, width, vector, paged=paged)
+        for e in ELEMENTS.values()
+        for width, vector in ((128, _widest(e)), (33, 1), (1, 1))
+        for paged in _EITHER
+    ],
     "hash_channels": lambda _: [
         hash_defines(e, v, ragged=ragged) for e in ELEMENTS.values() for v in (1, _widest(e)) for ragged in _EITHER
     ],
@@ -962,9 +982,10 @@ _CASES: dict[str, Callable[[int], Iterable[Defines]]] = {
         expected_gram_defines(ELEMENTS[name], width) for name in ("float32", "float64") for width in (1, 128, 256)
     ],
     "rebuild_keys": lambda _: [
-        rebuild_defines(e, width, rank)
+        rebuild_defines(e, width, rank, paged=paged)
         for e in ELEMENTS.values()
         for width, rank in ((128, 64), (64, 32), (33, 11), (2, 1), (256, 256))
+        for paged in _EITHER
     ],
     "forward_simt": lambda _: _forward_simt_cases(),
     "forward_mma": _forward_mma_cases,

@@ -9,7 +9,7 @@
 // Grid      : ceil_div(count, THREADS)
 // Block     : THREADS, a piece each
 // Shared    : 2 * THREADS ints, static
-// Assumes   : edges that begin with 0, do not fall and end with the number of rows. Whatever they hold, no piece reaches
+// Assumes   : edges that begin with 0, do not fall and end with at most the rows. Whatever they hold, no piece reaches
 //             out of the arrays, and none is of a sequence that has others past the last.
 // Alone     : nvcc -cubin -arch=sm_80 raw_kernels/cut_sequences.cu
 

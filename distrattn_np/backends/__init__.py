@@ -61,6 +61,18 @@ class Lent:
 NOTHING_LENT = Lent()
 
 
+class KeysInPages(ABC):
+    """Pages of keys as a backend for GPUs takes them, in the place of an array."""
+
+    @abstractmethod
+    def brought_in(self, bring_in: Callable[[Any, Layout], Any], layout: Layout) -> KeysInPages:
+        """Return the same with native arrays; ``bring_in`` as of `Backend`."""
+
+    @abstractmethod
+    def attend(self, problem: Problem, Q: Any, V: Any, O: Any, lse: Any, tables: ScoreTables) -> None:
+        """Write attention to these keys into O and lse, as `Backend.attend` does; each sequence has its own maps."""
+
+
 class Backend(ABC):
     """One implementation of the method. Its arrays ("native") are (B, H, rows, width) views, whatever the layout."""
 
@@ -71,8 +83,8 @@ class Backend(ABC):
     """Whether it covers ``method="subspace"``."""
     kinds_of_grouped_keys: ClassVar[frozenset[Kind]] = frozenset()
     """Array kinds of the `GroupedKeys` that it takes in the place of keys."""
-    attends_pages: ClassVar[bool] = False
-    """Whether it takes keys and values in pages; `paged_attention` is its own then."""
+    kinds_of_grouped_pages: ClassVar[frozenset[Kind]] = frozenset()
+    """Array kinds of the `GroupedPages`."""
 
     def attention(
         self,
@@ -94,7 +106,10 @@ class Backend(ABC):
         """
         self.refuse(problem, q)
         Q, V = (self.bring_in(x, problem.layout) for x in (q, v))
-        K = k if isinstance(k, GroupedKeys) else self.bring_in(k, problem.layout)
+        if isinstance(k, KeysInPages):
+            K: Any = k.brought_in(self.bring_in, problem.layout)
+        else:
+            K = k if isinstance(k, GroupedKeys) else self.bring_in(k, problem.layout)
         tables = tables.map(lambda table: self.bring_in(_written_once(table), "bhnd"))
         if out is not None and self.shares_memory(out):
             O = self.bring_in(out, problem.layout)
@@ -116,10 +131,6 @@ class Backend(ABC):
         if isinstance(problem, RaggedProblem):
             problem = problem.packed
         if isinstance(problem, PagedProblem):
-            if not self.attends_pages:
-                raise NotImplementedError(
-                    f"page_table: is not built for the {self.name} backend yet, got {describe(q)}"
-                )
             problem = problem.longest
         if isinstance(problem.grouping, Subspace) and not self.builds_subspace:
             rule = f"'subspace' is not built for the {self.name} backend yet"
@@ -138,7 +149,7 @@ class Backend(ABC):
         """Write attention into O and lse, native arrays, and return the maps that were made for it."""
         if 0 in O.shape:
             return None
-        maps = None if isinstance(K, GroupedKeys) else self.group_maps(problem, Q, K)
+        maps = None if isinstance(K, GroupedKeys | KeysInPages) else self.group_maps(problem, Q, K)
         self.attend(problem, Q, K, V, O, lse, maps, tables)
         return maps
 
@@ -185,16 +196,17 @@ class Backend(ABC):
             ``rows`` rows of the side that is cut into blocks of L, and both are zero behind the last block.
         """
 
+    @abstractmethod
     def paged_attention(
         self,
         problem: PagedProblem,
         q: Any,
-        k: Any,  # noqa: ARG002
-        v: Any,  # noqa: ARG002
-        out: Any,  # noqa: ARG002
-        page_table: Any,  # noqa: ARG002
-        seqlens_k: Any,  # noqa: ARG002
-        lent: Lent = NOTHING_LENT,  # noqa: ARG002
+        k: Any,
+        v: Any,
+        out: Any,
+        page_table: Any,
+        seqlens_k: Any,
+        lent: Lent = NOTHING_LENT,
     ) -> tuple[Any, Any]:
         """Compute one checked call with keys and values in pages, on a GPU without reading the lengths on the host.
 
@@ -203,8 +215,6 @@ class Backend(ABC):
         result : array, shape (B, H, N, E), in the caller's kind and layout
         lse : array, shape (B, H, N), in the caller's kind
         """
-        self.refuse(problem, q)
-        raise NotImplementedError  # a backend that attends to pages has a method of its own
 
     @abstractmethod
     def group_maps(self, problem: Problem, Q: Any, K: Any) -> Maps:
@@ -224,7 +234,7 @@ class Backend(ABC):
     ) -> None:
         """Write attention into O (B, H, N, E) and its log-sum-exp into lse (B, H, N); no axis of O is empty.
 
-        K is a `GroupedKeys` where the call got one.
+        K is a `GroupedKeys` where the call got one, or `KeysInPages`.
         """
 
     @abstractmethod

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -21,7 +21,7 @@ except ImportError:  # `load_by_name` says so before a call; plans do without
     cupy = None
 
 from .. import checks
-from ..arrays import Kind, describe, kind_of, on_stream
+from ..arrays import Kind, kind_of, on_stream
 from ..grouped_keys import GroupedKeys
 from ..problem import (
     GroupBy,
@@ -85,13 +85,10 @@ from ..tiles import (
     sm90_tiles,
     sum_defines,
 )
-from . import NO_TABLES, NOTHING_LENT, Backend, Lent, Maps, ScoreTables, host_copy_back
+from . import NO_TABLES, NOTHING_LENT, Backend, KeysInPages, Lent, Maps, ScoreTables, host_copy_back
 from .cupy_sequences import Sequences
 from .device_work import DeviceFacts, Placed, Plan, PlannedArray, Work, doing, work
 from .tensor_map import Box, can_be_mapped, forward_sm90_launch, panel_columns
-
-if TYPE_CHECKING:
-    from .cupy_paged_keys import PagedKeys  # which launches through this module
 
 WORKSPACE_BYTES = 256 << 20
 """Most that the fused keys of one launch take; longer calls go through (head, block) pairs in several launches."""
@@ -110,7 +107,7 @@ class CupyBackend(Backend):
     kinds: ClassVar[frozenset[Kind]] = frozenset({"cupy", "numba", "numpy"})
     builds_subspace: ClassVar[bool] = True
     kinds_of_grouped_keys: ClassVar[frozenset[Kind]] = frozenset({"cupy"})
-    attends_pages: ClassVar[bool] = True
+    kinds_of_grouped_pages: ClassVar[frozenset[Kind]] = frozenset({"cupy"})
 
     def attention(
         self,
@@ -197,7 +194,9 @@ class CupyBackend(Backend):
     ) -> int:
         self.refuse(problem, q)
         if isinstance(problem, PagedProblem):
-            k = self._paged_keys(problem, q, k, page_table, seqlens_k)
+            from .cupy_paged_keys import PagedKeys  # which launches through this module
+
+            k = PagedKeys.of(problem, k, page_table, seqlens_k)
             problem = problem.longest
         with q.device if kind_of(q) == "cupy" else nullcontext():
             device = replace(work().device, capability=capability(), runs_sm90a=hopper_is_usable())
@@ -259,33 +258,15 @@ class CupyBackend(Backend):
         seqlens_k: Any,
         lent: Lent = NOTHING_LENT,
     ) -> tuple[Any, Any]:
-        self.refuse(problem, q)
-        keys = self._paged_keys(problem, q, k, page_table, seqlens_k)
+        from .cupy_paged_keys import PagedKeys  # which launches through this module
+
+        keys = PagedKeys.of(problem, k, page_table, seqlens_k)
         result, lse, _ = self.attention(problem.longest, q, keys, v, out, NO_TABLES, lent)
         return result, lse
-
-    def _paged_keys(self, problem: PagedProblem, q: Any, k: Any, page_table: Any, seqlens_k: Any) -> PagedKeys:
-        """Return the keys of a call to pages, or raise where no kernel covers it."""
-        from .cupy_decode import MOST_QUERIES, suits_pages  # which launches through this module
-        from .cupy_paged_keys import PagedKeys
-
-        with q.device if kind_of(q) == "cupy" else nullcontext():
-            if not suits_pages(problem.longest):
-                rule = (
-                    f"the cupy backend takes at most {MOST_QUERIES} queries, exact or of GroupedPages, of float16 or "
-                    "bfloat16, without window and softcap, from compute capability 8.0 on"
-                )
-                raise NotImplementedError(f"page_table: {rule}, got {describe(q)}")
-        return PagedKeys.of(problem, k, page_table, seqlens_k)
 
     # ---- arrays ----
 
     def bring_in(self, array: Any, layout: Layout) -> Any:
-        from .cupy_paged_keys import PagedKeys
-
-        if isinstance(array, PagedKeys):
-            table, lengths = (cupy.asarray(x) for x in (array.pages.table, array.pages.lengths))
-            return array.brought_in(self.bring_in(array.rows, array.layout_of_rows(layout)), table, lengths)
         native = cupy.asarray(array)
         return native.transpose(0, 2, 1, 3) if layout == "bnhd" else native
 
@@ -538,9 +519,9 @@ class CupyBackend(Backend):
         maps: Maps,
         tables: ScoreTables = NO_TABLES,
     ) -> None:
-        from . import cupy_decode, cupy_kept_keys, cupy_paged_keys  # which launch through this module
+        from . import cupy_decode, cupy_kept_keys  # which launch through this module
 
-        attends_itself = isinstance(K, GroupedKeys | cupy_kept_keys.KeptKeys | cupy_paged_keys.PagedKeys)
+        attends_itself = isinstance(K, GroupedKeys | cupy_kept_keys.KeptKeys | KeysInPages)
         if attends_itself:
             K.attend(problem, Q, V, O, lse, tables)
             return

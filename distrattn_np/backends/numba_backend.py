@@ -59,7 +59,7 @@ from ..problem import (
 )
 from ..reference import hyperplanes
 from ..tiles import ScoreSwitches
-from . import NO_TABLES, NOTHING_LENT, Backend, Lent, Maps, ScoreTables, host_copy_back
+from . import NO_TABLES, NOTHING_LENT, Backend, KeysInPages, Lent, Maps, ScoreTables, host_copy_back
 
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 """Whether kernels run in Numba's simulator, where a CUDA thread is an operating-system thread: few threads then."""
@@ -181,13 +181,38 @@ class NumbaBackend(Backend):
             maps = None
             if 0 not in result.shape:
                 Q, K, V, O = (_as_batch(x) for x in (rows, keys, values, result))
-                sequences = self.sequences(packed, Q, problem, *edges)
-                maps = self.group_maps(packed, Q, K, sequences)
-                self.attend(packed, Q, K, V, O, _with_batch_axis(lse), maps, sequences=sequences)
+                maps = self.compute_ragged(problem, edges[0], edges[1], Q, K, V, O, _with_batch_axis(lse))
             told = self._ranks_and_errors(problem, maps, rows)
             result = self.hand_back(result, None, like=q, out=out)
             lse = self.hand_back(lse, None, like=q, out=lent.lse)
             return result, lse, told and tuple(self.hand_back(x, None, like=q, out=None) for x in told)
+
+    def compute_ragged(
+        self, problem: RaggedProblem, edges_q: Any, edges_k: Any, Q: Any, K: Any, V: Any, O: Any, lse: Any
+    ) -> Maps:
+        """Write attention of packed sequences, native arrays of batch 1, into O and lse; return the maps of blocks."""
+        sequences = self.sequences(problem.packed, Q, problem, edges_q, edges_k)
+        maps = self.group_maps(problem.packed, Q, K, sequences)
+        self.attend(problem.packed, Q, K, V, O, lse, maps, sequences=sequences)
+        return maps
+
+    def paged_attention(
+        self,
+        problem: PagedProblem,
+        q: Any,
+        k: Any,
+        v: Any,
+        out: Any,
+        page_table: Any,
+        seqlens_k: Any,
+        lent: Lent = NOTHING_LENT,
+    ) -> tuple[Any, Any]:
+        """Compute one checked call on copies of the rows that the sequences have, packed."""
+        from .numba_paged_keys import PagedKeys  # which launches through this module
+
+        keys = PagedKeys(k, page_table, seqlens_k, problem.is_top_left)
+        result, lse, _ = self.attention(problem.longest, q, keys, v, out, NO_TABLES, lent)
+        return result, lse
 
     def _ranks_and_errors(self, problem: RaggedProblem, maps: Maps, like: Any) -> tuple[Any, Any] | None:
         """Return ranks and score errors, each (H_x, C); zeros where nothing was computed."""
@@ -475,10 +500,8 @@ class NumbaBackend(Backend):
         sequences: Sequences | None = None,
     ) -> None:
         """Write attention into O and its log-sum-exp into lse; ``sequences``: where the rows are of several."""
-        if isinstance(K, GroupedKeys):
-            from .numba_grouped_keys import NumbaGroupedKeys  # which launches through this module
-
-            assert isinstance(K, NumbaGroupedKeys)
+        attends_itself = isinstance(K, GroupedKeys | KeysInPages)
+        if attends_itself:
             K.attend(problem, Q, V, O, lse, tables)
             return
         grouping = problem.grouping

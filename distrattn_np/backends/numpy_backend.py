@@ -58,7 +58,7 @@ class NumpyBackend(Backend):
     kinds = frozenset({"numpy"})
     builds_subspace: ClassVar[bool] = True
     kinds_of_grouped_keys: ClassVar[frozenset[Kind]] = frozenset({"numpy"})
-    attends_pages: ClassVar[bool] = True
+    kinds_of_grouped_pages: ClassVar[frozenset[Kind]] = frozenset({"numpy"})
 
     def group_maps(self, problem: Problem, Q: np.ndarray, K: np.ndarray) -> Maps:
         """Return the maps of every block; what multiplies has the precision of the scores."""

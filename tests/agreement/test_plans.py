@@ -68,8 +68,17 @@ GROUPED_KEYS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "grouped-options": (512, 64, {"N": 4, "softcap": 2.0, "mask": TABLES["mask"]}),
 }
 """Block size, rank and options of calls to grouped keys, whose last block is never whole."""
-PAGED = {"pages": 16, "large-pages": 256, "grouped-pages": 64}
-"""Page sizes of calls to pages, which 16-bit devices from 8.0 on take."""
+PAGED: dict[str, tuple[int, dict[str, Any]]] = {
+    "pages": (16, {"group_size": 1}),
+    "large-pages": (256, {"group_size": 1}),
+    "grouped-pages": (64, {"group_size": 1}),
+    "grouped-pages-many-queries": (64, {"group_size": 1, "N": 50}),
+    "pages-many-queries": (32, {"group_size": 1, "N": 50}),
+    "pages-window": (128, {"group_size": 1, "window": (100, 3)}),
+    "pages-lsh": (64, {"method": "lsh", "fusion": "lstsq"}),
+    "pages-subspace": (16, {}),
+}
+"""Page sizes and options of calls to pages."""
 RAGGED_OPTIONS = [name for name, options in OPTIONS.items() if not {"mask", "bias", "N"} & options.keys()]
 WITHOUT_ROWS = ("cut_sequences", "group_channels", "narrow_maps")
 """What knows no rows of sequences, or makes the pieces."""
@@ -127,15 +136,15 @@ def make_grouped(name: str, dtype: str, causal: bool, layout: str = "bhnd", D: i
 
 def make_paged(name: str, dtype: str, causal: bool, layout: str = "bhnd", D: int = 64) -> tuple[Any, list[Any]]:
     """Return what `make_problem` does of a call to pages."""
-    S = PAGED[name]
-    problem, placed = make_problem(dtype, causal, layout, D, group_size=1, N=4, M=2048)
+    S, options = PAGED[name]
+    problem, placed = make_problem(dtype, causal, layout, D, **{"N": 4, "M": 2048} | options)
     shapes = ((20, problem.kv_heads, S, width) for width in (D, problem.value_width))
     K, placed[2] = (Placed.contiguous(shape, problem.dtype, problem.layout) for shape in shapes)
     table, lengths = (
         Placed.contiguous(shape, np.dtype(np.int32)) for shape in ((problem.batch, 2048 // S), (problem.batch,))
     )
     placed[1] = PlacedPagedKeys(K, (table, lengths), S, None, is_top_left=False)
-    if name == "grouped-pages":
+    if name.startswith("grouped-pages"):
         rank = D // 2
         tails, sampled, maps = (
             Placed.contiguous(shape, problem.dtype)
@@ -248,8 +257,6 @@ def assert_launches_fit(plan: Plan, dtype: str, arch: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", [*OPTIONS, *GROUPED_KEYS, *PAGED])
 def test_launches_pass_what_the_sources_ask_for(name: str, dtype: str, arch: str) -> None:
-    if name in PAGED and (arch == "sm_75" or np.dtype(DTYPES[dtype]).itemsize != 2):
-        pytest.skip("no kernel covers it, and the call says so before it is planned")
     for causal, layout, D in itertools.product((False, True), ("bhnd", "bnhd"), (64, 30)):
         assert_launches_fit(make_plan(*made(name, dtype, causal, layout, D), arch), dtype, arch)
 
@@ -277,14 +284,17 @@ def test_plans_reach_every_kernel() -> None:
         for launch in make_plan(*make_grouped(name, dtype, True), "sm_80").launches
     }
     launched |= {launch.stem for launch in make_plan(*make_ragged_problem("float16", True), "sm_80").launches}
+    launched |= {
+        launch.stem for name in PAGED for launch in make_plan(*make_paged(name, "float16", True), "sm_80").launches
+    }
     sources = {path.stem for path in (Path(__file__).parents[2] / "raw_kernels").glob("*.cu")}
     assert launched == sources - {"expected_gram"}  # for keys that are appended, which no plan is made of
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", [*OPTIONS, *PAGED])
 def test_what_is_written_in_a_workspace_does_not_overlap(name: str) -> None:
     """Arrays that start at different places are apart; each starts at a multiple of 256 bytes."""
-    plan = make_plan(*make_problem("float16", True, **OPTIONS[name]), "sm_80")
+    plan = make_plan(*made(name, "float16", True), "sm_80")
     arguments = [x for launch in plan.launches for x in launch.arguments if isinstance(x, PlannedArray)]
     ends: dict[int, int] = {}
     for array in arguments:
@@ -310,6 +320,11 @@ def described(dtype: str = "float16", **changed: int) -> list[Any]:
     B, H, H_kv, N, M, D, E = (SIZES | changed).values()
     shapes = [(B, H, N, D), (B, H_kv, M, D), (B, H_kv, M, E)]
     return [SimpleNamespace(shape=shape, dtype=DTYPES[dtype]) for shape in shapes]
+
+
+def packed_bytes(rows: int, heads: int, width: int) -> int:
+    """Return what packed rows of 16 bits take of a workspace."""
+    return -(-2 * rows * heads * width // 256) * 256
 
 
 @pytest.mark.usefixtures("on_h100")
@@ -368,8 +383,26 @@ class TestWorkspaceSize:
         plain = described(N=4, M=2048)
         size = workspace_size(q, k, v, **tables, group_size=1)
         assert size == workspace_size(*plain, group_size=1) > 0
-        with pytest.raises(NotImplementedError, match=r"^page_table: the cupy backend takes at most 8 "):
-            workspace_size(q, k, v, **tables)
+        assert workspace_size(q, k, v, **tables) > packed_bytes(2 * 2048, 2, 64 + 32)
+
+    def test_only_what_does_not_lie_packed_is_copied(self) -> None:
+        """Keys and values always; queries and results of many sequences where these do not follow one another."""
+        sizes = {}
+        for layout, B, N in itertools.product(("bhnd", "bnhd"), (1, 2), (1, 50)):
+            q, k, v = described(B=B, N=N, M=256)
+            k.shape, v.shape = (50, *k.shape[1:]), (50, *v.shape[1:])
+            if layout == "bnhd":
+                for x in (q, k, v):
+                    x.shape = tuple(x.shape[axis] for axis in (0, 2, 1, 3))
+            tables = {
+                "page_table": SimpleNamespace(shape=(B, 8), dtype=np.int32),
+                "seqlens_k": SimpleNamespace(shape=(B,), dtype=np.int32),
+            }
+            # with a window, which decode.cu does not know
+            sizes[layout, B, N] = workspace_size(q, k, v, **tables, group_size=1, window=(9, 9), layout=layout)
+        for B, N in ((1, 1), (1, 50), (2, 1)):
+            assert sizes["bhnd", B, N] == sizes["bnhd", B, N]
+        assert sizes["bhnd", 2, 50] == sizes["bnhd", 2, 50] + packed_bytes(2 * 50, 4, 64) + packed_bytes(2 * 50, 4, 32)
 
     def test_nothing_to_compute(self) -> None:
         assert workspace_size(*described(B=0)) == 0
@@ -391,7 +424,7 @@ def test_bump_counts_in_steps_of_its_alignment() -> None:
 
 def test_memory_is_taken_in_one_place() -> None:
     """What allocates past `_empty` would allocate in a captured graph, and be missing in a workspace."""
-    for module in ("cupy_backend.py", "cupy_decode.py"):
+    for module in ("cupy_backend.py", "cupy_decode.py", "cupy_paged_keys.py"):
         text = Path(cupy_backend.__file__).with_name(module).read_text(encoding="utf-8")
         assert not re.findall(r"\bcupy\.(?:empty|zeros|ones|full|array|arange|copy)\w*\(", text)
 

@@ -85,6 +85,7 @@ def test_kernel_compiles_without_spills_or_local_memory(stem: str) -> None:
             "subspace_maps",
             "sum_segments",
             "add_mean_scores",
+            "pack_rows",
         ),
     ],
 )
@@ -133,6 +134,7 @@ def test_hopper_kernels_run_on_warpgroup_tensor_cores(stem: str, products: int, 
         ("gram_simt", {"D": 257}, "rows have 1 to 256 elements"),
         ("reduce_rows_simt", {"R": 65}, "a map has at least one column and at most D"),
         ("forward_sm90", {"BLOCK_KV": 136}, "S [64, BLOCK_KV] is held in registers"),
+        ("pack_rows", {"ROWS": 24}, "every thread has its part of as many rows"),
         ("channel_norms", {"ELEMENT": 5}, "ELEMENT is FLOAT16, BFLOAT16, FLOAT32 or FLOAT64"),
     ],
 )

@@ -51,7 +51,8 @@ RAGGED = (
 # (D, R, whether blocks choose their rank)
 MAPS = {"subspace_maps-odd": (33, 20, False), "subspace_maps-widest": (256, 256, True)}
 PLAIN = ("hash_channels", "group_channels", "channel_norms", "fusion_gains", "key_mean", "gram", "gram-centred")
-CACHES = ("copy_rows", "expected_gram", "rebuild_keys")
+COPIES = ("copy_rows", "pack_rows")
+CACHES = (*COPIES, "expected_gram", "rebuild_keys")
 KERNELS = (
     *(*PLAIN, *RAGGED, "sequence_tables", "merge_results", "sum_segments", "reduce_rows"),
     *(*CACHES, *MAPS, *FORWARDS),
@@ -98,7 +99,7 @@ def test_kernel_compiles_in_its_precision(cc: tuple[int, int], element: str, ker
     shared = [int(size) for size in re.findall(r"\.shared [^;]*\[(\d+)\]", ptx)]
     assert sum(shared) <= MAX_SHARED_BYTES
     assert (sum(shared) > 0) == (kernel not in UNSHARED)
-    if kernel in (*INTEGER, "copy_rows"):
+    if kernel in (*INTEGER, *COPIES):
         return  # no sums
     operation = "add" if kernel in ADDING else "fma"
     if element == "float64":
@@ -139,6 +140,7 @@ def kernels(types: Any) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     from distrattn_np.numba_kernels.hash_channels import make_hash_channels
     from distrattn_np.numba_kernels.key_mean import make_key_mean
     from distrattn_np.numba_kernels.merge_results import make_merge_results
+    from distrattn_np.numba_kernels.pack_rows import make_pack_rows
     from distrattn_np.numba_kernels.rebuild_keys import make_rebuild_keys
     from distrattn_np.numba_kernels.reduce_rows import make_reduce_rows
     from distrattn_np.numba_kernels.sequences import make_sequence_tables
@@ -180,6 +182,8 @@ def kernels(types: Any) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
         yield f"gram-centred {element}", make_gram(accumulator, True, product), signature
         yield f"sum_segments {element}", make_sum_segments(True, product.size), (matrices, table)
         yield f"copy_rows {element}", make_copy_rows(accumulator), (X, types.Array(number, 4, "A"))
+        signature = (X, X, types.Array(types.int32, 2, "A"), edges, edges, edges, integer)
+        yield f"pack_rows {element}", make_pack_rows(accumulator, 8, 32), signature
         yield f"expected_gram {element}", make_expected_gram(accumulator), (matrices, sums)
         blocks = types.Array(X.dtype, 5, "A")
         yield f"rebuild_keys {element}", make_rebuild_keys(accumulator, 64, 8, 32), (X, blocks, blocks, X, integer)

@@ -162,7 +162,7 @@ WRONG_CALLS = {
     "numba": (
         {"backend": "numba"},
         NotImplementedError,
-        f"page_table: is not built for the numba backend yet, got {NUMPY} (1, 4, 1, 6) and dtype float32",
+        f"k: GroupedPages are not built for the numba backend yet, got {SHOWN}",
     ),
 }
 

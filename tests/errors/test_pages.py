@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from kit.cases import BFLOAT16
 from kit.compare import assert_same_bits
 
-from distrattn_np import distr_attention, exact_attention, group_keys
+from distrattn_np import distr_attention, exact_attention, group_keys, workspace_size
 
 NUMPY = "numpy array of shape"
 CALLS = (distr_attention, exact_attention)
@@ -179,9 +180,19 @@ def test_grouped_keys_lie_in_no_pages() -> None:
         distr_attention(**arguments(k=keys))
 
 
-def test_numba_refuses_pages_by_name() -> None:
+def test_numba_refuses_a_workspace_for_pages_by_name() -> None:
     pytest.importorskip("numba")
-    message = f"page_table: is not built for the numba backend yet, got {shown(2, 4, 5, 6, dtype='float32')}"
-    for function in CALLS:
-        with pytest.raises(NotImplementedError, match=f"^{re.escape(message)}$"):
-            function(**arguments(), backend="numba")
+    message = f"workspace: is not built for the numba backend yet, got q: {shown(2, 4, 5, 6, dtype='float32')}"
+    call = arguments()
+    q, k, v = (call.pop(name) for name in ("q", "k", "v"))
+    with pytest.raises(NotImplementedError, match=f"^{re.escape(message)}$"):
+        workspace_size(q, k, v, **call, backend="numba")
+
+
+@pytest.mark.parametrize("function", CALLS)
+def test_numba_refuses_bfloat16_pages_by_name(function: Any) -> None:
+    pytest.importorskip("numba")
+    q, k, v = (arguments()[name].astype(BFLOAT16) for name in ("q", "k", "v"))
+    message = f"q: the numba backend takes float16, float32 and float64, got {shown(2, 4, 5, 6, dtype='bfloat16')}"
+    with pytest.raises(NotImplementedError, match=f"^{re.escape(message)}$"):
+        function(**arguments(q=q, k=k, v=v, out=None), backend="numba")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from distrattn_np.reference import rows_of_pages
 
 from distrattn_np.problem import ceil_div
 
@@ -26,11 +27,29 @@ class Paged:
         """Keywords of a call."""
         return {"page_table": self.page_table, "seqlens_k": self.seqlens_k}
 
+    def packed(self, q: np.ndarray) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+        """Return q, k and v of the same sequences packed one after another, and the keywords of a call."""
+        B, H, N, D = q.shape
+        lengths = self.seqlens_k.tolist()
+        arrays = [np.ascontiguousarray(q.swapaxes(1, 2).reshape(B * N, H, D))]
+        for pool in (self.k, self.v):
+            rows = (rows_of_pages(pool, *one) for one in zip(self.page_table, lengths, strict=True))
+            arrays.append(np.concatenate([x.swapaxes(0, 1) for x in rows]))
+        edges = (np.cumsum([0, *each], dtype=np.int32) for each in ([N] * B, lengths))
+        return arrays, dict(zip(("cu_seqlens_q", "cu_seqlens_k"), edges, strict=True))
+
     def given(self, q: np.ndarray, kind: Any, layout: str = "bhnd") -> tuple[list[Any], dict[str, Any]]:
         """Return q, k and v and the keywords of a call in a kind of arrays and a layout."""
         arrays = [np.ascontiguousarray(x.swapaxes(1, 2)) if layout == "bnhd" else x for x in (q, self.k, self.v)]
         named = {name: to_kind(x, kind) for name, x in self.tables.items()}
         return [to_kind(x, kind) for x in arrays], named | {"layout": layout}
+
+
+def unpacked(out: np.ndarray, lse: np.ndarray, batch: int) -> list[np.ndarray]:
+    """Return results (rows, H, E) and (H, rows) of as many queries each as (B, H, N, E) and (B, H, N)."""
+    rows, heads, width = out.shape
+    out, lse = out.reshape(batch, rows // batch, heads, width), lse.reshape(heads, batch, rows // batch)
+    return [np.ascontiguousarray(x) for x in (out.swapaxes(1, 2), lse.swapaxes(0, 1))]
 
 
 def in_pages(

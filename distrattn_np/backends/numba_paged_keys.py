@@ -1,0 +1,76 @@
+"""Keys and values in pages for Numba CUDA: their rows are copied, and are packed sequences from there on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..numba_kernels.pack_rows import make_pack_rows
+from ..problem import Layout, PagedProblem, Problem, ceil_div
+from . import KeysInPages, ScoreTables
+from .numba_backend import (
+    BACKEND,
+    THREADS,
+    _accumulator,
+    _as_batch,
+    _empty,
+    _launch,
+    _swap_rows_and_heads,
+    _view,
+    _with_batch_axis,
+)
+from .numba_grouped_keys import NumbaGroupedKeys
+
+
+@dataclass(frozen=True, slots=True)
+class PagedKeys(KeysInPages):
+    """Pages of keys (P, H_kv, S, D), and which of them a sequence has; its values lie in pages of the same numbers."""
+
+    rows: Any
+    page_table: Any
+    lengths: Any
+    is_top_left: bool
+
+    def brought_in(self, bring_in: Callable[[Any, Layout], Any], layout: Layout) -> PagedKeys:
+        """Return the same with native arrays."""
+        table, lengths = (bring_in(x, "bhnd") for x in (self.page_table, self.lengths))
+        return replace(self, rows=bring_in(self.rows, layout), page_table=table, lengths=lengths)
+
+    def attend(self, problem: Problem, Q: Any, V: Any, O: Any, lse: Any, _tables: ScoreTables) -> None:
+        """Write attention to these keys into O and lse, as `Backend.attend` does."""
+        ragged = PagedProblem(problem, self.rows.shape[2], self.is_top_left).packed
+        edges = [_empty((problem.batch + 1,), np.int32, Q) for _ in range(2)]
+        K_packed, V_packed = (self._rows_of_pages(x, problem, edges, Q) for x in (self.rows, V))
+        Q_rows, O_rows = (_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3]), x.dtype, Q) for x in (Q, O))
+        lse_rows = _empty((problem.heads, problem.batch, problem.queries), lse.dtype, Q)
+        of_head, of_sequence, of_query = lse_rows.strides
+
+        NumbaGroupedKeys._put(_swap_rows_and_heads(Q_rows), Q)
+        lse_packed = _with_batch_axis(_view(lse_rows, ragged.lse_shape, (of_head, of_query)))
+        packed = (_as_packed(Q_rows), K_packed, V_packed, _as_packed(O_rows), lse_packed)
+        BACKEND.compute_ragged(ragged, edges[0], edges[1], *packed)
+        # a copy goes to the stream of its target
+        NumbaGroupedKeys._put(O.bind(Q.stream), _swap_rows_and_heads(O_rows))
+        NumbaGroupedKeys._put(lse.bind(Q.stream), _view(lse_rows, problem.lse_shape, (of_sequence, of_head, of_query)))
+
+    def _rows_of_pages(self, rows: Any, problem: Problem, edges: list[Any], like: Any) -> Any:
+        """Return the rows of all sequences (1, H_kv, as many as fill all pages, width), on the stream of ``like``.
+
+        Where each sequence begins is written into ``edges``, of queries and of keys.
+        """
+        _, heads, _, width = rows.shape
+        packed = _as_batch(_empty((problem.batch * problem.keys, heads, width), rows.dtype, like))
+        threads = THREADS.reduction_columns, THREADS.reduction_rows
+        kernel = make_pack_rows(_accumulator(rows.dtype), *reversed(threads))
+        grid = problem.batch * heads * max(ceil_div(problem.keys, THREADS.reduction_rows), 1)
+        _launch(kernel, grid, threads, packed, rows, self.page_table, self.lengths, *edges, problem.queries)
+        return packed
+
+
+def _as_packed(rows: Any) -> Any:
+    """Return a view of rows (B, N, H, width), one sequence after another, as (1, H, B * N, width)."""
+    batch, count, heads, width = rows.shape
+    return _as_batch(_view(rows, (batch * count, heads, width), rows.strides[1:]))
