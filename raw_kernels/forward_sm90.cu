@@ -496,13 +496,19 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
   SharedTiles& shared = *reinterpret_cast<SharedTiles*>(
       shared_bytes + (SWIZZLE_ALIGNMENT - shared_address(shared_bytes) % SWIZZLE_ALIGNMENT) % SWIZZLE_ALIGNMENT);
 
-  const auto deal = [&] {
-    const int query_tiles = (N + BLOCK_Q - 1) / BLOCK_Q;
-    return Deal{items_dealt, blocks_at_once, positions / query_tiles, query_tiles, MAX_ROUNDS};
-  };
-  // Of this thread block; `positions` and more where it has none.
+  __shared__ int dealt[DEALS ? WARP_SIZE : 1];  // positions of this thread block, round by round
+  if (DEALS && threadIdx.x < WARP_SIZE) {       // seen behind the barrier below
+    const int query_tiles = (N + BLOCK_Q - 1) / BLOCK_Q, round = threadIdx.x;
+    const Deal deal = {items_dealt, blocks_at_once, positions / query_tiles, query_tiles, MAX_ROUNDS};
+    const int position = round < deal.rounds() ? deal.position(round) : positions;
+    const unsigned rounds_with_one = __ballot_sync(~0u, position < positions);
+    dealt[round] = positions;
+    __syncwarp();
+    if (position < positions) dealt[__popc(rounds_with_one & ((1u << round) - 1))] = position;
+  }
+  // `positions` and more where there is none any more.
   const auto position_of = [&](int round) -> int {
-    return DEALS ? deal().position(round) : blockIdx.x + round * gridDim.x;
+    return DEALS ? dealt[round] : blockIdx.x + round * gridDim.x;
   };
   const auto find_position = [&](int round) {
     return find_work(BLOCK_Q, H, N, query_blocks, query_block_size, first_item, CAUSAL && !DEALS, pieces,
@@ -577,10 +583,9 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
   const auto for_positions = [&](const auto& body) {
     unsigned rounds = ~0u;  // the highest bit: it is the first pass
     do {
-      const int last_round = DEALS ? deal().rounds() : min(MAX_ROUNDS, (positions - 1) / static_cast<int>(gridDim.x) + 1);
 #pragma unroll 1
-      for (int round = 0; round < last_round; ++round) {
-        if (!(rounds >> round & 1) || position_of(round) >= positions) continue;
+      for (int round = 0; round < MAX_ROUNDS && position_of(round) < positions; ++round) {
+        if (!(rounds >> round & 1)) continue;
         const WorkItem work = find_position(round);
         if (work.query_begin < work.query_end) body(!(rounds >> MAX_ROUNDS), round, work);
       }

@@ -137,6 +137,6 @@ def _build(stem: str, defines: Defines, shared: int) -> Any:
         flags.append("-arch=sm_90a")
     # get_function compiles: nothing is left for a first launch, which other threads may share
     kernel = cupy.RawModule(code=kernel_source(stem), options=tuple(flags)).get_function(stem)
-    if shared > 48 << 10:
+    if shared:  # with what the kernel declares itself it may pass what needs no asking for
         kernel.max_dynamic_shared_size_bytes = shared
     return kernel

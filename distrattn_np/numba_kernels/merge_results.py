@@ -53,7 +53,11 @@ def make_merge_results(accumulator: Any) -> Any:
         b_weight = math.exp(b_log - shift)
         total = a_weight + b_weight
         divisor = total if total > ZERO else ONE
-        O[b, h, n, e] = (a_weight * accumulator(O_a[b, h, n, e]) + b_weight * accumulator(O_b[b, h, n, e])) / divisor
+        # the heavier one first: a fused multiply-add rounds one of the products, and it must not be whichever came first
+        heavier, lighter = accumulator(O_a[b, h, n, e]), accumulator(O_b[b, h, n, e])
+        if a_log < b_log:
+            heavier, lighter = lighter, heavier
+        O[b, h, n, e] = (max(a_weight, b_weight) * heavier + min(a_weight, b_weight) * lighter) / divisor
         if e == 0:
             lse[b, h, n] = math.log(total) + shift if total > ZERO else NOTHING
 
