@@ -298,7 +298,8 @@ def sm90_defines(
         "BLOCK_Q": tiles.block_q,
         "BLOCK_KV": tiles.block_kv,
         "STAGES": tiles.stages,
-        "MAX_ROUNDS": 1 if (causal and keys_per_item) or ragged else SM90_MAX_ROUNDS,
+        # through maps causal calls were slower with several tiles a thread block (docs/performance.md)
+        "MAX_ROUNDS": 1 if (causal and (keys_per_item or key_maps)) or ragged else SM90_MAX_ROUNDS,
         "RAGGED": int(ragged),
     }
 

@@ -16,7 +16,7 @@
 //
 // Grid      : (positions / MAX_ROUNDS or more); see work_item.cuh. A thread block takes one position after the other, at
 //             most MAX_ROUNDS, and copies the first tiles of the next while it finishes one. CAUSAL: a multiple of
-//             blocks_at_once (Deal). RAGGED, and CAUSAL with KEYS_PER_ITEM: (positions), CAUSAL the longest first
+//             blocks_at_once (Deal). RAGGED, and CAUSAL with KEYS_PER_ITEM or KEY_MAPS: (positions), CAUSAL from the longest
 // Block     : (1 + NUM_CONSUMERS) * 128 threads. Warpgroup 0 copies tiles, the others own 64 query rows each
 // Shared    : sizeof(SharedTiles) + SWIZZLE_ALIGNMENT bytes, dynamic: 2 (BLOCK_Q Q_WIDTH + STAGES BLOCK_KV (R + E))
 //             + 8 (3 + 4 STAGES) + 1024; KEY_MAPS: and 2 R D + 4 BLOCK_Q + 32; OWN_BLOCK: D in place of R in the tiles of K;
@@ -73,7 +73,7 @@
 #define STAGES 2
 #endif
 #ifndef MAX_ROUNDS
-#define MAX_ROUNDS ((CAUSAL && KEYS_PER_ITEM) || RAGGED ? 1 : 31)  // positions that a thread block takes
+#define MAX_ROUNDS ((CAUSAL && (KEYS_PER_ITEM || KEY_MAPS)) || RAGGED ? 1 : 31)  // positions that a thread block takes
 #endif
 
 #include "hopper.cuh"

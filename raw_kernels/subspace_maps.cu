@@ -347,8 +347,11 @@ __device__ inline void choose_channels(SharedVectors& shared, real_t* rows, cons
           outside[q][i] = fma(-row[q][i], row[q][i], outside[q][i]);
           if (!(outside[q][i] > least[q][i])) outside[q][i] = 0.0f;
         }
-        if (first_of(q) < WIDTH) store4(rows + r * PITCH + T + first_of(q), row[q]);
       }
+      __syncwarp();  // all lanes have read the rows that are not there yet, of which this is the first
+#pragma unroll
+      for (int q = 0; q < QUADS; ++q)
+        if (first_of(q) < WIDTH) store4(rows + r * PITCH + T + first_of(q), row[q]);
       if (thread == 0) shared.channels[r] = chosen;
       __syncwarp();  // the row of F is written
     }

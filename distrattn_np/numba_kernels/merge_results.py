@@ -53,7 +53,7 @@ def make_merge_results(accumulator: Any) -> Any:
         b_weight = math.exp(b_log - shift)
         total = a_weight + b_weight
         divisor = total if total > ZERO else ONE
-        # the heavier one first: a fused multiply-add rounds one of the products, and it must not be whichever came first
+        # the heavier one first: a fused multiply-add rounds but one of the products, and not the one that came first
         heavier, lighter = accumulator(O_a[b, h, n, e]), accumulator(O_b[b, h, n, e])
         if a_log < b_log:
             heavier, lighter = lighter, heavier
