@@ -14,7 +14,6 @@ from kit.device import Allocations, Captured, poisoned_like, write_late
 from kit.pages import Paged, in_pages, unpacked
 
 from distrattn_np import distr_attention, exact_attention, workspace_size
-from distrattn_np.backends import cupy_device
 
 pytestmark = pytest.mark.gpu
 
@@ -77,6 +76,8 @@ def test_call_agrees_with_the_definition(case: tuple[Any, ...], causal: Any, lay
 def test_other_calls_give_the_bits_of_packed_sequences(
     case: tuple[Any, ...], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from distrattn_np.backends import cupy_device
+
     launched: list[str] = []
     launch = cupy_device.CupyWork.launch
 
