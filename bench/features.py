@@ -238,7 +238,7 @@ def _pages(dtype: str = "float32", **options: Any) -> Check:
         rng = np.random.default_rng(5)
         shapes = ((2, H, 3, D), (6, H_KV, 16, D), (6, H_KV, 16, E))
         q, k, v = (rng.standard_normal(shape, dtype=np.float32).astype(dtype) for shape in shapes)
-        tables = {
+        tables: dict[str, Any] = {
             "page_table": np.array([[4, 1, 3], [4, 5, -1]], np.int32),
             "seqlens_k": np.array([40, 21], np.int32),
         }
