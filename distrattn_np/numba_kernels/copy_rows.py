@@ -7,7 +7,7 @@ Listed: those rows of every head alone that a list names.
 Launcher  : distrattn_np/backends/numba_grouped_keys.py
 
 Grid      : any; the threads of all blocks take turns at the elements
-Assumes   : numbers pass through ``number``, which holds those of both arrays
+Assumes   : numbers pass through ``number``, which holds those of both arrays; no row of the target is listed twice
 """
 
 from __future__ import annotations

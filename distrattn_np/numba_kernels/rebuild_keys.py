@@ -53,8 +53,7 @@ def make_rebuild_keys(accumulator: Any, rank: int, is_paged: bool, thread_rows: 
             if begin + m >= end:
                 return
             c = page_table[b, c]
-            is_last = begin + m - row + block_size >= end
-            place = tail_of[c] if is_last else -1
+            place = tail_of[c]
             is_exact, tail_row = place >= 0, row
             b, m = 0, begin + m
         else:
