@@ -366,7 +366,6 @@ def check_group_pages(k: Any, q: Any, *, pages: int, tails: int, block_size: int
     if not (isinstance(block_size, numbers.Integral) and block_size in PAGE_SIZES):
         raise ValueError(_message("block_size", f"must be one of {', '.join(map(str, PAGE_SIZES))}", _show(block_size)))
     grouping, scale = check_group_keys(k, q, score_tol=None, block_size=int(block_size), **options)
-    check_kind_of_pages(str(kind_of(k)), "k", describe(k))
     if k.shape[0] != 1:
         raise ValueError(_message("k", "must have a batch size of 1", describe(k)))
     if k.shape[1 if options["layout"] == "bhnd" else 2] == 0:
@@ -374,13 +373,6 @@ def check_group_pages(k: Any, q: Any, *, pages: int, tails: int, block_size: int
     if grouping is None:
         raise ValueError(_message("rank", f"must be less than the width {k.shape[3]}", str(k.shape[3])))
     return grouping, scale
-
-
-def check_kind_of_pages(kind: str, name: str = "kind", got: str | None = None) -> None:
-    """Raise unless there are `GroupedPages` of this kind of arrays."""
-    _check_choice("kind", kind, "numpy", "cupy", "numba")
-    if kind == "numba":
-        raise NotImplementedError(_message(name, "GroupedPages of numba arrays are not built yet", got or _show(kind)))
 
 
 def check_appended_to_pages(k: Any, page_table: Any, seqlens_k: Any, pages: Any) -> None:
@@ -529,14 +521,14 @@ def check_saved_pages(file: Any, arrays: dict[str, np.ndarray], fmt: int) -> Non
 
 
 def check_kind_to_load(kind: str) -> None:
-    """Raise unless `GroupedKeys` of this kind of arrays can be loaded."""
+    """Raise unless `GroupedKeys` and `GroupedPages` of this kind of arrays can be loaded."""
     _check_choice("kind", kind, "numpy", "cupy", "numba")
 
 
 def check_dtype_of_grouped_keys(name: str, dtype: str, kind: str, got: str) -> None:
-    """Raise unless there are `GroupedKeys` of this kind of arrays with this dtype; ``name`` is where they come from."""
+    """Raise unless there are grouped keys of this kind of arrays with this dtype; ``name`` is where they come from."""
     if kind == "numba" and dtype == "bfloat16":
-        raise NotImplementedError(_message(name, "GroupedKeys of numba arrays are not built for bfloat16 yet", got))
+        raise NotImplementedError(_message(name, "grouped keys of numba arrays are not built for bfloat16 yet", got))
 
 
 def check_options_of_grouped_keys(

@@ -48,7 +48,7 @@ def group_pages(
     Parameters
     ----------
     k : array, shape (1, H_kv, any number of rows, D), float16 | bfloat16 | float32 | float64
-        Keys like those to come: only their heads, width, dtype, kind and device count. NumPy or CuPy.
+        Keys like those to come: only their heads, width, dtype, kind and device count.
     q : array, shape (1, H, any number of rows, D), dtype of ``k``
         Queries like those that the keys of all sequences will meet; as in `group_keys`.
     pages, tails : int
@@ -67,7 +67,7 @@ def group_pages(
     TypeError, ValueError
         As `group_keys` does; the text names the argument.
     NotImplementedError
-        If the keys are Numba device arrays.
+        If the keys are Numba device arrays of bfloat16.
 
     Examples
     --------
@@ -102,8 +102,11 @@ def group_pages(
     keys = class_for(of_kind.kind)
     first = keys.bhnd(k, order)
     with keys.on_device_of(first), keys.on_stream(handle):
-        queries = None if q is None else keys.query_statistics(keys.bhnd(q, order), first.shape[1])
-        return of_kind(first, pages, tails, grouping=grouping, queries=queries, scale=scale, layout=order)
+        queries = None
+        if q is not None:
+            queries = keys.query_statistics(keys.bound(keys.bhnd(q, order), handle), first.shape[1])
+        like = keys.bound(first, handle)
+        return of_kind(like, pages, tails, grouping=grouping, queries=queries, scale=scale, layout=order)
 
 
 class GroupedPages:
@@ -114,7 +117,7 @@ class GroupedPages:
 
     Attributes
     ----------
-    kind : {"numpy", "cupy"}
+    kind : {"numpy", "cupy", "numba"}
         Of the arrays that they take and hold.
     grouping : Subspace
     queries : QueryStatistics or None
@@ -160,13 +163,13 @@ class GroupedPages:
         self._rank: int = grouping.rank or 0
         L = grouping.block_size
         rank, width = self._padded(self._rank), self._padded(self._width)
-        self.sampled = self._zeros((pages, heads, L, rank), like.dtype)
-        self.maps = self._zeros((pages, heads, rank + 1, width), like.dtype)
-        self.ranks = self._zeros((pages, heads), np.int32)
-        self.score_errors = self._zeros((pages, heads), self._sum_type(like.dtype))
-        self.tails = self._zeros((tails, heads, L, self._width), like.dtype)
+        self.sampled = self._zeros((pages, heads, L, rank), like.dtype, like)
+        self.maps = self._zeros((pages, heads, rank + 1, width), like.dtype, like)
+        self.ranks = self._zeros((pages, heads), np.int32, like)
+        self.score_errors = self._zeros((pages, heads), self._sum_type(like.dtype), like)
+        self.tails = self._zeros((tails, heads, L, self._width), like.dtype, like)
         self.filled = np.zeros(pages, np.int32)
-        self.tail_of = self._zeros((pages,), np.int32)
+        self.tail_of = self._zeros((pages,), np.int32, like)
         self._take_tails(np.full(pages, -1, np.int32))
 
     def __repr__(self) -> str:
@@ -237,19 +240,23 @@ class GroupedPages:
         checks.check_stream_of(k, stream)
         keys = class_for(self.kind)
         new = keys.bhnd(k, self.layout)
-        plan = _Append(self)
+        plan = Append(self)
         for b, length in enumerate(seqlens_k.tolist()):
             plan.add(b, page_table[b], length, new.shape[2])
         with keys.on_device_of(self.tails), keys.on_stream(handle):
-            self._put_rows(plan.rows_before, new)
-            blocks = {page: self.tails[place] for page, place in plan.from_tails.items()}
-            blocks |= {page: new[b, :, i : i + self.page_size] for page, (b, i) in plan.whole.items()}
-            if blocks:
-                self._finish(blocks)
-            self._put_rows(plan.rows_after, new)
-            if not np.array_equal(plan.tail_of, self._tail_of_on_host):
-                self._take_tails(plan.tail_of)
+            self._append(keys.bound(new, handle), plan)
         self.filled = plan.filled
+
+    def _append(self, new: Any, plan: Append) -> None:
+        """Write what comes of new keys (B, H_kv, rows, D)."""
+        self._put_rows(plan.rows_before, new)
+        blocks = {page: self.tails[place] for page, place in plan.from_tails.items()}
+        blocks |= {page: new[b, :, i : i + self.page_size] for page, (b, i) in plan.whole.items()}
+        if blocks:
+            self._finish(blocks)
+        self._put_rows(plan.rows_after, new)
+        if not np.array_equal(plan.tail_of, self._tail_of_on_host):
+            self._take_tails(plan.tail_of)
 
     def release(self, pages: Iterable[int]) -> None:
         """Forget what these pages hold, and give the tails of those that are unfinished to others."""
@@ -288,17 +295,20 @@ class GroupedPages:
         ----------
         file : path or binary file
             What `save` wrote, of whatever kind the pages were.
-        kind : {"numpy", "cupy"}
+        kind : {"numpy", "cupy", "numba"}
             Of the pages that are returned; those on a GPU are on the current device.
 
         Raises
         ------
         ValueError
             If the file holds something else, or ``kind`` is another.
+        NotImplementedError
+            If the keys are bfloat16, and ``kind`` is "numba".
         """
-        checks.check_kind_of_pages(kind)
+        checks.check_kind_to_load(kind)
         arrays = read_arrays(file, "GroupedPages.save")
         checks.check_saved_pages(file, arrays, FORMAT)
+        checks.check_dtype_of_grouped_keys("file", str(arrays["dtype"]), kind, str(file))
         dtype = dtype_of_name(str(arrays["dtype"]))
         tails = arrays["tails"].view(dtype)
         rank, places, size = int(arrays["rank"]), len(tails), tails.shape[2]
@@ -317,14 +327,14 @@ class GroupedPages:
         width = tails.shape[3]
         maps = arrays["maps"].view(dtype)
         for place, kept in (
-            (pages.sampled[..., :rank], arrays["sampled"].view(dtype)),
+            (pages.sampled[:, :, :, :rank], arrays["sampled"].view(dtype)),
             (pages.maps[:, :, :rank, :width], maps[:, :, :-1]),
             (pages.maps[:, :, -1, :width], maps[:, :, -1]),
             (pages.ranks, arrays["ranks"]),
             (pages.score_errors, arrays["score_errors"].astype(pages.score_errors.dtype)),
             (pages.tails, tails),
         ):
-            place[...] = pages._on_device(np.ascontiguousarray(kept))
+            pages._put(place, pages._on_device(np.ascontiguousarray(kept)))
         pages.filled = arrays["filled"]
         pages._take_tails(arrays["tail_of"])
         return pages
@@ -338,7 +348,7 @@ class GroupedPages:
     def _take_tails(self, tail_of: np.ndarray) -> None:
         """Take over the places of unfinished pages."""
         self._tail_of_on_host = tail_of
-        self.tail_of[...] = self._on_device(tail_of)  # in its place, where graphs read it
+        self._put(self.tail_of, self._on_device(tail_of))  # in its place, where graphs read it
 
     def _finish(self, blocks: dict[int, Any]) -> None:
         """Write what is kept of pages, by their keys (H_kv, S, D)."""
@@ -362,8 +372,14 @@ class GroupedPages:
         return np.float64
 
     @staticmethod
-    def _zeros(shape: tuple[int, ...], dtype: Any) -> Any:
+    def _zeros(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:  # noqa: ARG004
+        """Return zeros where ``like`` is."""
         return np.zeros(shape, dtype)
+
+    @staticmethod
+    def _put(target: Any, source: Any) -> None:
+        """Write ``source`` into a view of the same shape."""
+        target[...] = source
 
     @staticmethod
     def _on_device(array: np.ndarray) -> Any:
@@ -389,7 +405,7 @@ def _pages_for(kind: Kind) -> type[GroupedPages]:
     return found
 
 
-class _Append:
+class Append:
     """What an append does to pages, found before anything is written."""
 
     def __init__(self, pages: GroupedPages) -> None:

@@ -56,8 +56,12 @@ class OnCupy:
         return host
 
     @staticmethod
-    def _zeros(shape: tuple[int, ...], dtype: Any, like: Any = None) -> Any:  # noqa: ARG004
+    def _zeros(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:  # noqa: ARG004
         return cupy.zeros(shape, dtype)
+
+    @staticmethod
+    def _with_strides(array: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
+        return cupy.ndarray(shape, array.dtype, memptr=array.data, strides=strides)
 
 
 class CupyGroupedKeys(OnCupy, DeviceGroupedKeys):
@@ -123,10 +127,6 @@ class CupyGroupedKeys(OnCupy, DeviceGroupedKeys):
     def on_stream(handle: int | None) -> AbstractContextManager[Any]:
         """Return a context in which CuPy's current stream is the one with this handle; None: it stays."""
         return on_stream(handle)
-
-    @staticmethod
-    def _with_strides(array: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
-        return cupy.ndarray(shape, array.dtype, memptr=array.data, strides=strides)
 
     @staticmethod
     def on_device_of(array: Any) -> AbstractContextManager[Any]:

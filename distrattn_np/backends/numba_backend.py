@@ -131,6 +131,7 @@ class NumbaBackend(Backend):
     kinds = frozenset(("numba", "numpy", "cupy"))
     builds_subspace: ClassVar[bool] = True
     kinds_of_grouped_keys: ClassVar[frozenset[Kind]] = frozenset({"numba"})
+    kinds_of_grouped_pages: ClassVar[frozenset[Kind]] = frozenset({"numba"})
 
     def attention(
         self,
@@ -210,7 +211,7 @@ class NumbaBackend(Backend):
         """Compute one checked call on copies of the rows that the sequences have, packed."""
         from .numba_paged_keys import PagedKeys  # which launches through this module
 
-        keys = PagedKeys(k, page_table, seqlens_k, problem.is_top_left)
+        keys = PagedKeys.of(k, page_table, seqlens_k, problem.is_top_left)
         result, lse, _ = self.attention(problem.longest, q, keys, v, out, NO_TABLES, lent)
         return result, lse
 

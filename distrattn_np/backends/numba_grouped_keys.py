@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
@@ -37,7 +38,48 @@ COPY_BLOCKS = 1 if SIMULATED else 1024
 """Most thread blocks of a copy: enough to keep any GPU busy."""
 
 
-class NumbaGroupedKeys(DeviceGroupedKeys):
+class OnNumba:
+    """What keys on the device, their own or in pages, ask of their kind of arrays."""
+
+    @staticmethod
+    def _put(target: Any, source: Any) -> None:
+        if 0 in target.shape:
+            return
+        shape = (*target.shape, *[1] * (4 - len(target.shape)))
+        target, source = (
+            _view(x, shape, (*x.strides, *[x.dtype.itemsize] * (4 - len(x.strides)))) for x in (target, source)
+        )
+        _copy(target, source, int(np.prod(shape)))
+
+    @staticmethod
+    def _padded(size: int) -> int:
+        return size
+
+    @staticmethod
+    def _sum_type(dtype: Any) -> Any:
+        return _accumulator(dtype)
+
+    @staticmethod
+    def _on_device(array: Any) -> Any:
+        return array if kind_of(array) == "numba" else cuda.to_device(np.ascontiguousarray(array))
+
+    @staticmethod
+    def _on_host(array: Any) -> np.ndarray:
+        host: np.ndarray = array.copy_to_host()
+        return host
+
+    @staticmethod
+    def _zeros(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
+        zeros = _empty(shape, dtype, like)
+        OnNumba._put(zeros, _broadcast(_copy_in(np.zeros(1, dtype), like), shape))
+        return zeros
+
+    @staticmethod
+    def _with_strides(array: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
+        return _view(array, shape, strides)
+
+
+class NumbaGroupedKeys(OnNumba, DeviceGroupedKeys):
     """Keys on the device of the first of them. Work goes to the stream of what is appended, or of the queries."""
 
     kind: ClassVar[Kind] = "numba"
@@ -72,47 +114,19 @@ class NumbaGroupedKeys(DeviceGroupedKeys):
         super()._append(new)
 
     def _blocks_at_once(self) -> int:
-        """Return how many blocks a workspace holds two Gram matrices and a map of, of every head."""
         batch, heads, _, width = self._buffer.shape
-        bytes_of_block: int = 3 * batch * heads * width**2 * np.dtype(_accumulator(self.dtype)).itemsize
-        return max(1, WORKSPACE_BYTES // max(bytes_of_block, 1))
+        return blocks_at_once(batch * heads, width, self.dtype)
 
     def _reduce_blocks(self, grouping: Subspace, X: Any) -> None:
-        """Write what is kept of them; a block is a head of one block here, so that it has a mean of its own."""
-        heads, blocks, L, width = X.shape
-        rank, accumulator = grouping.rank or width, _accumulator(X.dtype)
-        new = slice(self._finished, self._finished + blocks)
-        sampled, maps, ranks, score_errors = (room.array[:, new] for room in self._rooms)
-
-        block = BACKEND.one_block(L, L if self.queries is None else self.queries.rows, X)
-        mean = BACKEND.key_mean(X, block, of_all=True)
-        # rounded first, so that what is added to the scores is what was subtracted
-        self._put(maps[:, :, rank], mean)
-        self._put(mean, maps[:, :, rank])
-        x_grams, y_grams = (BACKEND.grams(X, shift, block, START, blocks) for shift in (mean, None))
-        if self.queries is not None:
-            _launch(make_expected_gram(accumulator), heads * blocks, THREADS.group, y_grams, self.queries.gram)
-
-        of_head, of_block, of_row, of_number = maps.strides
-        made = SubspaceMaps(
-            sampling=_empty((heads, blocks, 1, width, rank), accumulator, X),
-            fusion=_view(maps, (heads, blocks, 1, width, rank), (of_head, of_block, of_block, of_number, of_row)),
-            key_mean=mean,
-            ranks=ranks,
-            score_errors=score_errors,
-        )
-        BACKEND.solve_maps(made, x_grams, y_grams, block, 1, grouping, self.scale, y_changes=True)
-        BACKEND.reduce_rows(X, made, L, None, is_centred=True, out=sampled)
+        new = slice(self._finished, self._finished + X.shape[1])
+        reduce_blocks(X, self.queries, grouping, self.scale, [room.array[:, new] for room in self._rooms])
 
     def _rebuilt(self, like: Any) -> Any:
         """Return all keys (B, H_kv, M, D), those of finished blocks as they count, on the stream of ``like``."""
         batch, heads, _, width = self._buffer.shape
         keys = _empty((batch, heads, self.exact_from + self._tail_rows, width), self.dtype, like)
         sampled, maps = (self._by_heads(room.array) for room in (self._sampled, self._maps))
-        rows, columns = THREADS.reduction_rows, THREADS.reduction_columns
-        kernel = make_rebuild_keys(_accumulator(self.dtype), maps.shape[3] - 1, rows, columns)
-        grid = batch * heads * ceil_div(keys.shape[2], rows)
-        _launch(kernel, grid, (columns, rows), keys, sampled, maps, self.tail, self.exact_from)
+        rebuild_keys(keys, sampled, maps, self.tail, self.exact_from)
         return keys
 
     # ---- arrays ----
@@ -133,48 +147,76 @@ class NumbaGroupedKeys(DeviceGroupedKeys):
         return _bound(array, handle)
 
     @staticmethod
-    def _put(target: Any, source: Any) -> None:
-        if 0 in target.shape:
-            return
-        shape = (*target.shape, *[1] * (4 - len(target.shape)))
-        target, source = (
-            _view(x, shape, (*x.strides, *[x.dtype.itemsize] * (4 - len(x.strides)))) for x in (target, source)
-        )
-        number = np.int32 if target.dtype == np.int32 else _accumulator(target.dtype)
-        blocks = min(ceil_div(int(np.prod(shape)), THREADS.group), COPY_BLOCKS)
-        _launch(make_copy_rows(number), blocks, THREADS.group, target, source)
-
-    @staticmethod
-    def _padded(size: int) -> int:
-        return size
-
-    @staticmethod
-    def _sum_type(dtype: Any) -> Any:
-        return _accumulator(dtype)
-
-    @staticmethod
-    def _on_device(array: Any) -> Any:
-        return array if kind_of(array) == "numba" else cuda.to_device(np.ascontiguousarray(array))
-
-    @staticmethod
-    def _on_host(array: Any) -> np.ndarray:
-        host: np.ndarray = array.copy_to_host()
-        return host
-
-    @staticmethod
-    def _zeros(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
-        zeros = _empty(shape, dtype, like)
-        NumbaGroupedKeys._put(zeros, _broadcast(_copy_in(np.zeros(1, dtype), like), shape))
-        return zeros
-
-    @staticmethod
-    def _with_strides(array: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
-        return _view(array, shape, strides)
-
-    @staticmethod
     def on_device_of(array: Any) -> AbstractContextManager[Any]:
         """Return a context in which the device that holds ``array`` is current."""
         return _on_device_of(array)
+
+
+def blocks_at_once(heads: int, width: int, dtype: Any) -> int:
+    """Return how many blocks a workspace holds two Gram matrices and a map of, of every head."""
+    bytes_of_block: int = 3 * heads * width**2 * np.dtype(_accumulator(dtype)).itemsize
+    return max(1, WORKSPACE_BYTES // max(bytes_of_block, 1))
+
+
+def reduce_blocks(
+    X: Any, queries: QueryStatistics | None, grouping: Subspace, scale: float, kept: Sequence[Any]
+) -> None:
+    """Write what is kept of blocks (heads, blocks, L, D); a block is a head of one block here, with a mean of its own.
+
+    ``kept``: arrays as the rooms of `DeviceGroupedKeys`, of these blocks alone.
+    """
+    heads, blocks, L, width = X.shape
+    rank, accumulator = grouping.rank or width, _accumulator(X.dtype)
+    sampled, maps, ranks, score_errors = kept
+
+    block = BACKEND.one_block(L, L if queries is None else queries.rows, X)
+    mean = BACKEND.key_mean(X, block, of_all=True)
+    # rounded first, so that what is added to the scores is what was subtracted
+    OnNumba._put(maps[:, :, rank], mean)
+    OnNumba._put(mean, maps[:, :, rank])
+    x_grams, y_grams = (BACKEND.grams(X, shift, block, START, blocks) for shift in (mean, None))
+    if queries is not None:
+        _launch(make_expected_gram(accumulator), heads * blocks, THREADS.group, y_grams, queries.gram)
+
+    of_head, of_block, of_row, of_number = maps.strides
+    made = SubspaceMaps(
+        sampling=_empty((heads, blocks, 1, width, rank), accumulator, X),
+        fusion=_view(maps, (heads, blocks, 1, width, rank), (of_head, of_block, of_block, of_number, of_row)),
+        key_mean=mean,
+        ranks=ranks,
+        score_errors=score_errors,
+    )
+    BACKEND.solve_maps(made, x_grams, y_grams, block, 1, grouping, scale, y_changes=True)
+    BACKEND.reduce_rows(X, made, L, None, is_centred=True, out=sampled)
+
+
+def rebuild_keys(
+    keys: Any, sampled: Any, maps: Any, tail: Any, exact_from: int = 0, *, of_pages: tuple[Any, ...] | None = None
+) -> None:
+    """Write all keys; arrays as numba_kernels/rebuild_keys.py has them. ``of_pages``: table, edges, places of tails."""
+    batch, heads, most, _ = keys.shape
+    if of_pages is not None:
+        batch, pages = of_pages[0].shape
+        most = pages * sampled.shape[3]
+    rows, columns = THREADS.reduction_rows, THREADS.reduction_columns
+    kernel = make_rebuild_keys(_accumulator(keys.dtype), maps.shape[3] - 1, of_pages is not None, rows, columns)
+    # Numba passes no None to a GPU: any array does where the kernel reads none
+    others = (tail, exact_from, *(of_pages or (keys,) * 3))
+    _launch(kernel, batch * heads * ceil_div(most, rows), (columns, rows), keys, sampled, maps, *others)
+
+
+def put_listed(target: Any, source: Any, rows: np.ndarray) -> None:
+    """Write rows of (B, H, rows, D) into another such array: [4, count], b and n there and then in the source."""
+    numbers = rows.shape[1] * target.shape[1] * target.shape[3]
+    _copy(target, source, numbers, _copy_in(rows, target))
+
+
+def _copy(target: Any, source: Any, numbers: int, rows: Any = None) -> None:
+    number = np.int32 if target.dtype == np.int32 else _accumulator(target.dtype)
+    blocks = min(ceil_div(numbers, THREADS.group), COPY_BLOCKS)
+    kernel = make_copy_rows(number, rows is not None)
+    # Numba passes no None to a GPU: any array does where the kernel reads none
+    _launch(kernel, blocks, THREADS.group, target, source, target if rows is None else rows)
 
 
 GROUPED_KEYS = NumbaGroupedKeys

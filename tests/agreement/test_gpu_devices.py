@@ -116,7 +116,7 @@ CALLS: dict[str, Callable[[Any], Callable[[], Any]]] = {
     "grouped-pages": grouped_pages,
     "merge": halves,
 }
-KINDS = [("cupy", name) for name in CALLS] + [("numba", name) for name in CALLS if name != "grouped-pages"]
+KINDS = [(kind, name) for kind in ("cupy", "numba") for name in CALLS]
 
 
 def results_of(call: Callable[[], Any]) -> tuple[Any, ...]:

@@ -51,8 +51,8 @@ RAGGED = (
 # (D, R, whether blocks choose their rank)
 MAPS = {"subspace_maps-odd": (33, 20, False), "subspace_maps-widest": (256, 256, True)}
 PLAIN = ("hash_channels", "group_channels", "channel_norms", "fusion_gains", "key_mean", "gram", "gram-centred")
-COPIES = ("copy_rows", "pack_rows")
-CACHES = (*COPIES, "expected_gram", "rebuild_keys")
+COPIES = ("copy_rows", "copy_rows-listed", "pack_rows")
+CACHES = (*COPIES, "expected_gram", "rebuild_keys", "rebuild_keys-paged")
 KERNELS = (
     *(*PLAIN, *RAGGED, "sequence_tables", "merge_results", "sum_segments", "reduce_rows"),
     *(*CACHES, *MAPS, *FORWARDS),
@@ -181,12 +181,19 @@ def kernels(types: Any) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
         signature = (X, vectors, table, integer, matrices)
         yield f"gram-centred {element}", make_gram(accumulator, True, product), signature
         yield f"sum_segments {element}", make_sum_segments(True, product.size), (matrices, table)
-        yield f"copy_rows {element}", make_copy_rows(accumulator), (X, types.Array(number, 4, "A"))
+        signature = (X, types.Array(number, 4, "A"))
+        yield f"copy_rows {element}", make_copy_rows(accumulator, False), (*signature, types.none)
+        yield f"copy_rows-listed {element}", make_copy_rows(accumulator, True), (*signature, table)
         signature = (X, X, types.Array(types.int32, 2, "A"), edges, edges, edges, integer)
         yield f"pack_rows {element}", make_pack_rows(accumulator, 8, 32), signature
         yield f"expected_gram {element}", make_expected_gram(accumulator), (matrices, sums)
         blocks = types.Array(X.dtype, 5, "A")
-        yield f"rebuild_keys {element}", make_rebuild_keys(accumulator, 64, 8, 32), (X, blocks, blocks, X, integer)
+        signature = (X, blocks, blocks, X, integer)
+        kernel = make_rebuild_keys(accumulator, 64, False, 8, 32)
+        yield f"rebuild_keys {element}", kernel, (*signature, *(types.none,) * 3)
+        kernel = make_rebuild_keys(accumulator, 64, True, 8, 32)
+        signature += (types.Array(types.int32, 2, "A"), edges, edges)
+        yield f"rebuild_keys-paged {element}", kernel, signature
         for name, (D, R, chooses) in MAPS.items():
             kernel = make_subspace_maps(accumulator, D, R, chooses, True, product)
             outputs = (matrices, matrices, ranks, vectors)

@@ -238,7 +238,7 @@ def test_numba_arrays_do_not_mix_with_others() -> None:
 def test_bfloat16_of_numba_is_refused(tmp_path: Any) -> None:
     cuda, ml_dtypes = pytest.importorskip("numba.cuda"), pytest.importorskip("ml_dtypes")
     k = normal(2, 2, 7, 6, dtype=ml_dtypes.bfloat16)
-    rule = "GroupedKeys of numba arrays are not built for bfloat16 yet"
+    rule = "grouped keys of numba arrays are not built for bfloat16 yet"
     if SIMULATED:  # elsewhere Numba has no such arrays
         with refused(NotImplementedError, f"k: {rule}, got {K.replace('numpy', 'numba')} bfloat16"):
             group_keys(cuda.to_device(k))

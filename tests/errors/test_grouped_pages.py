@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from kit.cases import BFLOAT16
 from kit.compare import assert_same_bits
 
 from distrattn_np import GroupedPages, distr_attention, exact_attention, group_pages
@@ -162,7 +164,7 @@ WRONG_CALLS = {
     "numba": (
         {"backend": "numba"},
         NotImplementedError,
-        f"k: GroupedPages are not built for the numba backend yet, got {SHOWN}",
+        f"k: the numba backend takes GroupedPages of numba arrays, got {SHOWN}",
     ),
 }
 
@@ -234,6 +236,24 @@ def _written(arrays: dict[str, Any]) -> io.BytesIO:
     return file
 
 
-def test_numba_is_refused_by_name() -> None:
-    with refused(NotImplementedError, "kind: GroupedPages of numba arrays are not built yet, got 'numba'"):
-        GroupedPages.load(io.BytesIO(), kind="numba")
+def test_another_kind_to_load_is_named() -> None:
+    with refused(ValueError, "kind: must be 'numpy', 'cupy' or 'numba', got 'torch'"):
+        GroupedPages.load(io.BytesIO(), kind="torch")  # type: ignore[arg-type]
+
+
+def test_bfloat16_of_numba_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("numba")
+    path = tmp_path / "pages.npz"
+    made(k=normal(1, 2, 3, 6, dtype=BFLOAT16)).save(path)
+    with refused(NotImplementedError, f"file: grouped keys of numba arrays are not built for bfloat16 yet, got {path}"):
+        GroupedPages.load(path, kind="numba")
+
+
+def test_numba_arrays_do_not_mix_with_others() -> None:
+    cuda = pytest.importorskip("numba.cuda")
+    keys = made(k=cuda.to_device(normal(1, 2, 3, 6)))
+    with refused(TypeError, f"k: must be a numba array, as the keys so far, got {K}"):
+        keys.append(normal(1, 2, 3, 6), integers([0]), integers(0))
+    keys.append(cuda.to_device(normal(1, 2, 20, 6)), integers([7, 2]), integers(0))
+    with refused(TypeError, f"k: must hold numpy arrays, as q is, got {SHOWN} on a CUDA device"):
+        distr_attention(**arguments(k=keys))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from distrattn_np import GroupedKeys, GroupedPages, group_keys, group_pages
+from distrattn_np import GroupedKeys, GroupedPages, distr_attention, group_keys, group_pages
+from distrattn_np.arrays import Kind
 
 from .backends import to_kind
+from .cases import BFLOAT16
+from .compare import assert_agrees, assert_same_bits, relative_error, to_host
 
 
 @dataclass
@@ -83,3 +87,81 @@ def in_grouped_pages(
             keys.append(give(x[:, :, done[b] : stop]), table[b : b + 1], np.array([done[b]], np.int32))
             done[b] = stop
     return Sequences(keys, k, v, table, pages_v, known, options)
+
+
+TOLERANCE = {"float16": 2e-3, "bfloat16": 1.6e-2, "float32": 2e-6, "float64": 1e-13}
+"""Of the length of a result: weights, results and queries times maps are rounded to the dtype."""
+
+
+def draw(case: tuple[Any, ...], kind: Kind, seed: int = 0, pieces: int = 2) -> tuple[np.ndarray, Sequences]:
+    """Return queries and sequences of sizes (H, H_kv), N, S, D, R, E, dtype, layout, lengths, shared pages."""
+    (H, H_kv), N, S, D, R, E, name, layout, lengths, shared = case
+    dtype = BFLOAT16 if name == "bfloat16" else np.dtype(name)
+    rng = np.random.default_rng([seed, H, S, D])
+    weights = rng.standard_normal((D, D)) * 0.95 ** np.arange(D) / np.sqrt(D) * 2
+    k = [(rng.standard_normal((1, H_kv, M, D)) @ weights + 0.5).astype(dtype) for M in lengths]
+    v = [rng.standard_normal((1, H_kv, M, E)).astype(dtype) for M in lengths]
+    for rows in (k, v):
+        for x in rows[1:]:
+            x[:, :, : shared * S] = rows[0][:, :, : shared * S][:, :, : x.shape[2]]
+    known, q = (rng.standard_normal((B, H, rows, D)).astype(dtype) for B, rows in ((1, 40), (len(lengths), N)))
+    options = {"rank": R, "block_size": S, "layout": layout, "shared": shared, "pieces": pieces}
+    return q, in_grouped_pages(k, v, known, rng, kind=kind, **options)
+
+
+def _host(array: Any, layout: str) -> np.ndarray:
+    found = to_host(array)
+    return np.ascontiguousarray(found.swapaxes(1, 2) if layout == "bnhd" else found)
+
+
+def on_host(keys: GroupedPages, dtype: Any = None) -> GroupedPages:
+    """Return the same numbers as NumPy arrays, of another dtype if any."""
+    file = io.BytesIO()
+    keys.save(file)
+    file.seek(0)
+    loaded = GroupedPages.load(file)
+    if dtype is not None:
+        loaded.sampled, loaded.maps, loaded.tails = (
+            x.astype(dtype) for x in (loaded.sampled, loaded.maps, loaded.tails)
+        )
+    return loaded
+
+
+def assert_pages_keep_the_bits_of_grouped_keys(case: tuple[Any, ...], kind: Kind) -> None:
+    """Assert it of finished pages and of tails."""
+    _, sequences = draw(case, kind)
+    keys, S = on_host(sequences.keys), case[2]
+    finished = 0
+    for b, k in enumerate(sequences.k):
+        one = sequences.one(b, kind)
+        for c, block in enumerate(one.blocks):
+            page = sequences.page_table[b, c]
+            assert keys.tail_of[page] == -1
+            assert_same_bits(keys.sampled[page], np.ascontiguousarray(to_host(block.sampled)[0]))
+            assert_same_bits(keys.maps[page, :, :-1], np.ascontiguousarray(to_host(block.fusion)[0].swapaxes(1, 2)))
+            assert_same_bits(keys.maps[page, :, -1], np.ascontiguousarray(to_host(block.mean)[0]))
+            finished += 1
+        if k.shape[2]:
+            rows = k.shape[2] - len(one.blocks) * S
+            place = keys.tail_of[sequences.page_table[b, len(one.blocks)]]
+            assert_same_bits(keys.tails[place, :, :rows], np.ascontiguousarray(k[0, :, -rows:]))
+    assert finished > 0
+
+
+def assert_call_agrees_with_what_is_kept(case: tuple[Any, ...], options: dict[str, Any], kind: Kind) -> None:
+    """Assert that a call gives what NumPy's does in float64 with the same numbers."""
+    q, sequences = draw(case, kind)
+    options = options | {"return_lse": True}
+    S, layout, shared = case[2], case[7], case[9]
+    if shared:  # the last sequence asks before it has a key of its own: its last page is finished
+        sequences.k[-1] = sequences.k[-1][:, :, : shared * S - 3]
+    arrays, tables = sequences.given(q, kind, layout)
+    out, lse = distr_attention(*arrays, **tables, **options)
+    wide = on_host(sequences.keys, np.float64)
+    swapped = [x.swapaxes(1, 2) if layout == "bnhd" else x for x in (q, np.nan_to_num(sequences.pages_v))]
+    wide_q, wide_v = (np.ascontiguousarray(x.astype(np.float64)) for x in swapped)
+    named = {"page_table": sequences.page_table, "seqlens_k": sequences.lengths, "layout": layout}
+    expected, expected_lse = distr_attention(wide_q, wide, wide_v, **named, **options)
+    assert relative_error(_host(out, layout), _host(expected, layout)) <= TOLERANCE[case[6]]
+    tolerance = max(10 * TOLERANCE[case[6]], 1e-6)  # of scores with queries times maps in 16 bits; an lse is float32
+    assert_agrees(to_host(lse), expected_lse, rtol=tolerance, atol=tolerance, context=str(case))
