@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
@@ -312,11 +313,14 @@ class GroupedPages:
         dtype = dtype_of_name(str(arrays["dtype"]))
         tails = arrays["tails"].view(dtype)
         rank, places, size = int(arrays["rank"]), len(tails), tails.shape[2]
+        of_kind = _pages_for(kind)
         queries = None
         if "query_gram" in arrays:
             queries = QueryStatistics(arrays["query_gram"], int(arrays["query_rows"]))
-        pages = _pages_for(kind)(
-            tails[:1],
+            queries = queries.padded(of_kind._padded(tails.shape[3]), of_kind._sum_type(dtype))
+            queries = replace(queries, gram=of_kind._on_device(queries.gram))
+        pages = of_kind(
+            of_kind._on_device(tails[:1]),
             len(arrays["filled"]),
             places,
             grouping=Subspace(rank, None, int(arrays["refine"]), size, "keys"),

@@ -105,7 +105,7 @@ class CupyGroupedKeys(OnCupy, DeviceGroupedKeys):
 
     def _reduce_blocks(self, grouping: Subspace, X: Any) -> None:
         new = slice(self._finished, self._finished + X.shape[1])
-        reduce_blocks(X, self.queries, grouping, self.scale, [room.array for room in self._rooms], new)
+        reduce_blocks(X, self.queries, grouping, self.scale, [room.array[:, new] for room in self._rooms])
 
     def kept(self) -> KeptKeys:
         """Return what a call reads."""
@@ -142,11 +142,11 @@ def blocks_at_once(heads: int, width: int, dtype: Any) -> int:
 
 
 def reduce_blocks(
-    X: Any, queries: QueryStatistics | None, grouping: Subspace, scale: float, kept: Sequence[Any], where: Any
+    X: Any, queries: QueryStatistics | None, grouping: Subspace, scale: float, kept: Sequence[Any]
 ) -> None:
     """Write what is kept of blocks (heads, blocks, L, D); a block is a head of one block here, with a mean of its own.
 
-    ``kept``: arrays as the rooms of `DeviceGroupedKeys`, whose blocks ``where`` these are.
+    ``kept``: arrays as the rooms of `DeviceGroupedKeys`, of these blocks alone.
     """
     kept_sampled, kept_maps, kept_ranks, kept_score_errors = kept
     heads, blocks, L, width = X.shape
@@ -181,11 +181,11 @@ def reduce_blocks(
 
     fusion = dense.fusion[:, :, 0]
     rank = fusion.shape[2]  # padded for tensor cores; kernels on CUDA cores leave the padding unwritten
-    kept_sampled[:, where, :, :rank] = sampled[..., :rank]
-    kept_maps[:, where, :rank, : fusion.shape[3]] = fusion
-    kept_maps[:, where, -1, :width] = mean
-    kept_ranks[:, where] = maps.ranks
-    kept_score_errors[:, where] = maps.score_errors
+    kept_sampled[:, :, :, :rank] = sampled[..., :rank]
+    kept_maps[:, :, :rank, : fusion.shape[3]] = fusion
+    kept_maps[:, :, -1, :width] = mean
+    kept_ranks[...] = maps.ranks
+    kept_score_errors[...] = maps.score_errors
 
 
 class _WholeBlocks(_Segments):

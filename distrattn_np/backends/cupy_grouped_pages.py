@@ -29,7 +29,7 @@ class CupyGroupedPages(OnCupy, DeviceGroupedPages):
         return blocks_at_once(heads, width, self.dtype)
 
     def _reduce_blocks(self, X: Any, kept: Sequence[Any]) -> None:
-        reduce_blocks(X, self.queries, self.grouping, self.scale, kept, slice(None))
+        reduce_blocks(X, self.queries, self.grouping, self.scale, kept)
 
     def _put_pages(self, pool: Any, pages: np.ndarray, new: Any) -> None:
         as_bits(pool)[cupy.asarray(pages)] = as_bits(new)

@@ -4,37 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from ..arrays import kind_of
-from ..grouped_keys import QueryStatistics, class_for
+from ..grouped_keys import class_for
 from ..grouped_pages import POOLS, GroupedPages
-from ..problem import Layout, Subspace
 
 
 class DeviceGroupedPages(GroupedPages, ABC):
     """Pages on the device of the keys that they were made like. All work is queued on a stream."""
-
-    def __init__(
-        self,
-        like: Any,
-        pages: int,
-        tails: int,
-        *,
-        grouping: Subspace,
-        queries: QueryStatistics | None,
-        scale: float,
-        layout: Layout,
-    ) -> None:
-        """Take memory on the current device; ``like`` may be a NumPy array, as from a file."""
-        like = self._on_device(like)
-        if queries is not None and kind_of(queries.gram) == "numpy":
-            queries = queries.padded(self._padded(like.shape[3]), self._sum_type(like.dtype))
-            queries = replace(queries, gram=self._on_device(queries.gram))
-        super().__init__(like, pages, tails, grouping=grouping, queries=queries, scale=scale, layout=layout)
 
     def __repr__(self) -> str:
         """Return what error messages say of it."""

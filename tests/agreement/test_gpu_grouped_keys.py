@@ -18,7 +18,7 @@ import pytest
 from kit.backends import to_kind
 from kit.cases import BFLOAT16, Case, in_memory
 from kit.compare import assert_agrees, assert_no_worse_than_plain, assert_same_bits, relative_error, to_host
-from kit.device import Allocations, Captured, poisoned_like, write_late
+from kit.device import Captured, assert_stays_in_workspace, poisoned_like, write_late
 from kit.strategies import SPACING
 
 from distrattn_np import GroupedKeys, distr_attention, exact_attention, group_keys, reference, workspace_size
@@ -536,7 +536,6 @@ IN_WORKSPACES = {
 
 @pytest.mark.parametrize("name", IN_WORKSPACES)
 def test_a_step_in_a_workspace_allocates_nothing_and_stays_inside(name: str) -> None:
-    import cupy
 
     case, options = IN_WORKSPACES[name]
     inputs = make_inputs(case)
@@ -546,14 +545,8 @@ def test_a_step_in_a_workspace_allocates_nothing_and_stays_inside(name: str) -> 
     out, lse = poisoned_like(expected), poisoned_like(expected_lse)
     size = workspace_size(q, keys, v, **options, out=out, lse=lse)
     assert (size > 0) == (name == "splits" or name.startswith("rebuilt"))
-    memory = cupy.full(size + 4096, 0xFF, np.uint8)  # NaN wherever it is read before it is written
-    cupy.cuda.Device().synchronize()
-    with Allocations() as allocations:
-        distr_attention(q, keys, v, **options, out=out, lse=lse, workspace=memory[:size])
-    assert allocations.sizes == []
-    assert_same_bits(out, expected)
-    assert_same_bits(lse, expected_lse)
-    assert bool((memory[size:] == 0xFF).all())
+    call = partial(distr_attention, q, keys, v, **options)
+    memory = assert_stays_in_workspace(call, out, lse, size, (expected, expected_lse))
     if size:
         with pytest.raises(ValueError, match=rf"^workspace: must have at least {size} bytes, got cupy array of shape"):
             distr_attention(q, keys, v, **options, out=out, lse=lse, workspace=memory[: size - 1])

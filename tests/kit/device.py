@@ -79,6 +79,26 @@ class Captured:
             assert_same_bits(got, wanted)
 
 
+def assert_stays_in_workspace(
+    call: Callable[..., Any], out: Any, lse: Any, size: int, expected: tuple[Any, Any]
+) -> Any:
+    """Make a call in ``size`` bytes of poison: it allocates nothing, writes nothing behind them, and gives these bits.
+
+    Returns the memory, which has 4096 bytes more.
+    """
+    import cupy
+
+    memory = cupy.full(size + 4096, 0xFF, np.uint8)  # NaN wherever it is read before it is written
+    cupy.cuda.Device().synchronize()
+    with Allocations() as allocations:
+        call(out=out, lse=lse, workspace=memory[:size])
+    assert allocations.sizes == []
+    for got, wanted in zip((out, lse), expected, strict=True):
+        assert_same_bits(got, wanted)
+    assert bool((memory[size:] == 0xFF).all())
+    return memory
+
+
 def write_late(stream: Any, late: list[Any], good: list[Any]) -> None:
     """Enqueue some 50 ms of work on ``stream``, then the values of ``good``: elsewhere one reads poison till then."""
     import cupy
