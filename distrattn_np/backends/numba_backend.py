@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
 import numba
@@ -663,7 +664,19 @@ def _launch(kernel: Any, blocks: int, threads: int | tuple[int, int], first: Any
         # Numba warns of small grids, which are the caller's to choose; the simulator, being NumPy, of the infinities
         # and NaNs that a GPU computes with in silence
         warnings.simplefilter("ignore")
+        if not SIMULATED:
+            kernel = _kernel_of_device(kernel, cuda.current_context().device.id)
         kernel[blocks, threads, first.stream](first, *others)
+
+
+@cache
+def _kernel_of_device(kernel: Any, index: int) -> Any:
+    """Return what one device alone launches.
+
+    numba-cuda 0.30 loads the code of a kernel once, and unloads it once for each device that it ran on: the process
+    would end in a crash.
+    """
+    return kernel if index == 0 else cuda.jit(kernel.py_func)
 
 
 class _SharedArrays:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -158,6 +160,25 @@ def test_threads_have_a_device_each() -> None:
         for number, (device, out) in enumerate(pool.map(work, range(8))):
             assert device == number % 2
             assert_same_bits(out, expected)
+
+
+@pytest.mark.parametrize("kind", ["cupy", "numba"])
+def test_a_process_that_used_both_ends_well(kind: str) -> None:
+    """The code of kernels is unloaded once."""
+    arrays = "cuda.to_device(x)" if kind == "numba" else "cupy.asarray(x)"
+    script = f"""
+import cupy, numpy as np
+from numba import cuda
+from distrattn_np import exact_attention
+x = np.ones((1, 1, 40, 16), np.float16)
+for index in (0, 1):
+    with cupy.cuda.Device(index), cuda.gpus[index]:
+        q = {arrays}
+        exact_attention(q, q, q)
+        cuda.synchronize()
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
 
 
 def test_a_stream_of_the_device_that_is_not_current() -> None:

@@ -120,7 +120,8 @@ def test_work_goes_to_the_stream_that_is_named() -> None:
     table, lengths = rng.permutation(8).astype(np.int32).reshape(2, 4), np.array([100, 100], np.int32)
     made: dict[str, Any] = {"pages": 8, "tails": 2, "block_size": 32, "rank": 16}
     keys = group_pages(to_kind(k[:1], "numba"), to_kind(known, "numba"), **made)
-    keys.append(to_kind(k, "numba"), table, 0 * lengths)
+    for rows, before in ((k[:, :, :50], 0), (k[:, :, 50:], 50)):
+        keys.append(to_kind(rows, "numba"), table, np.full_like(lengths, before))
     tables = {"page_table": to_kind(table, "numba"), "seqlens_k": to_kind(lengths, "numba")}
     expected = distr_attention(to_kind(q, "numba"), keys, to_kind(v, "numba"), **tables)
 
