@@ -299,6 +299,11 @@ __device__ inline float tanh_approximate(float x) {
   return fabsf(x) < 0.25f ? near_zero : far_from_zero;
 }
 
+// Four bools as four bits.
+__device__ inline unsigned pack_bools(unsigned bools) {
+  return __vsetne4(bools, 0) * 0x01020408u >> 24;  // byte k of ones and zeros goes to bit 24 + k
+}
+
 // Which scores of a tile the mask shows, of those that a lane holds: a bit for each, row by row.
 struct ShownScores {
   unsigned words[(ROWS * 2 * KV_TILES + 31) / 32];
@@ -315,17 +320,32 @@ struct ShownScores {
   }
   // `mask_tile` is that of the tile of queries; key j is in column j * stride_m of its rows.
   __device__ void read(const mask_t* mask_tile, long long stride_n, long long stride_m, const KeyTile& tile, int rows) {
-    const int thread = thread_index_anew(), first_row = thread / WARP_SIZE * WARP_Q + thread % WARP_SIZE / 4;
+    const int thread = thread_index_anew(), lane = thread % WARP_SIZE;
+    const int first_row = thread / WARP_SIZE * WARP_Q + lane / 4;
     const int keys = tile.end - tile.begin;
+    const mask_t* const first = mask_tile + tile.begin * stride_m;
+    const bool are_words = stride_m == 1 && keys >= BLOCK_KV && ((size_t)first | stride_n) % 4 == 0;
 #pragma unroll
     for (unsigned& word : words) word = 0;
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
-      const mask_t* const mask_row = mask_tile + min(first_row + i * 8, rows - 1) * stride_n + tile.begin * stride_m;
+      const mask_t* const mask_row = first + min(first_row + i * 8, rows - 1) * stride_n;
+      const int row_bit = i * 2 * KV_TILES;
+      if (are_words) {
+        // the four lanes of a row read four keys in turn and tell one another: of eight, lane q holds two from 2 q on
+        unsigned fours = 0;
 #pragma unroll
-      for (int j = 0; j < 2 * KV_TILES; ++j) {
-        const int key = j / 2 * MMA_N + thread % 4 * 2 + j % 2, bit = i * 2 * KV_TILES + j;
-        if (key < keys && mask_row[key * stride_m]) words[bit / 32] |= 1u << bit % 32;
+        for (int w = 0; w < KV_TILES / 2; ++w)
+          fours |= pack_bools(reinterpret_cast<const unsigned*>(mask_row)[w * 4 + lane % 4]) << w * 4;
+        const unsigned even = __shfl_sync(~0u, fours, lane % 4 / 2, 4), odd = __shfl_sync(~0u, fours, lane % 4 / 2 + 2, 4);
+        const int pair = lane % 2 * 2;
+        words[row_bit / 32] |= ((even >> pair & 0x33333333) | (odd >> pair & 0x33333333) << 2) << row_bit % 32;
+      } else {
+#pragma unroll
+        for (int j = 0; j < 2 * KV_TILES; ++j) {
+          const int key = j / 2 * MMA_N + lane % 4 * 2 + j % 2;
+          if (key < keys && mask_row[key * stride_m]) words[(row_bit + j) / 32] |= 1u << (row_bit + j) % 32;
+        }
       }
     }
   }
