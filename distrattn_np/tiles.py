@@ -534,13 +534,17 @@ def maps_pitch(width: int, columns: int) -> int:
     return pad(columns) + 2 * pad(width) + 4
 
 
-def maps_defines(element: int, width: int, columns: int, shared_limit: int, *, ragged: bool = False) -> Defines:
+def maps_defines(
+    element: int, width: int, columns: int, shared_limit: int, *, crowded: bool, ragged: bool = False
+) -> Defines:
     """Return the -D options of subspace_maps.cu: its rows lie in shared memory where that is large enough.
 
     ``element`` is what the arrays hold: it computes in float64 for float64, else in float32, and writes the maps in 16
-    bits as well where the arrays have those.
+    bits as well where the arrays have those. ``crowded``: there are more blocks than multiprocessors, which two share;
+    else wide ones have twice as many threads each, for the same results bit for bit.
     """
-    threads, size = 256, 8 if element == ELEMENTS["float64"] else 4
+    size = 8 if element == ELEMENTS["float64"] else 4
+    threads = 256 if crowded or size == 8 or width <= 128 else 512
     numbers = 2 * 64 // size * (pad(width) + 8) + 16 * 20 + 3 * pad(columns) + threads // 32
     fixed_bytes = ceil_div(size * numbers + 4 * (pad(columns) + 1), 16) * 16
     rows_bytes = size * pad(columns) * maps_pitch(width, columns)
@@ -892,7 +896,8 @@ def _decode_cases(shared_limit: int) -> Iterator[Defines]:
 def _subspace_maps_cases(shared_limit: int) -> Iterator[Defines]:
     shapes = ((128, 64), (128, 128), (128, 96), (64, 32), (80, 40), (33, 11), (2, 1), (256, 128), (256, 256))
     for (width, columns), element, ragged in product(shapes, ELEMENTS.values(), (False, True)):
-        yield maps_defines(element, width, columns, shared_limit, ragged=ragged)
+        for crowded in (True, False) if width > 128 else (True,):
+            yield maps_defines(element, width, columns, shared_limit, crowded=crowded, ragged=ragged)
 
 
 def _reduce_rows_cases() -> Iterator[Defines]:

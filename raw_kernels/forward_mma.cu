@@ -111,6 +111,7 @@ constexpr int MIN_BLOCKS = CHANGES_SCORES || WINDOW ? 1 : 0;
 
 // The maximum may lag behind by this much (log2 units) before sums are rescaled: P stays below 2^8, far from overflow.
 constexpr float RESCALE_THRESHOLD = 8.0f;
+constexpr int MASK_TILES_AHEAD = 8;  // that a tile's mask is asked for before it is read
 constexpr float LN_2 = 0.6931471805599453f, LOG2_E = 1.4426950408889634f;
 constexpr float LARGEST_OFFSET = 1 << 20;  // of larger ones the product with scale_log2 is too far from exact for exp
 #if QUERY_MAP == 3
@@ -452,9 +453,11 @@ void forward_mma(const element_t* __restrict__ Q,     // [B, H, N, D]
   // The first tile from t on of which the mask shows some thread something. Its barriers stand for the main loop's.
   auto find_shown_tile = [&](int t) {
     for (;; ++t) {
-      const KeyTile tile = key_tile_anew(t);
+      const KeyTile tile = key_tile_anew(t), later = key_tile_anew(t + MASK_TILES_AHEAD);
       const bool is_past = tile.begin >= tile.end;
       if (!is_past) shown_next.read(mask_tile, mask.stride_n, mask.stride_m, tile, rows_valid);
+      if (later.begin < later.end && thread_index_anew() < rows_valid)
+        prefetch_to_l2(mask_tile + thread_index_anew() * mask.stride_n + later.begin * mask.stride_m);
       if (__syncthreads_or(is_past || shown_next.any())) return t;
     }
   };

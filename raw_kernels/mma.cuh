@@ -22,6 +22,8 @@ __device__ inline unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
+__device__ inline void prefetch_to_l2(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
+
 #if __CUDA_ARCH__ >= 800
 // Copies 16 bytes from global to shared memory in the background, or writes 16 zero bytes.
 __device__ inline void copy_async_or_zero(void* shared, const void* global, bool is_valid) {

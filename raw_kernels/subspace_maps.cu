@@ -82,7 +82,7 @@ constexpr int ROWS_BYTES = R_PADDED * PITCH * sizeof(real_t);
 constexpr int SHARED_BYTES = sizeof(SharedVectors) + (IN_SHARED ? ROWS_BYTES : 0);
 static_assert(SHARED_BYTES <= 227 * 1024, "more shared memory than any device gives a block");
 // As far as registers and the largest shared memory reach.
-constexpr int BLOCKS_PER_PROCESSOR = sizeof(real_t) == 4 && 2 * SHARED_BYTES <= 224 * 1024 ? 2 : 1;
+constexpr int BLOCKS_PER_PROCESSOR = sizeof(real_t) == 4 && THREADS == 256 && 2 * SHARED_BYTES <= 224 * 1024 ? 2 : 1;
 #ifdef LAUNCH_SHARED_BYTES
 static_assert(LAUNCH_SHARED_BYTES == SHARED_BYTES, "tiles.py and this file disagree on the shared memory");
 #endif
@@ -545,9 +545,12 @@ void subspace_maps(const real_t* __restrict__ x_grams,  // [B, H_x, C, WIDTH, WI
 #endif
 
   // ---- tr(A B), which is the square of all scores; it also brings both matrices near ----
+  constexpr int ADDING = 256;  // threads: whatever THREADS, the order of the sum and so all results are the same
   real_t trace = 0.0f;
+  if (threadIdx.x < ADDING) {
 #pragma unroll 4
-  for (int i = threadIdx.x * 4; i < WIDTH * WIDTH; i += THREADS * 4) trace += inner_product(load4(A + i), load4(B + i));
+    for (int i = threadIdx.x * 4; i < WIDTH * WIDTH; i += ADDING * 4) trace += inner_product(load4(A + i), load4(B + i));
+  }
   trace = sum_of_warp(trace);
   if (threadIdx.x % WARP_SIZE == 0) shared.warp_sums[threadIdx.x / WARP_SIZE] = trace;
 

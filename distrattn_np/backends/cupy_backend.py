@@ -468,8 +468,11 @@ class CupyBackend(Backend):
         columns = grouping.rank or width
         narrow_type = like.dtype if narrows else None
         element = _element(like) if narrow_type else ELEMENTS[real.__name__]
-        defines = maps_defines(element, width, columns, work().device.shared_limit, ragged=rows.pieces is not None)
         shape = (*x_grams.shape[:3], pad(columns), pad(width))
+        device = work().device
+        crowded = math.prod(shape[:3]) > device.multiprocessors
+        ragged = rows.pieces is not None
+        defines = maps_defines(element, width, columns, device.shared_limit, crowded=crowded, ragged=ragged)
         sampling, fusion = (_empty(shape, real) for _ in range(2))
         narrow = _DenseMaps(_empty(shape, narrow_type), _empty(shape, narrow_type), mean) if narrow_type else None
         ranks = _empty(shape[:3], np.int32)

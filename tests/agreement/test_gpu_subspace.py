@@ -192,3 +192,18 @@ def score_blocks(problem: Problem, inputs: Inputs, maps: SubspaceMaps, expected:
             X, Y = grouped[start:stop], others[:, first:last].reshape(-1, problem.width)
             pairs = [dense_maps(problem, one, b, h, c) for one in (maps, expected)]
             yield [problem.scale * S for S in (X @ Y.T, *((X @ W) @ (Y @ Z).T for W, Z in pairs))]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_more_blocks_than_multiprocessors_change_no_bit(dtype: str) -> None:
+    """Then those of wide heads have half as many threads each."""
+    import cupy
+
+    heads = cupy.cuda.Device().attributes["MultiProcessorCount"]
+    rng = np.random.default_rng(0)
+    q, k, v = (to_kind(rng.standard_normal((1, heads, 32, 160)).astype(dtype), "cupy") for _ in range(3))
+    options: dict[str, Any] = {"group_size": 2, "block_size": 16, "return_info": True}
+    found, info = distr_attention(q, k, v, **options)
+    alone, info_alone = distr_attention(*(x[:, :1] for x in (q, k, v)), **options)
+    assert_same_bits(to_host(found[:, :1]), to_host(alone))
+    assert_same_bits(to_host(info.score_errors[:, :1]), to_host(info_alone.score_errors))
