@@ -361,10 +361,11 @@ class Soak:
         return f"--seed {self.seed} --start-at {index} {count} 1 --rows {self.most_rows}"
 
     def growth(self) -> dict[str, int]:
-        """Return the bytes that were taken in the second half of the run."""
+        """Return the bytes that were taken in the second half of the calls, whose first ones compile and are slow."""
         if len(self.memory) < 4:
             return {}
-        half, end = self.memory[len(self.memory) // 2], self.memory[-1]
+        half = [sample for sample in self.memory if 2 * sample["call"] <= self.first + self.next][-1]
+        end = self.memory[-1]
         return {name: end[name] - half[name] for name in GROWTH if name in end}
 
 

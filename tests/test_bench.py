@@ -900,10 +900,16 @@ class TestPlot:
         ours = [row for row in rows if row["contender"] == "cupy"]
         assert plot.base_times(ours)[rows[0]["shape_label"]] == 1000
 
-    def test_a_width_is_drawn_where_it_has_the_most_sizes(self, measured):
-        sweeps = plot.sweeps_of(measured["rows"])
-        assert set(sweeps) == {64}  # one size of D = 32 is no line
-        assert sweeps[64] == measured["rows"][:8]
+    def test_heads_are_drawn_where_they_have_two_sizes(self, measured):
+        wide = [gpu_row("cupy exact", EXACT, N, 1.0, D=128) for N in (2048, 4096)]
+        (sweep, other) = plot.sweeps_of(measured["rows"] + wide)
+        assert sweep == measured["rows"][:8]  # one size of D = 32 is no line
+        assert other == wide
+
+    def test_of_batches_the_largest_is_drawn(self, measured):
+        batches = [gpu_row("cupy exact", EXACT, 2048, 0.5, B=B) for B in (4, 8, 2)]
+        (sweep,) = plot.sweeps_of(measured["rows"][:8] + batches)
+        assert sweep == [batches[1], *measured["rows"][4:8]]
 
     def test_a_line_goes_on_where_the_block_size_follows_the_shape(self, measured):
         names = [plot._series(row) for row in measured["rows"][:8]]

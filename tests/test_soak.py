@@ -192,3 +192,9 @@ def test_memory_that_grows_is_told(tmp_path: Path, monkeypatch: Any, capsys: Any
     assert summary["failures"] == []
     assert summary["growth"]["host"] >= 2**30 * (CALLS // 2)
     assert "MiB GREW" in capsys.readouterr().out
+
+
+def test_growth_is_that_of_the_later_calls_however_long_the_first_take() -> None:
+    samples = [(0, 0), (1, 100), (2, 300), (3, 500), (4, 501), (50, 502), (100, 503)]
+    memory = [{"call": call, "seconds": 5.0 * i, "host": held} for i, (call, held) in enumerate(samples)]
+    assert soak.Soak(seed=0, first=0, next=110, most_rows=70, memory=memory).growth() == {"host": 1}
