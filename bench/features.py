@@ -24,7 +24,9 @@ from typing import Any
 import numpy as np
 
 from .. import info, reference
+from ..arrays import address
 from ..attention import distr_attention, exact_attention, workspace_size
+from ..checks import WORKSPACE_ALIGNMENT
 from ..grouped_keys import GroupedKeys, group_keys
 from ..grouped_pages import group_pages
 from ..merge import merge
@@ -360,7 +362,9 @@ def _workspace(column: Column) -> None:
         raise DoesNotApply
     arrays = [column.give(x) for x in inputs()]
     size = workspace_size(*arrays, rank=RANK, backend=column.name)
-    out, _ = column.attend(*arrays, rank=RANK, workspace=column.give(np.zeros(size, np.uint8)))
+    memory = column.give(np.zeros(size + WORKSPACE_ALIGNMENT, np.uint8))
+    start = -address(memory) % WORKSPACE_ALIGNMENT
+    out, _ = column.attend(*arrays, rank=RANK, workspace=memory[start : start + size])
     assert_near(out, definition.attention(*inputs(), rank=RANK)[0])
 
 

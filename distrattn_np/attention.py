@@ -131,7 +131,7 @@ def distr_attention(
     workspace : array, shape (bytes,), uint8, kind and device of ``q``, optional
         Device memory for all that a call needs beside its results; `workspace_size` says how much. It must begin at a
         multiple of 256 bytes, and holds nothing of worth afterwards. With ``out``, and ``lse`` or no ``return_lse``, a
-        call allocates no device memory. CuPy backend only.
+        call allocates no device memory. CuPy and Numba backends.
     stream : int or stream, optional
         What the call runs on, with device arrays: the handle of a CUDA stream, or any package's stream that has
         ``__cuda_stream__``. Default: CuPy's current stream; of Numba arrays their own.
@@ -418,8 +418,8 @@ def workspace_size(q: Any, k: Any, v: Any, *, backend: str | None = None, **opti
     q, k, v : array or description
         As in the call. Only shapes, strides, dtypes, addresses and the device are read. What has a shape and a dtype
         and no memory, such as a ``jax.ShapeDtypeStruct``, stands for a contiguous array on the current device.
-    backend : {"numpy", "cupy"}, optional
-        Default: the one of the arrays' kind, "cupy" for descriptions. NumPy arrays with "cupy" are such.
+    backend : {"numpy", "cupy", "numba"}, optional
+        Default: the one of the arrays' kind, "cupy" for descriptions. NumPy arrays with a GPU's backend are such.
     **options
         All others of `distr_attention`, as in the call; with ``group_size=1`` it is `exact_attention` that is measured.
         ``mask``, ``bias``, ``page_table``, ``seqlens_k``, ``out`` and ``lse`` may be descriptions too; without ``out``

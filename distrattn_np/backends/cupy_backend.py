@@ -87,7 +87,7 @@ from ..tiles import (
 )
 from . import NO_TABLES, NOTHING_LENT, Backend, KeysInPages, Lent, Maps, ScoreTables, host_copy_back
 from .cupy_sequences import Sequences
-from .device_work import DeviceFacts, Placed, Plan, PlannedArray, Work, doing, work
+from .device_work import DeviceFacts, Placed, Plan, PlannedArray, Work, doing, hyperplane_rows, work
 from .tensor_map import Box, can_be_mapped, forward_sm90_launch, panel_columns
 
 WORKSPACE_BYTES = 256 << 20
@@ -1385,11 +1385,8 @@ def _element_of_type(dtype: Any) -> int:
 
 
 def _planes(seed: int, block_size: int) -> Any:
-    """Return the hyperplanes of one block, drawn once: that takes longer than hashing with them.
-
-    A draw of fewer rows is the start of a draw of more, so blocks of similar sizes share one.
-    """
-    rows = max(1024, 1 << (block_size - 1).bit_length())
+    """Return the hyperplanes of one block, drawn once: that takes longer than hashing with them."""
+    rows = hyperplane_rows(block_size)
     planes = work().constant(("hyperplanes", seed, rows), lambda: hyperplanes(seed, rows))
     return planes[:block_size]
 

@@ -121,6 +121,14 @@ class Bump:
         return start
 
 
+def hyperplane_rows(block_size: int) -> int:
+    """Return how many rows of hyperplanes are drawn for blocks of this size.
+
+    A draw of fewer rows is the start of a draw of more, so blocks of similar sizes share one.
+    """
+    return max(1024, 1 << (block_size - 1).bit_length())
+
+
 class BuiltOnce:
     """Kernels by key, each built once however many threads ask for it first."""
 

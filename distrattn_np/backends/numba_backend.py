@@ -1,26 +1,21 @@
-"""Numba CUDA: launches the kernels of `distrattn_np.numba_kernels`, on a GPU or in Numba's simulator.
+"""Numba CUDA: the kernels of `distrattn_np.numba_kernels`, one after another, on a GPU or in Numba's simulator.
 
-A native array is a Numba device array that carries its stream. One made from a CuPy array shares its memory and runs on
-CuPy's current stream; whatever is allocated beside such an array comes from CuPy too.
+Native arrays are those of numba_device.py.
 """
 
 from __future__ import annotations
 
 import math
-import sys
-import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
-import numba
 import numpy as np
 from numba import cuda
-from numba.cuda.cudadrv import devicearray
 
-from ..arrays import Kind, StreamHandle, describe, kind_of, on_stream
+from .. import checks
+from ..arrays import Kind, describe, kind_of, on_stream
 from ..grouped_keys import GroupedKeys
 from ..numba_kernels.channel_norms import make_channel_norms
 from ..numba_kernels.forward import Tiles, choose_tiles, make_forward
@@ -61,21 +56,30 @@ from ..problem import (
 from ..reference import hyperplanes
 from ..tiles import ScoreSwitches
 from . import NO_TABLES, NOTHING_LENT, Backend, KeysInPages, Lent, Maps, ScoreTables, host_copy_back
-
-SIMULATED = bool(numba.config.ENABLE_CUDASIM)
-"""Whether kernels run in Numba's simulator, where a CUDA thread is an operating-system thread: few threads then."""
-
-SIMULATOR_SWITCH_SECONDS = 1e-4
+from .device_work import Placed, hyperplane_rows
+from .numba_device import (
+    SIMULATED,
+    MeasuredArray,
+    as_batch,
+    bound,
+    broadcast,
+    constant,
+    copy_in,
+    empty,
+    from_cupy,
+    in_workspace,
+    launch,
+    measuring,
+    new,
+    on_device_of,
+    swap_rows_and_heads,
+    to_cupy,
+    with_batch_axis,
+    without_batch_axis,
+)
 
 WORKSPACE_BYTES = 256 << 20
 """What the maps of the blocks that are solved together may take: where they need more, fewer are solved together."""
-
-if not SIMULATED and not hasattr(np, "row_stack"):
-    # numba-cuda up to 0.30 asks for this name of vstack when it is first used; NumPy 2.5 no longer has it
-    vars(np)["row_stack"] = np.vstack
-    from numba.cuda import cudaimpl  # noqa: F401
-
-    del vars(np)["row_stack"]
 
 
 class Threads(NamedTuple):
@@ -146,10 +150,22 @@ class NumbaBackend(Backend):
     ) -> tuple[Any, Any, Maps]:
         """Compute one checked call on the device of its arrays."""
         _refuse_dtype(problem, q)
-        if lent.workspace is not None:
-            self.workspace_bytes(problem, q)
-        with _on_device_of(q), on_stream(lent.stream if kind_of(q) == "cupy" else None):
-            return super().attention(problem, _bound(q, lent.stream), k, v, out, tables, lent)
+        with self._where_it_runs(problem, q, k, v, out, tables, lent):
+            return super().attention(problem, bound(q, lent.stream), k, v, out, tables, lent)
+
+    @contextmanager
+    def _where_it_runs(
+        self, problem: Problem | RaggedProblem, q: Any, k: Any, v: Any, out: Any, tables: ScoreTables, lent: Lent
+    ) -> Iterator[None]:
+        """Make the device of ``q`` current, the caller's workspace and, for CuPy arrays, its stream."""
+        with ExitStack() as stack:
+            stack.enter_context(on_device_of(q))
+            stack.enter_context(on_stream(lent.stream if kind_of(q) == "cupy" else None))
+            if lent.workspace is not None:
+                needed = self.workspace_bytes(problem, q, k, v, out, tables, lent)
+                checks.check_workspace_size(lent.workspace, needed)
+                stack.enter_context(in_workspace(self.bring_in(lent.workspace, "bhnd")))
+            yield
 
     def ragged_attention(
         self,
@@ -166,24 +182,22 @@ class NumbaBackend(Backend):
         packed = problem.packed
         _refuse_dtype(packed, q)
         self.refuse(problem, q)
-        if lent.workspace is not None:
-            self.workspace_bytes(problem, q)
-        with _on_device_of(q), on_stream(lent.stream if kind_of(q) == "cupy" else None):
+        with self._where_it_runs(problem, q, k, v, out, NO_TABLES, lent):
             rows, keys, values, *edges = (
-                self.bring_in(x, "bhnd") for x in (_bound(q, lent.stream), k, v, cu_seqlens_q, cu_seqlens_k)
+                self.bring_in(x, "bhnd") for x in (bound(q, lent.stream), k, v, cu_seqlens_q, cu_seqlens_k)
             )
             if out is not None and self.shares_memory(out):
                 result = self.bring_in(out, "bhnd")
             else:
-                result = _empty((packed.queries, packed.heads, packed.value_width), rows.dtype, rows)
+                result = new((packed.queries, packed.heads, packed.value_width), rows.dtype, rows)
             if lent.lse is not None and self.shares_memory(lent.lse):
                 lse = self.bring_in(lent.lse, "bhnd")
             else:
-                lse = _empty(problem.lse_shape, np.float32, rows)
+                lse = (new if lent.wants_lse else empty)(problem.lse_shape, np.float32, rows)
             maps = None
             if 0 not in result.shape:
-                Q, K, V, O = (_as_batch(x) for x in (rows, keys, values, result))
-                maps = self.compute_ragged(problem, edges[0], edges[1], Q, K, V, O, _with_batch_axis(lse))
+                Q, K, V, O = (as_batch(x) for x in (rows, keys, values, result))
+                maps = self.compute_ragged(problem, edges[0], edges[1], Q, K, V, O, with_batch_axis(lse))
             told = self._ranks_and_errors(problem, maps, rows)
             result = self.hand_back(result, None, like=q, out=out)
             lse = self.hand_back(lse, None, like=q, out=lent.lse)
@@ -220,16 +234,49 @@ class NumbaBackend(Backend):
         """Return ranks and score errors, each (H_x, C); zeros where nothing was computed."""
         packed = problem.packed
         if isinstance(maps, SubspaceMaps):
-            return _without_batch_axis(maps.ranks), _without_batch_axis(maps.score_errors)
+            return without_batch_axis(maps.ranks), without_batch_axis(maps.score_errors)
         if not isinstance(packed.grouping, Subspace):
             return None
         shape = packed.grouped_heads, problem.most_blocks
-        return tuple(_copy_in(np.zeros(shape, dtype), like) for dtype in (np.int32, _accumulator(packed.dtype)))
+        return tuple(copy_in(np.zeros(shape, dtype), like) for dtype in (np.int32, _accumulator(packed.dtype)))
 
-    def workspace_bytes(self, problem: Problem | RaggedProblem | PagedProblem, q: Any, *_others: Any) -> int:
-        """Refuse: the kernels' memory is allocated where it is needed."""
+    def workspace_bytes(
+        self,
+        problem: Problem | RaggedProblem | PagedProblem,
+        q: Any,
+        k: Any,
+        v: Any,
+        out: Any,  # noqa: ARG002
+        tables: ScoreTables = NO_TABLES,
+        lent: Lent = NOTHING_LENT,
+        page_table: Any = None,
+        seqlens_k: Any = None,
+    ) -> int:
+        """Return what the call takes where nothing is launched."""
         self.refuse(problem, q)
-        raise NotImplementedError(f"workspace: is not built for the numba backend yet, got q: {describe(q)}")
+        if isinstance(problem, PagedProblem):
+            from .numba_paged_keys import PagedKeys  # which launches through this module
+
+            k = PagedKeys.of(k, page_table, seqlens_k, problem.is_top_left)
+            problem = problem.longest
+        packed = problem.packed if isinstance(problem, RaggedProblem) else problem
+        _refuse_dtype(packed, q)
+        with measuring() as places:
+            Q, V = (_measured(x, packed.layout) for x in (q, v))
+            if isinstance(k, KeysInPages):
+                K: Any = k.brought_in(_measured, packed.layout)
+            else:
+                K = k if isinstance(k, GroupedKeys) else _measured(k, packed.layout)
+            O = MeasuredArray.of((packed.batch, packed.heads, packed.queries, packed.value_width), packed.dtype)
+            lse_shape = packed.batch, packed.heads, packed.queries
+            keeps_lse = lent.lse is not None or lent.wants_lse
+            lse = MeasuredArray.of(lse_shape, np.float32) if keeps_lse else empty(lse_shape, np.float32, Q)
+            if isinstance(problem, RaggedProblem) and 0 not in O.shape:
+                edges = MeasuredArray.of((problem.sequences + 1,), np.int32)
+                self.compute_ragged(problem, edges, edges, Q, K, V, O, lse)
+            elif not isinstance(problem, RaggedProblem):
+                self.compute(problem, Q, K, V, O, lse, tables.map(lambda table: _measured(table, "bhnd")))
+        return places.bytes
 
     def group_maps(self, problem: Problem, Q: Any, K: Any, sequences: Sequences | None = None) -> Maps:
         """Return the maps of every block as native arrays; all floats have the type of the sums."""
@@ -244,8 +291,8 @@ class NumbaBackend(Backend):
 
     def _lsh_maps(self, problem: Problem, grouping: Grouping, Q: Any, K: Any, sequences: Sequences | None) -> GroupMaps:
         X = K if grouping.by == "keys" else Q
-        # a draw of fewer rows is the start of a draw of more
-        planes = hyperplanes(grouping.seed, min(grouping.block_size, problem.grouped_rows))
+        rows = hyperplane_rows(grouping.block_size)
+        planes = constant(("hyperplanes", grouping.seed, rows), lambda: hyperplanes(grouping.seed, rows), X)
         channels = self.group_channels(self.hash_channels(X, planes, grouping.block_size, sequences))
         if grouping.fusion == "sum":
             return GroupMaps(channels, None)
@@ -259,11 +306,11 @@ class NumbaBackend(Backend):
         accumulator, tiles, D, R = _accumulator(problem.dtype), THREADS.product, problem.width, problem.rank
         blocks = (problem.batch, problem.grouped_heads, sequences.blocks.shape[1])
         maps = SubspaceMaps(
-            sampling=_empty((*blocks, D, R), accumulator, Q),
-            fusion=_empty((*blocks, D, R), accumulator, Q),
+            sampling=empty((*blocks, D, R), accumulator, Q),
+            fusion=empty((*blocks, D, R), accumulator, Q),
             key_mean=self.key_mean(K, sequences),
-            ranks=_empty(blocks, np.int32, Q),
-            score_errors=_empty(blocks, accumulator, Q),
+            ranks=empty(blocks, np.int32, Q),
+            score_errors=empty(blocks, accumulator, Q),
         )
 
         by_keys, causal = grouping.by == "keys", problem.causal_offset is not None
@@ -276,7 +323,7 @@ class NumbaBackend(Backend):
         # over queries a block meets what those before it meet, over keys what those behind it do
         kernel = make_sum_segments(causal and not by_keys, tiles.size)
         grid = problem.batch * sequences.count * problem.kv_heads * ceil_div(D, tiles.size)
-        _launch(kernel, grid, THREADS.group, y_grams, sequences.table)
+        launch(kernel, grid, THREADS.group, y_grams, sequences.table)
 
         self.solve_maps(
             maps,
@@ -312,7 +359,7 @@ class NumbaBackend(Backend):
         numbers = WIDE_BUFFERS * R * D + SQUARE_BUFFERS * R * R
         most = WORKSPACE_BYTES // (numbers * np.dtype(accumulator).itemsize)
         grid = min(math.prod(blocks), max(most, 1))
-        _launch(
+        launch(
             kernel,
             grid,
             (tiles.thread_columns, tiles.thread_rows),
@@ -324,8 +371,8 @@ class NumbaBackend(Backend):
             maps.fusion,
             maps.ranks,
             maps.score_errors,
-            _empty((grid, WIDE_BUFFERS, R, D), accumulator, x_grams),
-            _empty((grid, SQUARE_BUFFERS, R, R), accumulator, x_grams),
+            empty((grid, WIDE_BUFFERS, R, D), accumulator, x_grams),
+            empty((grid, SQUARE_BUFFERS, R, R), accumulator, x_grams),
             grouping.refine,
             accumulator(scale),
             accumulator(grouping.score_tol or 0),
@@ -344,8 +391,8 @@ class NumbaBackend(Backend):
         if ragged is not None:
             count, blocks = ragged.sequences, ragged.most_blocks
             diagonal = 0 if ragged.is_top_left else problem.keys - problem.queries
-        table = _empty((SEQUENCE_FIELDS, count + 1), np.int64, like)
-        found = Sequences(table, _empty((BLOCK_FIELDS, blocks), np.int64, like), diagonal)
+        table = empty((SEQUENCE_FIELDS, count + 1), np.int64, like)
+        found = Sequences(table, empty((BLOCK_FIELDS, blocks), np.int64, like), diagonal)
         by_keys = problem.grouping is not None and problem.grouping.by == "keys"
         kernel = make_sequence_tables(
             ragged is not None,
@@ -355,7 +402,7 @@ class NumbaBackend(Backend):
             THREADS.group,
         )
         query_block, key_block = _row_blocks(problem)
-        _launch(
+        launch(
             kernel,
             1,
             THREADS.group,
@@ -383,16 +430,16 @@ class NumbaBackend(Backend):
         blocks = np.zeros((BLOCK_FIELDS, 1), np.int64)
         blocks[[STOP, NEW_STOP]] = rows
         blocks[MET_STOP] = rows_that_meet
-        return Sequences(_copy_in(table, like), _copy_in(blocks, like), 0)
+        return Sequences(copy_in(table, like), copy_in(blocks, like), 0)
 
     def key_mean(self, K: Any, sequences: Sequences, *, of_all: bool = False) -> Any:
         """Return the mean of the keys of every head, (B or sequences, H_kv, D) (eq. 12), or ``of_all`` rows of K."""
         batch, heads, _, width = K.shape
-        mean = _empty((batch * sequences.count, heads, width), _accumulator(K.dtype), K)
+        mean = empty((batch * sequences.count, heads, width), _accumulator(K.dtype), K)
         kernel = make_key_mean(mean.dtype.type, of_all, THREADS.reduction_rows, THREADS.reduction_columns)
         grid = batch * sequences.count * heads * ceil_div(width, THREADS.reduction_columns)
         threads = (THREADS.reduction_columns, THREADS.reduction_rows)
-        _launch(kernel, grid, threads, K, mean, sequences.table)
+        launch(kernel, grid, threads, K, mean, sequences.table)
         return mean
 
     def grams(self, X: Any, mean: Any | None, sequences: Sequences, edge: int, heads: int) -> Any:
@@ -402,12 +449,12 @@ class NumbaBackend(Backend):
         """
         batch, _, _, width = X.shape
         accumulator, tiles = _accumulator(X.dtype), THREADS.product
-        grams = _empty((batch, heads, sequences.blocks.shape[1], width, width), accumulator, X)
+        grams = empty((batch, heads, sequences.blocks.shape[1], width, width), accumulator, X)
         grid = batch * heads * grams.shape[2] * ceil_div(width, tiles.size) ** 2
         kernel = make_gram(accumulator, mean is not None, tiles)
         # Numba passes no None to a GPU: any array does where the kernel reads none
         threads = (tiles.thread_columns, tiles.thread_rows)
-        _launch(kernel, grid, threads, X, grams if mean is None else mean, sequences.blocks, edge, grams)
+        launch(kernel, grid, threads, X, grams if mean is None else mean, sequences.blocks, edge, grams)
         return grams
 
     def reduce_rows(
@@ -426,32 +473,32 @@ class NumbaBackend(Backend):
         """
         batch, heads, rows, width = X.shape
         accumulator, tiles = _accumulator(X.dtype), THREADS.product
-        sampled = _empty((batch, heads, rows, maps.sampling.shape[4]), accumulator, X) if out is None else out
+        sampled = empty((batch, heads, rows, maps.sampling.shape[4]), accumulator, X) if out is None else out
         kernel = make_reduce_rows(accumulator, width, is_centred, sequences is not None, tiles)
         grid = batch * heads * _most_tiles(rows, block_size, tiles.size, sequences)
         threads = (tiles.thread_columns, tiles.thread_rows)
         arrays = (maps.key_mean, maps.sampling, maps.ranks, sampled, *_tables(sequences, sampled))
-        _launch(kernel, grid, threads, X, *arrays, block_size)
+        launch(kernel, grid, threads, X, *arrays, block_size)
         return sampled
 
-    def hash_channels(self, X: Any, planes: np.ndarray, block_size: int, sequences: Sequences | None = None) -> Any:
-        """Return one word per channel and block, (B, H, C, D) uint16 (eq. 5)."""
+    def hash_channels(self, X: Any, planes: Any, block_size: int, sequences: Sequences | None = None) -> Any:
+        """Return one word per channel and block, (B, H, C, D) uint16 (eq. 5). ``planes``: those of a block, or more."""
         batch, heads, rows, width = X.shape
         blocks = ceil_div(rows, block_size) if sequences is None else sequences.blocks.shape[1]
-        words = _empty((batch, heads, blocks, width), np.uint16, X)
+        words = empty((batch, heads, blocks, width), np.uint16, X)
         kernel = make_hash_channels(
             _accumulator(X.dtype), THREADS.hash_channels, THREADS.hash_bits, sequences is not None
         )
         grid = batch * heads * blocks * ceil_div(width, THREADS.hash_channels)
         threads = (THREADS.hash_bits, THREADS.hash_channels)
-        _launch(kernel, grid, threads, X, _copy_in(planes, X), words, _tables(sequences, words)[1], block_size)
+        launch(kernel, grid, threads, X, planes, words, _tables(sequences, words)[1], block_size)
         return words
 
     def group_channels(self, words: Any) -> Any:
         """Return the channels of every block in the order of their Gray ranks, (B, H, C, D) int32 (eq. 6 and 7)."""
         batch, heads, blocks, width = words.shape
-        channels = _empty(tuple(words.shape), np.int32, words)
-        _launch(make_group_channels(width), batch * heads * blocks, THREADS.group, words, channels)
+        channels = empty(tuple(words.shape), np.int32, words)
+        launch(make_group_channels(width), batch * heads * blocks, THREADS.group, words, channels)
         return channels
 
     def channel_norms(self, problem: Problem, Q: Any, K: Any, sequences: Sequences | None) -> Any:
@@ -461,7 +508,7 @@ class NumbaBackend(Backend):
         Y = Q if grouping.by == "keys" else K
         accumulator = _accumulator(problem.dtype)
         blocks = problem.blocks if sequences is None else sequences.blocks.shape[1]
-        norms = _empty((problem.batch, problem.grouped_heads, blocks, problem.width), accumulator, Y)
+        norms = empty((problem.batch, problem.grouped_heads, blocks, problem.width), accumulator, Y)
         kernel = make_channel_norms(
             accumulator,
             grouping.by == "keys",
@@ -473,7 +520,7 @@ class NumbaBackend(Backend):
         grid = problem.batch * problem.grouped_heads * blocks * ceil_div(problem.width, THREADS.reduction_columns)
         numbers = (grouping.block_size, problem.grouped_rows, problem.causal_offset or 0)
         threads = (THREADS.reduction_columns, THREADS.reduction_rows)
-        _launch(kernel, grid, threads, Y, norms, _tables(sequences, norms)[1], *numbers)
+        launch(kernel, grid, threads, Y, norms, _tables(sequences, norms)[1], *numbers)
         return norms
 
     def fusion_gains(
@@ -482,11 +529,11 @@ class NumbaBackend(Backend):
         """Put the sampled member of each group first in ``channels`` and return the gains, (B, H_x, C, D) (eq. 9)."""
         batch, heads, blocks, width = channels.shape
         accumulator = _accumulator(X.dtype)
-        gains = _empty((batch, heads, blocks, width), accumulator, X)
+        gains = empty((batch, heads, blocks, width), accumulator, X)
         threads = (THREADS.reduction_columns, THREADS.reduction_rows)
         kernel = make_fusion_gains(accumulator, width, group_size, sequences is not None, *reversed(threads))
         arrays = (X, norms, channels, gains, _tables(sequences, gains)[1])
-        _launch(kernel, batch * heads * blocks, threads, *arrays, block_size)
+        launch(kernel, batch * heads * blocks, threads, *arrays, block_size)
         return gains
 
     def attend(
@@ -516,7 +563,7 @@ class NumbaBackend(Backend):
             mask=tables.mask is not None,
         )
         shape = (problem.batch, problem.heads, problem.queries, problem.keys)
-        tables = tables.map(lambda table: _broadcast(table, shape))
+        tables = tables.map(lambda table: broadcast(table, shape))
         tiles = _forward_tiles(problem)
         kernel = make_forward(
             accumulator,
@@ -534,7 +581,7 @@ class NumbaBackend(Backend):
         )
         query_block, key_block = _row_blocks(problem)
         diagonal = 0 if sequences is None else sequences.diagonal
-        _launch(
+        launch(
             kernel,
             problem.batch * problem.heads * _most_tiles(problem.queries, query_block, tiles.block_q, sequences),
             (tiles.thread_columns, tiles.thread_rows),
@@ -577,20 +624,20 @@ class NumbaBackend(Backend):
         self, out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, layout: Layout, stream: int | None = None
     ) -> tuple[Any, Any]:
         """Merge two results over disjoint keys and their lse, Numba arrays in ``layout`` (eq. 25)."""
-        with _on_device_of(out_a):
-            O_a, O_b = (self.bring_in(x, layout) for x in (_bound(out_a, stream), out_b))
+        with on_device_of(out_a):
+            O_a, O_b = (self.bring_in(x, layout) for x in (bound(out_a, stream), out_b))
             O, lse = self.empty(tuple(O_a.shape), O_a, layout), self.empty_lse(tuple(O_a.shape[:3]), O_a)
             kernel = make_merge_results(_accumulator(O.dtype))
-            _launch(kernel, ceil_div(math.prod(O.shape), THREADS.group), THREADS.group, O_a, lse_a, O_b, lse_b, O, lse)
+            launch(kernel, ceil_div(math.prod(O.shape), THREADS.group), THREADS.group, O_a, lse_a, O_b, lse_b, O, lse)
             return self.hand_back(O, layout, like=out_a, out=None), lse
 
     def bring_in(self, array: Any, layout: Layout) -> Any:
         """Return ``array`` as a native view; a NumPy array as a device copy."""
         kind = kind_of(array)
         if kind == "numba":
-            return _swap_rows_and_heads(array) if layout == "bnhd" else array
-        view = array.transpose(0, 2, 1, 3) if layout == "bnhd" else array
-        return _from_cupy(view) if kind == "cupy" else cuda.to_device(np.ascontiguousarray(view))
+            return swap_rows_and_heads(array) if layout == "bnhd" else array
+        native = array.transpose(0, 2, 1, 3) if layout == "bnhd" else array
+        return from_cupy(native) if kind == "cupy" else cuda.to_device(np.ascontiguousarray(native))
 
     def shares_memory(self, array: Any) -> bool:
         """Whether ``array`` is on the device already."""
@@ -599,13 +646,13 @@ class NumbaBackend(Backend):
     def empty(self, shape: tuple[int, int, int, int], like: Any, layout: Layout) -> Any:
         """Return a new native array of ``like``'s dtype, stream and allocator whose memory is ordered as ``layout``."""
         if layout == "bhnd":
-            return _empty(shape, like.dtype, like)
+            return new(shape, like.dtype, like)
         b, h, n, d = shape
-        return _swap_rows_and_heads(_empty((b, n, h, d), like.dtype, like))
+        return swap_rows_and_heads(new((b, n, h, d), like.dtype, like))
 
-    def empty_lse(self, shape: tuple[int, int, int], like: Any, *, is_kept: bool = True) -> Any:  # noqa: ARG002
-        """Return a new float32 native array."""
-        return _empty(shape, np.float32, like)
+    def empty_lse(self, shape: tuple[int, int, int], like: Any, *, is_kept: bool = True) -> Any:
+        """Return a new float32 native array; not ``is_kept``: for the length of the call."""
+        return (new if is_kept else empty)(shape, np.float32, like)
 
     def hand_back(self, array: Any, layout: Layout | None, *, like: Any, out: Any) -> Any:
         """Return a native array as the caller's kind and layout; NumPy arrays are copied from the device."""
@@ -613,8 +660,14 @@ class NumbaBackend(Backend):
             return host_copy_back(array.copy_to_host(), layout, out)
         if out is not None:
             return out
-        result = _swap_rows_and_heads(array) if layout == "bnhd" else array
-        return _to_cupy(result) if kind_of(like) == "cupy" else result
+        result = swap_rows_and_heads(array) if layout == "bnhd" else array
+        return to_cupy(result) if kind_of(like) == "cupy" else result
+
+
+def _measured(array: Any, layout: Layout) -> MeasuredArray:
+    """Return an array of the caller's as a native one of a call that is only measured."""
+    place = Placed.of(array, layout)
+    return MeasuredArray.of(place.shape, place.dtype, place.strides)
 
 
 def _refuse_dtype(problem: Problem, q: Any) -> None:
@@ -654,164 +707,6 @@ def _tables(sequences: Sequences | None, absent: Any) -> tuple[Any, Any]:
 
 def _accumulator(dtype: Any) -> Any:
     return np.float64 if dtype == np.float64 else np.float32
-
-
-def _launch(kernel: Any, blocks: int, threads: int | tuple[int, int], first: Any, *others: Any) -> None:
-    """Run ``kernel(first, *others)`` on the stream of ``first``."""
-    if blocks == 0:
-        return
-    with warnings.catch_warnings(), _simulator_repaired():
-        # Numba warns of small grids, which are the caller's to choose; the simulator, being NumPy, of the infinities
-        # and NaNs that a GPU computes with in silence
-        warnings.simplefilter("ignore")
-        if not SIMULATED:
-            kernel = _kernel_of_device(kernel, cuda.current_context().device.id)
-        kernel[blocks, threads, first.stream](first, *others)
-
-
-@cache
-def _kernel_of_device(kernel: Any, index: int) -> Any:
-    """Return what one device alone launches.
-
-    numba-cuda 0.30 loads the code of a kernel once, and unloads it once for each device that it ran on: the process
-    would end in a crash.
-    """
-    return kernel if index == 0 else cuda.jit(kernel.py_func)
-
-
-class _SharedArrays:
-    """Shared memory of one simulated launch, in the place of the simulator's own.
-
-    That one looks an array up and then stores it, so two threads that arrive together can get one each. Here the two
-    are one step. An array is known by the line that asks for it, as there.
-    """
-
-    def __init__(self, _dynamic_bytes: int) -> None:
-        self._arrays: dict[tuple[Any, int], np.ndarray] = {}
-
-    def array(self, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
-        caller = sys._getframe(1)
-        return self._arrays.setdefault((caller.f_code, caller.f_lineno), np.empty(shape, dtype))
-
-
-@contextmanager
-def _simulator_repaired() -> Iterator[None]:
-    """Give the simulator safe shared memory, and let Python change threads sooner.
-
-    It waits for its threads in a busy loop, which makes them six times slower at the interval that Python starts with.
-    """
-    if not SIMULATED:
-        yield
-        return
-    from numba.cuda.simulator import kernelapi
-
-    shared, interval = kernelapi.FakeCUDAShared, sys.getswitchinterval()
-    kernelapi.FakeCUDAShared = _SharedArrays
-    sys.setswitchinterval(SIMULATOR_SWITCH_SECONDS)
-    try:
-        yield
-    finally:
-        kernelapi.FakeCUDAShared = shared
-        sys.setswitchinterval(interval)
-
-
-def _on_device_of(array: Any) -> AbstractContextManager[Any]:
-    stack = ExitStack()
-    if kind_of(array) == "cupy":
-        stack.enter_context(array.device)
-        stack.enter_context(cuda.gpus[array.device.id])
-    elif kind_of(array) == "numba" and not SIMULATED:
-        stack.enter_context(cuda.gpus[array.gpu_data.context.device.id])
-    return stack
-
-
-def _bound(array: Any, stream: int | None) -> Any:
-    """Return a Numba array bound to the stream, which all launches with it go to; any other array as it is."""
-    if stream is None or SIMULATED or kind_of(array) != "numba":
-        return array
-    return array.bind(cuda.external_stream(stream) if stream else 0)
-
-
-def _view(array: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
-    """Return a native array's memory in another shape: Numba has views of matrices and contiguous arrays only."""
-    if SIMULATED:
-        return type(array)(np.lib.stride_tricks.as_strided(array._ary, shape, strides), array.stream)
-    return devicearray.DeviceNDArray(
-        shape=shape, strides=strides, dtype=array.dtype, stream=array.stream, gpu_data=array.gpu_data
-    )
-
-
-def _swap_rows_and_heads(array: Any) -> Any:
-    """Return a view of a native (B, N, H, D) array as (B, H, N, D), or back."""
-    b, n, h, d = zip(array.shape, array.strides, strict=True)
-    return _view(array, *zip(b, h, n, d, strict=True))
-
-
-def _broadcast(array: Any, shape: tuple[int, ...]) -> Any:
-    """Return a view of a native array in a shape that it broadcasts to."""
-    missing = len(shape) - len(array.shape)
-    steps = [step if size > 1 else 0 for size, step in zip(array.shape, array.strides, strict=True)]
-    return _view(array, shape, (*[0] * missing, *steps))
-
-
-def _with_batch_axis(array: Any) -> Any:
-    """Return a view of a native array as a batch of one."""
-    return _view(array, (1, *array.shape), (array.shape[0] * array.strides[0], *array.strides))
-
-
-def _without_batch_axis(array: Any) -> Any:
-    return _view(array, tuple(array.shape[1:]), tuple(array.strides[1:]))
-
-
-def _as_batch(packed: Any) -> Any:
-    """Return a view of a native (rows, H, width) array as (1, H, rows, width)."""
-    return _swap_rows_and_heads(_with_batch_axis(packed))
-
-
-def _empty(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
-    if _owned_by_cupy(like):
-        import cupy
-
-        with _cupy_stream(like):
-            return _from_cupy(cupy.empty(shape, dtype))
-    return cuda.device_array(shape, dtype).bind(like.stream)
-
-
-def _copy_in(host: np.ndarray, like: Any) -> Any:
-    if _owned_by_cupy(like):
-        import cupy
-
-        with _cupy_stream(like):
-            return _from_cupy(cupy.asarray(host))
-    return cuda.to_device(host, stream=like.stream)
-
-
-def _cupy_stream(array: Any) -> Any:
-    import cupy
-
-    return cupy.cuda.Stream.from_external(StreamHandle(int(array.stream)))
-
-
-def _from_cupy(array: Any) -> Any:
-    """Return a native view that keeps ``array`` alive and runs on CuPy's current stream."""
-    import cupy
-
-    pointer = cupy.cuda.get_current_stream().ptr
-    return cuda.as_cuda_array(array, sync=False).bind(cuda.external_stream(pointer) if pointer else 0)
-
-
-def _to_cupy(array: Any) -> Any:
-    """Return a CuPy view of a native array."""
-    import cupy
-
-    if array.size == 0:
-        return cupy.empty(array.shape, array.dtype)
-    owner = array.gpu_data.owner
-    return cupy.ndarray(array.shape, array.dtype, owner.data, array.strides)
-
-
-def _owned_by_cupy(array: Any) -> bool:
-    return not SIMULATED and kind_of(array.gpu_data.owner) == "cupy"
 
 
 BACKEND = NumbaBackend()

@@ -18,20 +18,17 @@ from ..numba_kernels.sequences import START
 from ..problem import Layout, Problem, Subspace, SubspaceMaps, ceil_div
 from . import ScoreTables
 from .device_grouped_keys import DeviceGroupedKeys
-from .numba_backend import (
-    BACKEND,
+from .numba_backend import BACKEND, THREADS, WORKSPACE_BYTES, _accumulator
+from .numba_device import (
     SIMULATED,
-    THREADS,
-    WORKSPACE_BYTES,
-    _accumulator,
-    _bound,
-    _broadcast,
-    _copy_in,
-    _empty,
-    _launch,
-    _on_device_of,
-    _swap_rows_and_heads,
-    _view,
+    bound,
+    broadcast,
+    copy_in,
+    empty,
+    launch,
+    on_device_of,
+    swap_rows_and_heads,
+    view,
 )
 
 COPY_BLOCKS = 1 if SIMULATED else 1024
@@ -47,7 +44,7 @@ class OnNumba:
             return
         shape = (*target.shape, *[1] * (4 - len(target.shape)))
         target, source = (
-            _view(x, shape, (*x.strides, *[x.dtype.itemsize] * (4 - len(x.strides)))) for x in (target, source)
+            view(x, shape, (*x.strides, *[x.dtype.itemsize] * (4 - len(x.strides)))) for x in (target, source)
         )
         _copy(target, source, int(np.prod(shape)))
 
@@ -70,13 +67,13 @@ class OnNumba:
 
     @staticmethod
     def _zeros(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
-        zeros = _empty(shape, dtype, like)
-        OnNumba._put(zeros, _broadcast(_copy_in(np.zeros(1, dtype), like), shape))
+        zeros = empty(shape, dtype, like)
+        OnNumba._put(zeros, broadcast(copy_in(np.zeros(1, dtype), like), shape))
         return zeros
 
     @staticmethod
     def _with_strides(array: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
-        return _view(array, shape, strides)
+        return view(array, shape, strides)
 
 
 class NumbaGroupedKeys(OnNumba, DeviceGroupedKeys):
@@ -92,7 +89,7 @@ class NumbaGroupedKeys(OnNumba, DeviceGroupedKeys):
         grams = BACKEND.grams(q, None, BACKEND.one_block(rows, rows, q), START, kv_heads)
         step = grams.strides
         shape = (batch, kv_heads, width, width)
-        return QueryStatistics(_view(grams, shape, (*step[:2], *step[3:])), shared * rows)
+        return QueryStatistics(view(grams, shape, (*step[:2], *step[3:])), shared * rows)
 
     def attend(self, problem: Problem, Q: Any, V: Any, O: Any, lse: Any, tables: ScoreTables) -> None:
         """Write attention to these keys into O and lse, as `Backend.attend` does."""
@@ -124,7 +121,7 @@ class NumbaGroupedKeys(OnNumba, DeviceGroupedKeys):
     def _rebuilt(self, like: Any) -> Any:
         """Return all keys (B, H_kv, M, D), those of finished blocks as they count, on the stream of ``like``."""
         batch, heads, _, width = self._buffer.shape
-        keys = _empty((batch, heads, self.exact_from + self._tail_rows, width), self.dtype, like)
+        keys = empty((batch, heads, self.exact_from + self._tail_rows, width), self.dtype, like)
         sampled, maps = (self._by_heads(room.array) for room in (self._sampled, self._maps))
         rebuild_keys(keys, sampled, maps, self.tail, self.exact_from)
         return keys
@@ -134,22 +131,22 @@ class NumbaGroupedKeys(OnNumba, DeviceGroupedKeys):
     @staticmethod
     def empty(shape: tuple[int, ...], like: Any) -> Any:
         """Return a new contiguous array of the dtype, stream and allocator of ``like``."""
-        return _empty(shape, like.dtype, like)
+        return empty(shape, like.dtype, like)
 
     @staticmethod
     def bhnd(array: Any, layout: Layout) -> Any:
         """Return a view of an array of the caller's with the axes (B, H, rows, D)."""
-        return _swap_rows_and_heads(array) if layout == "bnhd" else array
+        return swap_rows_and_heads(array) if layout == "bnhd" else array
 
     @staticmethod
     def bound(array: Any, handle: int | None) -> Any:
         """Return a view that carries the stream with this handle; None: its own."""
-        return _bound(array, handle)
+        return bound(array, handle)
 
     @staticmethod
     def on_device_of(array: Any) -> AbstractContextManager[Any]:
         """Return a context in which the device that holds ``array`` is current."""
-        return _on_device_of(array)
+        return on_device_of(array)
 
 
 def blocks_at_once(heads: int, width: int, dtype: Any) -> int:
@@ -176,12 +173,12 @@ def reduce_blocks(
     OnNumba._put(mean, maps[:, :, rank])
     x_grams, y_grams = (BACKEND.grams(X, shift, block, START, blocks) for shift in (mean, None))
     if queries is not None:
-        _launch(make_expected_gram(accumulator), heads * blocks, THREADS.group, y_grams, queries.gram)
+        launch(make_expected_gram(accumulator), heads * blocks, THREADS.group, y_grams, queries.gram)
 
     of_head, of_block, of_row, of_number = maps.strides
     made = SubspaceMaps(
-        sampling=_empty((heads, blocks, 1, width, rank), accumulator, X),
-        fusion=_view(maps, (heads, blocks, 1, width, rank), (of_head, of_block, of_block, of_number, of_row)),
+        sampling=empty((heads, blocks, 1, width, rank), accumulator, X),
+        fusion=view(maps, (heads, blocks, 1, width, rank), (of_head, of_block, of_block, of_number, of_row)),
         key_mean=mean,
         ranks=ranks,
         score_errors=score_errors,
@@ -202,13 +199,13 @@ def rebuild_keys(
     kernel = make_rebuild_keys(_accumulator(keys.dtype), maps.shape[3] - 1, of_pages is not None, rows, columns)
     # Numba passes no None to a GPU: any array does where the kernel reads none
     others = (tail, exact_from, *(of_pages or (keys,) * 3))
-    _launch(kernel, batch * heads * ceil_div(most, rows), (columns, rows), keys, sampled, maps, *others)
+    launch(kernel, batch * heads * ceil_div(most, rows), (columns, rows), keys, sampled, maps, *others)
 
 
 def put_listed(target: Any, source: Any, rows: np.ndarray) -> None:
     """Write rows of (B, H, rows, D) into another such array: [4, count], b and n there and then in the source."""
     numbers = rows.shape[1] * target.shape[1] * target.shape[3]
-    _copy(target, source, numbers, _copy_in(rows, target))
+    _copy(target, source, numbers, copy_in(rows, target))
 
 
 def _copy(target: Any, source: Any, numbers: int, rows: Any = None) -> None:
@@ -216,7 +213,7 @@ def _copy(target: Any, source: Any, numbers: int, rows: Any = None) -> None:
     blocks = min(ceil_div(numbers, THREADS.group), COPY_BLOCKS)
     kernel = make_copy_rows(number, rows is not None)
     # Numba passes no None to a GPU: any array does where the kernel reads none
-    _launch(kernel, blocks, THREADS.group, target, source, target if rows is None else rows)
+    launch(kernel, blocks, THREADS.group, target, source, target if rows is None else rows)
 
 
 GROUPED_KEYS = NumbaGroupedKeys

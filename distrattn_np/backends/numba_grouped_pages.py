@@ -10,7 +10,7 @@ import numpy as np
 from ..arrays import Kind
 from ..grouped_pages import POOLS, Append
 from .device_grouped_pages import DeviceGroupedPages
-from .numba_backend import _copy_in, _view
+from .numba_device import copy_in, view
 from .numba_grouped_keys import OnNumba, blocks_at_once, put_listed, reduce_blocks
 
 
@@ -30,7 +30,7 @@ class NumbaGroupedPages(OnNumba, DeviceGroupedPages):
 
     def _take_tails(self, tail_of: np.ndarray) -> None:
         self._tail_of_on_host = tail_of
-        self._put(self.tail_of, _copy_in(tail_of, self.tail_of))  # on its stream, unlike `_on_device`
+        self._put(self.tail_of, copy_in(tail_of, self.tail_of))  # on its stream, unlike `_on_device`
 
     def _blocks_at_once(self) -> int:
         _, heads, _, width = self.tails.shape
@@ -47,7 +47,7 @@ class NumbaGroupedPages(OnNumba, DeviceGroupedPages):
 def _as_rows(pool: Any) -> Any:
     """Return a view of contiguous pages as a row each, (P, 1, 1, numbers of a page)."""
     step = pool.strides[0]
-    return _view(pool, (pool.shape[0], 1, 1, step // pool.dtype.itemsize), (step, step, step, pool.dtype.itemsize))
+    return view(pool, (pool.shape[0], 1, 1, step // pool.dtype.itemsize), (step, step, step, pool.dtype.itemsize))
 
 
 GROUPED_PAGES = NumbaGroupedPages

@@ -294,7 +294,7 @@ def test_hash_words_equal_the_reference(dtype: str, rows: int) -> None:
     block_size = 33
     q, *_ = make_inputs(small(N=rows, D=20, L=block_size, dtype=dtype))
     planes = reference.hyperplanes(0, block_size)
-    words = to_host(BACKEND.hash_channels(to_kind(q, "numba"), planes[:rows], block_size))
+    words = to_host(BACKEND.hash_channels(to_kind(q, "numba"), to_kind(planes[:rows], "numba"), block_size))
     blocks = range(0, rows, block_size)
     wanted = [[reference.hash_channels(x[start : start + block_size], planes) for start in blocks] for x in q[0]]
     assert_same_bits(words, np.array([wanted]))
@@ -474,7 +474,7 @@ def test_host_reads_no_lengths(monkeypatch: pytest.MonkeyPatch, how: dict[str, A
     """Nothing is copied from the device, and the same is launched whatever the lengths are."""
     case = small(H=2, H_kv=1, causal=True, **how)
     launches: list[tuple[Any, ...]] = []
-    launch = numba_backend._launch
+    launch = numba_backend.launch
 
     def record(kernel: Any, blocks: int, threads: Any, *arguments: Any) -> None:
         shapes = [tuple(x.shape) if getattr(x, "shape", ()) else x for x in arguments]
@@ -488,7 +488,7 @@ def test_host_reads_no_lengths(monkeypatch: pytest.MonkeyPatch, how: dict[str, A
     for lengths in (((20, 23), (0, 0), (17, 9)), ((0, 23), (36, 0), (1, 9)), ((10, 10), (10, 11), (17, 11))):
         inputs, options = packed(case, *lengths)
         calls.append(([to_kind(x, "numba") for x in inputs], options_to_kind(options, "numba")))
-    monkeypatch.setattr(numba_backend, "_launch", record)
+    monkeypatch.setattr(numba_backend, "launch", record)
     monkeypatch.setattr(type(calls[0][0][0]), "copy_to_host", refuse)
     made = []
     for inputs, options in calls:

@@ -271,16 +271,6 @@ def test_merge_on_a_host_takes_no_stream() -> None:
         distrattn_np.merge(out, lse, out, lse, stream="x")
 
 
-def test_numba_takes_no_workspace() -> None:
-    pytest.importorskip("numba")
-    call = on_host(backend="numba")
-    message = (
-        "workspace: is not built for the numba backend yet, got q: numpy array of shape (2, 4, 5, 6) and dtype float32"
-    )
-    with pytest.raises(NotImplementedError, match=f"^{re.escape(message)}$"):
-        distrattn_np.workspace_size(**call)
-
-
 def test_workspace_size_names_what_the_call_would() -> None:
     call = on_host()
     with pytest.raises(ValueError, match=r"^rank: must be at most the width 6, got 7$"):

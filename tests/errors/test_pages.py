@@ -10,7 +10,7 @@ import pytest
 from kit.cases import BFLOAT16
 from kit.compare import assert_same_bits
 
-from distrattn_np import distr_attention, exact_attention, group_keys, workspace_size
+from distrattn_np import distr_attention, exact_attention, group_keys
 
 NUMPY = "numpy array of shape"
 CALLS = (distr_attention, exact_attention)
@@ -178,15 +178,6 @@ def test_grouped_keys_lie_in_no_pages() -> None:
     message = f"page_table: must be None with GroupedKeys, got {shown(2, 3)}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         distr_attention(**arguments(k=keys))
-
-
-def test_numba_refuses_a_workspace_for_pages_by_name() -> None:
-    pytest.importorskip("numba")
-    message = f"workspace: is not built for the numba backend yet, got q: {shown(2, 4, 5, 6, dtype='float32')}"
-    call = arguments()
-    q, k, v = (call.pop(name) for name in ("q", "k", "v"))
-    with pytest.raises(NotImplementedError, match=f"^{re.escape(message)}$"):
-        workspace_size(q, k, v, **call, backend="numba")
 
 
 @pytest.mark.parametrize("function", CALLS)
