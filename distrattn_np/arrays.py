@@ -10,6 +10,7 @@ import numbers
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -219,17 +220,16 @@ class Unreadable(np.ndarray):
 
 def array_at(start: int, shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None = None) -> Unreadable:
     """Return an array at any address; contiguous unless ``strides``, in bytes, say otherwise."""
-
-    class Interface:
-        __array_interface__ = {  # noqa: RUF012
+    exporter = SimpleNamespace(
+        __array_interface__={
             "version": 3,
             "typestr": f"|V{np.dtype(dtype).itemsize}",
             "data": (start, False),
             "shape": tuple(shape),
             "strides": strides,
         }
-
-    array: Unreadable = np.asarray(Interface()).view(Unreadable).view(dtype)
+    )
+    array: Unreadable = np.asarray(exporter).view(Unreadable).view(dtype)
     return array
 
 

@@ -314,6 +314,7 @@ def _attention(
     backend: str | None,
 ) -> Any:
     """Check a call and let its backend compute it; without ``grouping_options`` it is exact attention."""
+    checks.check_flags(return_lse=return_lse, return_info=return_info)
     given_out, given_lse, handle = out, lse, checks.check_stream(stream)
     page_table, seqlens_k, q, k, v, mask, bias, cu_seqlens_q, cu_seqlens_k, out, lse, workspace = (
         checks.arrays_in_place(

@@ -651,6 +651,13 @@ def check_workspace_size(workspace: Any, needed: int) -> None:
         raise ValueError(_message("workspace", f"must have at least {needed} bytes", describe(workspace)))
 
 
+def check_flags(**flags: bool) -> None:
+    """Raise unless what a call is asked to return beside its result is said by True or False."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool | np.bool_):
+            raise ValueError(_message(name, "must be True or False", _show(flag)))
+
+
 def check_backend_name(name: str | None) -> None:
     """Raise unless ``name`` is one of the backends."""
     if name is not None:

@@ -315,6 +315,14 @@ WRONG_OPTIONS = {
         for x in (3, (3,), (1, 2, 3), (-1, 0), (0, -1), (1.0, 0), (True, 0), ("1", 0), {1, 2}, "ab", (None, 2.5))
     },
     "window-array": ({"window": np.ones(2, int)}, f"{WINDOW} numpy array of shape (2,) and dtype int64"),
+    **{
+        f"return_lse-{str(x)[:4]}": ({"return_lse": x}, f"return_lse: must be True or False, got {x!r}")
+        for x in (None, 1, "yes")
+    },
+    "return_lse-array": (
+        {"return_lse": np.ones(0)},
+        "return_lse: must be True or False, got numpy array of shape (0,) and dtype float64",
+    ),
     "layout-name": ({"layout": "nbhd"}, "layout: must be 'bhnd' or 'bnhd', got 'nbhd'"),
     "layout-none": ({"layout": None}, "layout: must be 'bhnd' or 'bnhd', got None"),
     "backend-name": ({"backend": "torch"}, "backend: must be 'numpy', 'cupy' or 'numba', got 'torch'"),
@@ -356,6 +364,7 @@ WRONG_GROUPING = {
         for name, least in (("group_size", 1), ("rank", 1), ("refine", 0), ("block_size", 1), ("seed", 0))
         for value in (least - 1, True, 2.0, "2", np.True_)
     },
+    "return_info": ({"return_info": 1}, "return_info: must be True or False, got 1"),
     "refine-none": ({"refine": None}, "refine: must be an integer of at least 0, got None"),
     "seed-none": ({"seed": None}, "seed: must be an integer of at least 0, got None"),
 }
