@@ -178,10 +178,11 @@ class Kind:
 
     def give(self, array: np.ndarray, padding: int = 0, *, swap: bool = False) -> Any:
         """Return a copy as the backend's kind: rows ``padding`` elements apart, the middle axes swapped if asked."""
+        width = array.shape[-1]
         if padding:
             array = np.concatenate([array, np.zeros((*array.shape[:-1], padding), array.dtype)], axis=-1)
         given = self._give(np.ascontiguousarray(array.swapaxes(1, 2) if swap else array))
-        return given[..., : given.shape[-1] - padding] if padding else given
+        return given[..., :width] if padding else given
 
     def make_maps(self, problem: Problem, q: np.ndarray, k: np.ndarray) -> Maps:
         """Return the maps that the backend makes: where rounding turns a hash bit, the definition has to follow."""
