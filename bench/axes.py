@@ -124,7 +124,9 @@ class Preset:
 _SERVING = Axes(H=(16, 32), kv_heads=(8,), G=(1, 2), R=(62, 30), L=(1024,), dtype=("float16",), causal=(False, True))
 # what block sizes are chosen, in the middle of that grid
 _CHOSEN_BLOCKS = replace(_SERVING, H=(32,), L=(None,))
-_NARROW = replace(_SERVING, H=(32,), D=(64,), G=(1,), R=(30, 14), L=(960, 1024), method=("subspace",))
+_NARROW = replace(
+    _SERVING, B=(1,), H=(32,), N=(16384,), D=(64,), G=(1,), R=(30, 14), L=(960, 1024), method=("subspace",)
+)
 
 PRESETS = {
     "main": Preset((Axes(B=(2,), H=(16,), N=(8192,), dtype=("float16",)),)),
@@ -148,7 +150,7 @@ PRESETS = {
         )
     ),
     # narrow heads; blocks of 960 keys are whole tiles of 96
-    "narrow": Preset((replace(_NARROW, B=(1,), N=(16384,)),)),
+    "narrow": Preset((_NARROW,)),
     # a step of eight requests of 32k tokens each; blocks of 2040 leave 128 keys as they are, the others a whole block
     "decode": Preset(
         (

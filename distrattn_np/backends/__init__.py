@@ -73,6 +73,13 @@ class KeysInPages(ABC):
         """Write attention to these keys into O and lse, as `Backend.attend` does; each sequence has its own maps."""
 
 
+def keys_brought_in(k: Any, bring_in: Callable[[Any, Layout], Any], layout: Layout) -> Any:
+    """Return the keys of a call as `Backend.compute` takes them; grouped ones stay what they are."""
+    if isinstance(k, KeysInPages):
+        return k.brought_in(bring_in, layout)
+    return k if isinstance(k, GroupedKeys) else bring_in(k, layout)
+
+
 class Backend(ABC):
     """One implementation of the method. Its arrays ("native") are (B, H, rows, width) views, whatever the layout."""
 
@@ -106,10 +113,7 @@ class Backend(ABC):
         """
         self.refuse(problem, q)
         Q, V = (self.bring_in(x, problem.layout) for x in (q, v))
-        if isinstance(k, KeysInPages):
-            K: Any = k.brought_in(self.bring_in, problem.layout)
-        else:
-            K = k if isinstance(k, GroupedKeys) else self.bring_in(k, problem.layout)
+        K = keys_brought_in(k, self.bring_in, problem.layout)
         tables = tables.map(lambda table: self.bring_in(_written_once(table), "bhnd"))
         if out is not None and self.shares_memory(out):
             O = self.bring_in(out, problem.layout)

@@ -32,11 +32,11 @@ from .cupy_backend import (
 )
 from .cupy_decode import FinishedKeys
 from .cupy_kept_keys import KeptKeys
-from .device_grouped_keys import DeviceGroupedKeys
+from .device_grouped_keys import DeviceGroupedKeys, OnDevice
 
 
-class OnCupy:
-    """What keys on the device, their own or in pages, ask of their kind of arrays."""
+class OnCupy(OnDevice):
+    """With CuPy arrays."""
 
     @staticmethod
     def _padded(size: int) -> int:
@@ -62,6 +62,54 @@ class OnCupy:
     @staticmethod
     def _with_strides(array: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
         return cupy.ndarray(shape, array.dtype, memptr=array.data, strides=strides)
+
+    @staticmethod
+    def _blocks_at_once(heads: int, width: int, dtype: Any) -> int:
+        """Return how many blocks a workspace holds two Gram matrices of, of every head."""
+        gram_bytes: int = 2 * heads * pad(width) ** 2 * np.dtype(_sum_type(dtype)).itemsize
+        return max(1, WORKSPACE_BYTES // max(gram_bytes, 1))
+
+    @staticmethod
+    def _reduce(X: Any, queries: QueryStatistics | None, grouping: Subspace, scale: float, kept: Sequence[Any]) -> None:
+        """Do as `OnDevice` says: a block is a head of one block here, with a mean of its own."""
+        kept_sampled, kept_maps, kept_ranks, kept_score_errors = kept
+        heads, blocks, L, width = X.shape
+        whole = _WholeBlocks(1, L, 0, 0, L, ALL)
+        sums = _channel_sums(X, whole, power=1)
+        mean = _sum_segments(sums, whole, factor=1 / L, element=_element(X)).reshape(heads, blocks, width)
+        x_grams, y_grams = BACKEND.grams(X, mean, whole), BACKEND.grams(X, None, whole, memory_matters=False)
+        y_rows = L
+        if queries is not None:
+            y_rows = queries.rows
+            defines = expected_gram_defines(ELEMENTS[y_grams.dtype.name], width)
+            _launch("expected_gram", defines, heads * blocks, None, y_grams, queries.gram, blocks)
+        narrows = _has_tensor_cores(X.dtype)
+        rows = _MapRows(L, L, y_rows, 1, ALL, 0)
+        maps = BACKEND.solve_maps(x_grams, y_grams, grouping, rows, mean, X, scale=scale, narrows=narrows)
+        dense = _DenseMaps.narrowed(maps, X) if narrows else _DenseMaps.widened(maps, X)
+        problem = Problem(
+            batch=heads,
+            heads=blocks,
+            kv_heads=blocks,
+            queries=1,
+            keys=L,
+            width=width,
+            value_width=1,
+            dtype=X.dtype,
+            scale=1.0,  # its sign chooses kernels of the forward alone
+            causal_offset=None,
+            layout="bhnd",
+            grouping=replace(grouping, block_size=L),
+        )
+        sampled = _Forward(problem, X, X, X, None, None, dense, NO_TABLES).sample_keys()
+
+        fusion = dense.fusion[:, :, 0]
+        rank = fusion.shape[2]  # padded for tensor cores; kernels on CUDA cores leave the padding unwritten
+        kept_sampled[:, :, :, :rank] = sampled[..., :rank]
+        kept_maps[:, :, :rank, : fusion.shape[3]] = fusion
+        kept_maps[:, :, -1, :width] = mean
+        kept_ranks[...] = maps.ranks
+        kept_score_errors[...] = maps.score_errors
 
 
 class CupyGroupedKeys(OnCupy, DeviceGroupedKeys):
@@ -99,14 +147,6 @@ class CupyGroupedKeys(OnCupy, DeviceGroupedKeys):
         # sums run in another order over memory that is aligned otherwise
         return X if _vector(X) > 1 else X.copy()
 
-    def _blocks_at_once(self) -> int:
-        batch, heads, _, width = self._buffer.shape
-        return blocks_at_once(batch * heads, width, self.dtype)
-
-    def _reduce_blocks(self, grouping: Subspace, X: Any) -> None:
-        new = slice(self._finished, self._finished + X.shape[1])
-        reduce_blocks(X, self.queries, grouping, self.scale, [room.array[:, new] for room in self._rooms])
-
     def kept(self) -> KeptKeys:
         """Return what a call reads."""
         if self.grouping is None or not self._finished:
@@ -133,59 +173,6 @@ class CupyGroupedKeys(OnCupy, DeviceGroupedKeys):
         """Return a context in which the device that holds ``array`` is current."""
         device: AbstractContextManager[Any] = array.device
         return device
-
-
-def blocks_at_once(heads: int, width: int, dtype: Any) -> int:
-    """Return how many blocks a workspace holds two Gram matrices of, of every head."""
-    gram_bytes: int = 2 * heads * pad(width) ** 2 * np.dtype(_sum_type(dtype)).itemsize
-    return max(1, WORKSPACE_BYTES // max(gram_bytes, 1))
-
-
-def reduce_blocks(
-    X: Any, queries: QueryStatistics | None, grouping: Subspace, scale: float, kept: Sequence[Any]
-) -> None:
-    """Write what is kept of blocks (heads, blocks, L, D); a block is a head of one block here, with a mean of its own.
-
-    ``kept``: arrays as the rooms of `DeviceGroupedKeys`, of these blocks alone.
-    """
-    kept_sampled, kept_maps, kept_ranks, kept_score_errors = kept
-    heads, blocks, L, width = X.shape
-    whole = _WholeBlocks(1, L, 0, 0, L, ALL)
-    sums = _channel_sums(X, whole, power=1)
-    mean = _sum_segments(sums, whole, factor=1 / L, element=_element(X)).reshape(heads, blocks, width)
-    x_grams, y_grams = BACKEND.grams(X, mean, whole), BACKEND.grams(X, None, whole, memory_matters=False)
-    y_rows = L
-    if queries is not None:
-        y_rows = queries.rows
-        defines = expected_gram_defines(ELEMENTS[y_grams.dtype.name], width)
-        _launch("expected_gram", defines, heads * blocks, None, y_grams, queries.gram, blocks)
-    narrows = _has_tensor_cores(X.dtype)
-    rows = _MapRows(L, L, y_rows, 1, ALL, 0)
-    maps = BACKEND.solve_maps(x_grams, y_grams, grouping, rows, mean, X, scale=scale, narrows=narrows)
-    dense = _DenseMaps.narrowed(maps, X) if narrows else _DenseMaps.widened(maps, X)
-    problem = Problem(
-        batch=heads,
-        heads=blocks,
-        kv_heads=blocks,
-        queries=1,
-        keys=L,
-        width=width,
-        value_width=1,
-        dtype=X.dtype,
-        scale=1.0,  # its sign chooses kernels of the forward alone
-        causal_offset=None,
-        layout="bhnd",
-        grouping=replace(grouping, block_size=L),
-    )
-    sampled = _Forward(problem, X, X, X, None, None, dense, NO_TABLES).sample_keys()
-
-    fusion = dense.fusion[:, :, 0]
-    rank = fusion.shape[2]  # padded for tensor cores; kernels on CUDA cores leave the padding unwritten
-    kept_sampled[:, :, :, :rank] = sampled[..., :rank]
-    kept_maps[:, :, :rank, : fusion.shape[3]] = fusion
-    kept_maps[:, :, -1, :width] = mean
-    kept_ranks[...] = maps.ranks
-    kept_score_errors[...] = maps.score_errors
 
 
 class _WholeBlocks(_Segments):

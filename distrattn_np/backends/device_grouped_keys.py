@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,55 @@ from ..problem import Layout, Problem, Subspace, ceil_div
 from . import ScoreTables
 
 
-class DeviceGroupedKeys(GroupedKeys, ABC):
+class OnDevice(ABC):
+    """What keys on a device, their own or in pages, ask of their kind of arrays."""
+
+    @staticmethod
+    @abstractmethod
+    def _padded(size: int) -> int:
+        """Return how many columns are kept for a rank or a width."""
+
+    @staticmethod
+    @abstractmethod
+    def _sum_type(dtype: Any) -> Any:
+        """Return the type that sums of elements of ``dtype`` run in."""
+
+    @staticmethod
+    @abstractmethod
+    def _on_device(array: Any) -> Any:
+        """Return an array of this kind as it is, a NumPy array as a copy on the current device."""
+
+    @staticmethod
+    @abstractmethod
+    def _on_host(array: Any) -> np.ndarray:
+        """Return a copy as a NumPy array."""
+
+    @staticmethod
+    @abstractmethod
+    def _zeros(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
+        """Return a new array of zeros on the device, and for the stream, of ``like``."""
+
+    @staticmethod
+    @abstractmethod
+    def _with_strides(array: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
+        """Return a view with this shape and these strides, in bytes."""
+
+    @staticmethod
+    @abstractmethod
+    def _blocks_at_once(heads: int, width: int, dtype: Any) -> int:
+        """Return how many blocks `_reduce` takes at a time."""
+
+    @staticmethod
+    @abstractmethod
+    def _reduce(X: Any, queries: QueryStatistics | None, grouping: Subspace, scale: float, kept: Sequence[Any]) -> None:
+        """Write what is kept of blocks (heads, blocks, L, D) (eq. 27 and 28).
+
+        ``kept``: arrays as the rooms of `DeviceGroupedKeys`, of these blocks alone, zero so far. No sum depends on how
+        many blocks there are, so that it does not matter how keys came.
+        """
+
+
+class DeviceGroupedKeys(OnDevice, GroupedKeys):
     """Keys on one device. All work is queued on a stream; nothing waits for it.
 
     The rooms, with heads = B * H_kv and blocks as they come: ``_sampled`` (heads, blocks, L, R), ``_maps`` (heads,
@@ -49,49 +98,6 @@ class DeviceGroupedKeys(GroupedKeys, ABC):
             self.queries = replace(queries, gram=self._on_device(queries.gram))
         for block in blocks:
             self._take_over(block)
-
-    # ---- what the kinds of arrays differ in ----
-
-    @staticmethod
-    @abstractmethod
-    def _padded(size: int) -> int:
-        """Return how many columns are kept for a rank or a width."""
-
-    @staticmethod
-    @abstractmethod
-    def _sum_type(dtype: Any) -> Any:
-        """Return the type that sums of elements of ``dtype`` run in."""
-
-    @staticmethod
-    @abstractmethod
-    def _on_device(array: Any) -> Any:
-        """Return an array of this kind as it is, a NumPy array as a copy on the current device."""
-
-    @staticmethod
-    @abstractmethod
-    def _on_host(array: Any) -> np.ndarray:
-        """Return a copy as a NumPy array."""
-
-    @staticmethod
-    @abstractmethod
-    def _zeros(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
-        """Return a new array of zeros on the device, and for the stream, of ``like``."""
-
-    @staticmethod
-    @abstractmethod
-    def _with_strides(array: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
-        """Return a view with this shape and these strides, in bytes."""
-
-    @abstractmethod
-    def _blocks_at_once(self) -> int:
-        """Return how many blocks `_reduce_blocks` takes at a time."""
-
-    @abstractmethod
-    def _reduce_blocks(self, grouping: Subspace, X: Any) -> None:
-        """Write what is kept of blocks (B * H_kv, blocks, L, D) behind the finished ones (eq. 27 and 28).
-
-        No sum depends on how many blocks there are, so that it does not matter how keys came.
-        """
 
     @abstractmethod
     def attend(self, problem: Problem, Q: Any, V: Any, O: Any, lse: Any, tables: ScoreTables) -> None:
@@ -189,15 +195,17 @@ class DeviceGroupedKeys(GroupedKeys, ABC):
 
     def _finish_blocks(self, grouping: Subspace, X: Any) -> None:
         """Make blocks of rows (B * H_kv, blocks, L, D)."""
-        heads, blocks = X.shape[:2]
+        heads, blocks, _, width = X.shape
         for room in self._rooms:
             room.grow(self._finished + blocks)
-        at_once = self._blocks_at_once()
+        at_once = self._blocks_at_once(heads, width, self.dtype)
         for first in range(0, blocks, at_once):
             last = min(first + at_once, blocks)
+            finished = self._finished + last - first
             if heads:
-                self._reduce_blocks(grouping, X[:, first:last])
-            self._finished += last - first
+                kept = [room.array[:, self._finished : finished] for room in self._rooms]
+                self._reduce(X[:, first:last], self.queries, grouping, self.scale, kept)
+            self._finished = finished
 
     def _take_over(self, block: KeyBlock) -> None:
         """Append a finished block that was saved."""

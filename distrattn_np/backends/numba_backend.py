@@ -55,7 +55,17 @@ from ..problem import (
 )
 from ..reference import hyperplanes
 from ..tiles import ScoreSwitches
-from . import NO_TABLES, NOTHING_LENT, Backend, KeysInPages, Lent, Maps, ScoreTables, host_copy_back
+from . import (
+    NO_TABLES,
+    NOTHING_LENT,
+    Backend,
+    KeysInPages,
+    Lent,
+    Maps,
+    ScoreTables,
+    host_copy_back,
+    keys_brought_in,
+)
 from .device_work import Placed, hyperplane_rows
 from .numba_device import (
     SIMULATED,
@@ -67,9 +77,8 @@ from .numba_device import (
     copy_in,
     empty,
     from_cupy,
-    in_workspace,
     launch,
-    measuring,
+    lending,
     new,
     on_device_of,
     swap_rows_and_heads,
@@ -164,7 +173,7 @@ class NumbaBackend(Backend):
             if lent.workspace is not None:
                 needed = self.workspace_bytes(problem, q, k, v, out, tables, lent)
                 checks.check_workspace_size(lent.workspace, needed)
-                stack.enter_context(in_workspace(self.bring_in(lent.workspace, "bhnd")))
+                stack.enter_context(lending(self.bring_in(lent.workspace, "bhnd")))
             yield
 
     def ragged_attention(
@@ -261,12 +270,9 @@ class NumbaBackend(Backend):
             problem = problem.longest
         packed = problem.packed if isinstance(problem, RaggedProblem) else problem
         _refuse_dtype(packed, q)
-        with measuring() as places:
+        with lending(None) as places:
             Q, V = (_measured(x, packed.layout) for x in (q, v))
-            if isinstance(k, KeysInPages):
-                K: Any = k.brought_in(_measured, packed.layout)
-            else:
-                K = k if isinstance(k, GroupedKeys) else _measured(k, packed.layout)
+            K = keys_brought_in(k, _measured, packed.layout)
             O = MeasuredArray.of((packed.batch, packed.heads, packed.queries, packed.value_width), packed.dtype)
             lse_shape = packed.batch, packed.heads, packed.queries
             keeps_lse = lent.lse is not None or lent.wants_lse

@@ -22,7 +22,7 @@ from numba import cuda
 from numba.cuda.cudadrv import devicearray
 
 from ..arrays import REGION, StreamHandle, Unreadable, array_at, kind_of
-from .device_work import BuiltOnce, Bump
+from .device_work import BuiltOnce, Bump, Placed
 
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 """Whether kernels run in Numba's simulator, where a CUDA thread is an operating-system thread: few threads then."""
@@ -119,17 +119,17 @@ def constant(key: tuple[Any, ...], make: Callable[[], np.ndarray], like: Any) ->
 
 
 @contextmanager
-def measuring() -> Iterator[Bump]:
-    """Let calls in this context take no memory and run nothing, and tell what they would have taken."""
-    with _lending(_Lent(None)) as places:
-        yield places
+def lending(workspace: Any) -> Iterator[Bump]:
+    """Give calls in this context their memory from a native array of bytes, and tell what they took.
 
-
-@contextmanager
-def in_workspace(workspace: Any) -> Iterator[Bump]:
-    """Give calls in this context their memory from a native array of bytes."""
-    with _lending(_Lent(workspace)) as places:
-        yield places
+    None: they take no memory and run nothing; it is told what they would have taken.
+    """
+    lent = _Lent(workspace)
+    token = _lent.set(lent)
+    try:
+        yield lent.places
+    finally:
+        _lent.reset(token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,22 +148,13 @@ class _Lent:
         stop = start + math.prod(shape) * dtype.itemsize
         if SIMULATED:
             return type(self.workspace)(self.workspace._ary[start:stop].view(dtype).reshape(shape), stream)
-        strides = tuple(math.prod(shape[axis + 1 :]) * dtype.itemsize for axis in range(len(shape)))
+        strides = Placed.contiguous(shape, dtype).strides
         memory = self.workspace.gpu_data.view(start, stop)
         return devicearray.DeviceNDArray(shape=shape, strides=strides, dtype=dtype, stream=stream, gpu_data=memory)
 
 
 _lent: ContextVar[_Lent | None] = ContextVar("lent", default=None)
 _CONSTANTS = BuiltOnce()
-
-
-@contextmanager
-def _lending(lent: _Lent) -> Iterator[Bump]:
-    token = _lent.set(lent)
-    try:
-        yield lent.places
-    finally:
-        _lent.reset(token)
 
 
 def _is_measured() -> bool:

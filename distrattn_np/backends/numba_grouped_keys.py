@@ -17,7 +17,7 @@ from ..numba_kernels.rebuild_keys import make_rebuild_keys
 from ..numba_kernels.sequences import START
 from ..problem import Layout, Problem, Subspace, SubspaceMaps, ceil_div
 from . import ScoreTables
-from .device_grouped_keys import DeviceGroupedKeys
+from .device_grouped_keys import DeviceGroupedKeys, OnDevice
 from .numba_backend import BACKEND, THREADS, WORKSPACE_BYTES, _accumulator
 from .numba_device import (
     SIMULATED,
@@ -35,8 +35,8 @@ COPY_BLOCKS = 1 if SIMULATED else 1024
 """Most thread blocks of a copy: enough to keep any GPU busy."""
 
 
-class OnNumba:
-    """What keys on the device, their own or in pages, ask of their kind of arrays."""
+class OnNumba(OnDevice):
+    """With Numba arrays."""
 
     @staticmethod
     def _put(target: Any, source: Any) -> None:
@@ -75,6 +75,39 @@ class OnNumba:
     def _with_strides(array: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
         return view(array, shape, strides)
 
+    @staticmethod
+    def _blocks_at_once(heads: int, width: int, dtype: Any) -> int:
+        """Return how many blocks a workspace holds two Gram matrices and a map of, of every head."""
+        bytes_of_block: int = 3 * heads * width**2 * np.dtype(_accumulator(dtype)).itemsize
+        return max(1, WORKSPACE_BYTES // max(bytes_of_block, 1))
+
+    @staticmethod
+    def _reduce(X: Any, queries: QueryStatistics | None, grouping: Subspace, scale: float, kept: Sequence[Any]) -> None:
+        """Do as `OnDevice` says: a block is a head of one block here, with a mean of its own."""
+        heads, blocks, L, width = X.shape
+        rank, accumulator = grouping.rank or width, _accumulator(X.dtype)
+        sampled, maps, ranks, score_errors = kept
+
+        block = BACKEND.one_block(L, L if queries is None else queries.rows, X)
+        mean = BACKEND.key_mean(X, block, of_all=True)
+        # rounded first, so that what is added to the scores is what was subtracted
+        OnNumba._put(maps[:, :, rank], mean)
+        OnNumba._put(mean, maps[:, :, rank])
+        x_grams, y_grams = (BACKEND.grams(X, shift, block, START, blocks) for shift in (mean, None))
+        if queries is not None:
+            launch(make_expected_gram(accumulator), heads * blocks, THREADS.group, y_grams, queries.gram)
+
+        of_head, of_block, of_row, of_number = maps.strides
+        made = SubspaceMaps(
+            sampling=empty((heads, blocks, 1, width, rank), accumulator, X),
+            fusion=view(maps, (heads, blocks, 1, width, rank), (of_head, of_block, of_block, of_number, of_row)),
+            key_mean=mean,
+            ranks=ranks,
+            score_errors=score_errors,
+        )
+        BACKEND.solve_maps(made, x_grams, y_grams, block, 1, grouping, scale, y_changes=True)
+        BACKEND.reduce_rows(X, made, L, None, is_centred=True, out=sampled)
+
 
 class NumbaGroupedKeys(OnNumba, DeviceGroupedKeys):
     """Keys on the device of the first of them. Work goes to the stream of what is appended, or of the queries."""
@@ -110,14 +143,6 @@ class NumbaGroupedKeys(OnNumba, DeviceGroupedKeys):
                 room.array = room.array.bind(new.stream)
         super()._append(new)
 
-    def _blocks_at_once(self) -> int:
-        batch, heads, _, width = self._buffer.shape
-        return blocks_at_once(batch * heads, width, self.dtype)
-
-    def _reduce_blocks(self, grouping: Subspace, X: Any) -> None:
-        new = slice(self._finished, self._finished + X.shape[1])
-        reduce_blocks(X, self.queries, grouping, self.scale, [room.array[:, new] for room in self._rooms])
-
     def _rebuilt(self, like: Any) -> Any:
         """Return all keys (B, H_kv, M, D), those of finished blocks as they count, on the stream of ``like``."""
         batch, heads, _, width = self._buffer.shape
@@ -147,44 +172,6 @@ class NumbaGroupedKeys(OnNumba, DeviceGroupedKeys):
     def on_device_of(array: Any) -> AbstractContextManager[Any]:
         """Return a context in which the device that holds ``array`` is current."""
         return on_device_of(array)
-
-
-def blocks_at_once(heads: int, width: int, dtype: Any) -> int:
-    """Return how many blocks a workspace holds two Gram matrices and a map of, of every head."""
-    bytes_of_block: int = 3 * heads * width**2 * np.dtype(_accumulator(dtype)).itemsize
-    return max(1, WORKSPACE_BYTES // max(bytes_of_block, 1))
-
-
-def reduce_blocks(
-    X: Any, queries: QueryStatistics | None, grouping: Subspace, scale: float, kept: Sequence[Any]
-) -> None:
-    """Write what is kept of blocks (heads, blocks, L, D); a block is a head of one block here, with a mean of its own.
-
-    ``kept``: arrays as the rooms of `DeviceGroupedKeys`, of these blocks alone.
-    """
-    heads, blocks, L, width = X.shape
-    rank, accumulator = grouping.rank or width, _accumulator(X.dtype)
-    sampled, maps, ranks, score_errors = kept
-
-    block = BACKEND.one_block(L, L if queries is None else queries.rows, X)
-    mean = BACKEND.key_mean(X, block, of_all=True)
-    # rounded first, so that what is added to the scores is what was subtracted
-    OnNumba._put(maps[:, :, rank], mean)
-    OnNumba._put(mean, maps[:, :, rank])
-    x_grams, y_grams = (BACKEND.grams(X, shift, block, START, blocks) for shift in (mean, None))
-    if queries is not None:
-        launch(make_expected_gram(accumulator), heads * blocks, THREADS.group, y_grams, queries.gram)
-
-    of_head, of_block, of_row, of_number = maps.strides
-    made = SubspaceMaps(
-        sampling=empty((heads, blocks, 1, width, rank), accumulator, X),
-        fusion=view(maps, (heads, blocks, 1, width, rank), (of_head, of_block, of_block, of_number, of_row)),
-        key_mean=mean,
-        ranks=ranks,
-        score_errors=score_errors,
-    )
-    BACKEND.solve_maps(made, x_grams, y_grams, block, 1, grouping, scale, y_changes=True)
-    BACKEND.reduce_rows(X, made, L, None, is_centred=True, out=sampled)
 
 
 def rebuild_keys(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,7 +10,7 @@ from ..arrays import Kind
 from ..grouped_pages import POOLS, Append
 from .device_grouped_pages import DeviceGroupedPages
 from .numba_device import copy_in, view
-from .numba_grouped_keys import OnNumba, blocks_at_once, put_listed, reduce_blocks
+from .numba_grouped_keys import OnNumba, put_listed
 
 
 class NumbaGroupedPages(OnNumba, DeviceGroupedPages):
@@ -31,13 +30,6 @@ class NumbaGroupedPages(OnNumba, DeviceGroupedPages):
     def _take_tails(self, tail_of: np.ndarray) -> None:
         self._tail_of_on_host = tail_of
         self._put(self.tail_of, copy_in(tail_of, self.tail_of))  # on its stream, unlike `_on_device`
-
-    def _blocks_at_once(self) -> int:
-        _, heads, _, width = self.tails.shape
-        return blocks_at_once(heads, width, self.dtype)
-
-    def _reduce_blocks(self, X: Any, kept: Sequence[Any]) -> None:
-        reduce_blocks(X, self.queries, self.grouping, self.scale, kept)
 
     def _put_pages(self, pool: Any, pages: np.ndarray, new: Any) -> None:
         none = np.zeros_like(pages)
