@@ -6,6 +6,7 @@ from .attention import distr_attention, exact_attention, workspace_size
 from .grouped_keys import GroupedKeys, group_keys
 from .grouped_pages import GroupedPages, group_pages
 from .merge import merge
+from .shrink import PooledKeys, ProjectedValues, pool_keys, project_values
 
 try:
     __version__ = version("distrattn_np")
@@ -15,11 +16,15 @@ except PackageNotFoundError:  # an uninstalled source tree
 __all__ = [
     "GroupedKeys",
     "GroupedPages",
+    "PooledKeys",
+    "ProjectedValues",
     "__version__",
     "distr_attention",
     "exact_attention",
     "group_keys",
     "group_pages",
     "merge",
+    "pool_keys",
+    "project_values",
     "workspace_size",
 ]

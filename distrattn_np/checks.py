@@ -584,6 +584,56 @@ def check_merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, *, layout: str, 
     check_stream_of(out_a, stream)
 
 
+def check_pooling(k: Any, v: Any, *, size: Any, layout: str) -> int:
+    """Return the size of a cluster, or raise the first error found in the arguments of `pool_keys`."""
+    _check_choice("layout", layout, "bhnd", "bnhd")
+    _check_arithmetic("k", k)
+    _check_array("k", k, k, "k")
+    _check_array("v", v, k, "k")
+    for axis, what in enumerate(("batch size", "heads", "rows")):
+        wanted, found = (_bhnd_shape(x, layout)[axis] for x in (k, v))
+        if found != wanted:
+            raise ValueError(_message("v", f"must have k's {what}, {wanted}", describe(v)))
+    return _check_integer("size", size, at_least=1)
+
+
+def check_projection(v: Any, *, rank: Any, layout: str) -> int:
+    """Return the rank, or raise the first error found in the arguments of `project_values`."""
+    _check_choice("layout", layout, "bhnd", "bnhd")
+    _check_arithmetic("v", v)
+    _check_array("v", v, v, "v")
+    if not (_is_count(rank, 1) and rank <= v.shape[3]):
+        raise ValueError(_message("rank", f"must be an integer of 1 to {v.shape[3]}", _show(rank)))
+    return int(rank)
+
+
+def check_restoring(out: Any, lse: Any, *, values: Any, layout: str) -> None:
+    """Raise the first error found in the arguments of `ProjectedValues.restore`."""
+    _check_kind("out", out, values, "v")
+    _check_array("out", out, out, "out")
+    batch, heads, rows, width = _bhnd_shape(out, layout)
+    v_batch, kv_heads, _, rank = _bhnd_shape(values, layout)
+    if batch != v_batch:
+        raise ValueError(_message("out", f"must have v's batch size {v_batch}", describe(out)))
+    if (kv_heads == 0 and heads != 0) or (kv_heads and heads % kv_heads):
+        raise ValueError(_message("out", f"v's {kv_heads} heads must divide the number of heads", describe(out)))
+    if width != rank:
+        raise ValueError(_message("out", f"must have the width of the projected values, {rank}", describe(out)))
+    if lse is None:
+        return
+    _check_kind("lse", lse, out, "out")
+    if lse.dtype != np.float32:
+        raise TypeError(_message("lse", "the dtype must be float32", describe(lse)))
+    if tuple(lse.shape) != (batch, heads, rows):
+        raise ValueError(_message("lse", f"must have shape (B, H, N) = {(batch, heads, rows)}", describe(lse)))
+
+
+def _check_arithmetic(name: str, array: Any) -> None:
+    """Raise unless there are array operations for this kind."""
+    if kind_of(array) not in ("numpy", "cupy"):
+        raise TypeError(_message(name, "must be a NumPy or CuPy array", describe(array)))
+
+
 def check_stream(stream: Any) -> int | None:
     """Return the handle of ``stream``; None where the call runs on the current one."""
     if stream is None:

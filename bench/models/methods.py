@@ -12,8 +12,9 @@ import numpy as np
 
 from ... import checks
 from ...attention import distr_attention, exact_attention
-from ...problem import Problem, Subspace, block_edges
+from ...problem import Problem, Subspace, block_edges, ceil_div
 from ...reference.distr_attention import rows_that_meet
+from ...shrink import pool_keys, project_values
 from ...work import visible_pairs, work_of
 from .. import approximations
 from .layers import to_host
@@ -25,8 +26,10 @@ PEERS: dict[str, tuple[Callable[..., Any], Callable[..., int]]] = {
     "hydra": (approximations.hydra_attention, approximations.hydra_flop),
     "int8": (approximations.int8_attention, approximations.int8_flop),
 }
-NAMES = ("exact", "lsh", "subspace", *PEERS)
+NAMES = ("exact", "lsh", "subspace", "window", *PEERS)
 NOT_CAUSAL = frozenset({"nystrom"})
+SHRINKING = ("pool", "value_rank")
+"""Options of every method but peers: keys of a cluster (`pool_keys`), and channels of values (`project_values`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,20 @@ def parse(text: str) -> list[Method]:
     return [Method(name, dict(zip(options, values, strict=True))) for values in product(*options.values())]
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What one call was asked for, and what it did."""
+
+    asked: Problem
+    done: Problem
+    """The same with the keys and values that were left."""
+    ranks: Any = None
+    """(B, H_x, C) of the subspace method."""
+    pairs: int | None = None
+    """Those that a mask shows, of one head."""
+    shrinking_flop: int = 0
+
+
 class Meter:
     """A method as the callable that a model takes; adds up time, floating-point operations and ranks over its calls."""
 
@@ -67,44 +84,65 @@ class Meter:
         self.method = method
         self.seconds = 0.0
         self._backend, self._dtype = backend, dtype
-        self._calls: list[tuple[Problem, Any]] = []
+        self._calls: list[_Call] = []
 
     def __call__(self, q: Any, k: Any, v: Any, *, causal: bool) -> Any:
         """Return attention in float32, computed from ``dtype``."""
-        name, options = self.method.name, self.method.options
         q, k, v = (x.astype(self._dtype, copy=False) for x in (q, k, v))
-        ranks = grouping = None
         self.wait()
         start = time.perf_counter()
-        if name == "subspace":
-            out, info = distr_attention(q, k, v, method=name, causal=causal, return_info=True, **options)
-            ranks = info.ranks
-        elif name == "lsh":
-            out = distr_attention(q, k, v, method=name, causal=causal, **options)
-        elif name == "exact":
-            out = exact_attention(q, k, v, causal=causal)
-        else:
-            out = PEERS[name][0](q, k, v, causal=causal, **options)
+        out, call = self._attend(q, k, v, causal)
         self.wait()
         self.seconds += time.perf_counter() - start
-        if name in ("lsh", "subspace"):
-            grouping = checks.check_grouping(q, method=name, **options)
-        problem = checks.check_attention(q, k, v, causal=causal, scale=None, layout="bhnd", out=None, grouping=grouping)
-        self._calls.append((problem, ranks))  # counted later: the model's own time must not hold it
+        self._calls.append(call)  # counted later: the model's own time must not hold it
         return out.astype(np.float32, copy=False)
+
+    def _attend(self, q: Any, k: Any, v: Any, causal: bool) -> tuple[Any, _Call]:
+        name, options = self.method.name, dict(self.method.options)
+        asked = _problem(q, k, v, causal)
+        if name in PEERS:
+            return PEERS[name][0](q, k, v, causal=causal, **options), _Call(asked, asked)
+        pool, value_rank = (options.pop(option, None) for option in SHRINKING)
+        if pool is not None and causal:
+            raise ValueError("pool: pooled keys have no order, and no causal form")
+        flop = 0
+        scores: dict[str, Any] = {}
+        projected = None if value_rank is None else project_values(v, value_rank)
+        if projected is not None:
+            flop += projection_flop(asked, value_rank)
+            v = projected.values
+        if pool is not None:
+            flop += pooling_flop(_problem(q, k, v, causal), pool)
+            k, v, bias = pool_keys(k, v, pool)
+            scores = {"bias": bias} if asked.keys % pool else {}
+        ranks = pairs = grouping = None
+        if name == "subspace":
+            grouping = checks.check_grouping(q, method=name, **options)
+            out, info = distr_attention(q, k, v, method=name, causal=causal, return_info=True, **options, **scores)
+            ranks = info.ranks
+        elif name == "lsh":
+            grouping = checks.check_grouping(q, method=name, **options)
+            out = distr_attention(q, k, v, method=name, causal=causal, **options, **scores)
+        else:
+            if name == "window":
+                shown = _window_and_sinks(asked, **options)
+                pairs, scores["mask"] = int(shown.sum()), self._on_device(shown)
+            out = exact_attention(q, k, v, causal=causal, **scores)
+        done = _problem(q, k, v, causal, grouping)
+        return out if projected is None else projected.restore(out), _Call(asked, done, ranks, pairs, flop)
 
     @property
     def exact_flop(self) -> int:
         """FLOP that exact attention takes for the same calls."""
         return sum(
             2 * p.batch * p.heads * visible_pairs(p.queries, p.keys, p.causal_offset) * (p.width + p.value_width)
-            for p, _ in self._calls
+            for p in (call.asked for call in self._calls)
         )
 
     @property
     def flop(self) -> int:
         """FLOP of the calls."""
-        return sum(self._count(problem, ranks) for problem, ranks in self._calls)
+        return sum(self._count(call) + call.shrinking_flop for call in self._calls)
 
     @property
     def mean_rank(self) -> float | None:
@@ -112,19 +150,31 @@ class Meter:
         if self.method.name in PEERS:
             return None
         ranks = [
-            np.array([problem.rank]) if own is None else to_host(own)[:, :, np.array(rows_met(problem)) > 0].ravel()
-            for problem, own in self._calls
+            np.array([call.done.rank])
+            if call.ranks is None
+            else to_host(call.ranks)[:, :, np.array(rows_met(call.done)) > 0].ravel()
+            for call in self._calls
         ]
         found = np.concatenate(ranks)
         return float(found.mean()) if found.size else None
 
-    def _count(self, problem: Problem, ranks: Any) -> int:
+    def _count(self, call: _Call) -> int:
+        problem = call.done
         if self.method.name in PEERS:
             count = PEERS[self.method.name][1]
             sizes = (problem.queries, problem.keys, problem.width, problem.value_width)
             causal = problem.causal_offset is not None
             return problem.batch * problem.heads * count(*sizes, causal=causal, **self.method.options)
-        return work_of(problem).executed_flop if ranks is None else subspace_flop(problem, to_host(ranks))
+        if call.pairs is not None:
+            return 2 * problem.batch * problem.heads * call.pairs * (problem.width + problem.value_width)
+        return work_of(problem).executed_flop if call.ranks is None else subspace_flop(problem, to_host(call.ranks))
+
+    def _on_device(self, array: np.ndarray) -> Any:
+        if self._backend == "numpy":
+            return array
+        import cupy
+
+        return cupy.asarray(array)
 
     def wait(self) -> None:
         """Wait until the device has done what was asked of it."""
@@ -132,6 +182,35 @@ class Meter:
             import cupy
 
             cupy.cuda.get_current_stream().synchronize()
+
+
+def _problem(q: Any, k: Any, v: Any, causal: bool, grouping: Any = None) -> Problem:
+    return checks.check_attention(q, k, v, causal=causal, scale=None, layout="bhnd", out=None, grouping=grouping)
+
+
+def _window_and_sinks(problem: Problem, *, keys: int, sinks: int = 0) -> np.ndarray:
+    """Return the mask (N, M) of ``keys`` up to a query, not causally of as many after it, and the first ``sinks``."""
+    N, M = problem.queries, problem.keys
+    distance = np.arange(N)[:, np.newaxis] + M - N - np.arange(M)
+    shown: np.ndarray = (np.abs(distance) < keys) | (np.arange(M) < sinks)
+    return shown if problem.causal_offset is None else shown & (distance >= 0)
+
+
+def projection_flop(problem: Problem, rank: int) -> int:
+    """Return the FLOP of `project_values` and of turning results back (docs/math.md, eq. 33).
+
+    The covariance, half of it; its eigenvectors, 9 E^3; coordinates of all values, and channels of all results.
+    """
+    E = problem.value_width
+    values = E * (E + 1) * problem.keys + 9 * E**3 + 2 * problem.keys * E * rank
+    return problem.batch * (problem.kv_heads * values + problem.heads * 2 * problem.queries * E * rank)
+
+
+def pooling_flop(problem: Problem, size: int) -> int:
+    """Return the FLOP of `pool_keys` (eq. 31, 32): six products with a vector for each level of the tree, and means."""
+    levels = (ceil_div(problem.keys, size) - 1).bit_length()
+    width = problem.width + problem.value_width
+    return problem.batch * problem.kv_heads * problem.keys * width * (12 * levels + 1)
 
 
 def subspace_flop(problem: Problem, ranks: np.ndarray) -> int:

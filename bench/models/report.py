@@ -8,11 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .comparison import best_within, nearer_in, ranges, split
+from .comparison import OWN, best_within, nearer_in, ranges, split
 
 Report = dict[str, Any]
 """``environment``: of the run; ``rows``: one for each task and method."""
-OURS = ("exact", "lsh", "subspace")
 NEAR_ONE = 0.9995
 """From here on, four digits of a cosine no longer tell rows apart."""
 
@@ -163,7 +162,7 @@ def draw(report: Report, folder: Path) -> list[Path]:
         colours = {name: f"C{n}" for n, name in enumerate(dict.fromkeys(row["method"] for row in measured[1:]))}
         for panel, (label, key) in zip(panels, axes.items(), strict=True):
             for method, points in _points(measured, exact, measure, key).items():
-                marker = "o" if method in OURS else "x"
+                marker = "o" if method in OWN else "x"
                 panel.plot(*zip(*points, strict=True), marker=marker, ls="", color=colours[method], label=method)
             if exact[key] is not None:
                 panel.axvline(exact[key], color="black", lw=0.8)

@@ -603,6 +603,101 @@ def test_wrong_argument_of_merge_is_named(changed: dict[str, Any], error: type[E
         distrattn_np.merge(**good | changed)
 
 
+KEYS = f"{NUMPY} (2, 4, 6, 3) and dtype"
+WRONG_POOLINGS = {
+    "k-list": ({"k": [1.0]}, TypeError, "k: must be a NumPy or CuPy array, got list"),
+    "k-3d": ({"k": normal(4, 6, 3)}, ValueError, f"k: must have 4 axes, got {NUMPY} (4, 6, 3) and dtype float32"),
+    "k-integer": (
+        {"k": normal(2, 4, 6, 3, dtype="i4")},
+        TypeError,
+        f"k: the dtype must be one of float16, bfloat16, float32, float64, got {KEYS} int32",
+    ),
+    "v-none": ({"v": None}, TypeError, "v: must be a NumPy, CuPy or Numba device array, got NoneType"),
+    "v-dtype": (
+        {"v": normal(2, 4, 6, 3, dtype="f8")},
+        TypeError,
+        f"v: must have k's dtype float32, got {KEYS} float64",
+    ),
+    "v-batch": (
+        {"v": normal(1, 4, 6, 5)},
+        ValueError,
+        f"v: must have k's batch size, 2, got {NUMPY} (1, 4, 6, 5) and dtype float32",
+    ),
+    "v-heads": (
+        {"v": normal(2, 2, 6, 5)},
+        ValueError,
+        f"v: must have k's heads, 4, got {NUMPY} (2, 2, 6, 5) and dtype float32",
+    ),
+    "v-rows": (
+        {"v": normal(2, 4, 7, 5)},
+        ValueError,
+        f"v: must have k's rows, 6, got {NUMPY} (2, 4, 7, 5) and dtype float32",
+    ),
+    "size-zero": ({"size": 0}, ValueError, "size: must be an integer of at least 1, got 0"),
+    "size-real": ({"size": 2.0}, ValueError, "size: must be an integer of at least 1, got 2.0"),
+    "layout": ({"layout": "nhd"}, ValueError, "layout: must be 'bhnd' or 'bnhd', got 'nhd'"),
+}
+WRONG_PROJECTIONS = {
+    "v-list": ({"v": [1.0]}, TypeError, "v: must be a NumPy or CuPy array, got list"),
+    "v-3d": ({"v": normal(4, 6, 3)}, ValueError, f"v: must have 4 axes, got {NUMPY} (4, 6, 3) and dtype float32"),
+    "rank-zero": ({"rank": 0}, ValueError, "rank: must be an integer of 1 to 3, got 0"),
+    "rank-wide": ({"rank": 4}, ValueError, "rank: must be an integer of 1 to 3, got 4"),
+    "rank-real": ({"rank": 2.0}, ValueError, "rank: must be an integer of 1 to 3, got 2.0"),
+    "layout": ({"layout": "nhd"}, ValueError, "layout: must be 'bhnd' or 'bnhd', got 'nhd'"),
+}
+WRONG_RESTORINGS = {
+    "out-none": ({"out": None}, TypeError, "out: must be a NumPy, CuPy or Numba device array, got NoneType"),
+    "out-batch": (
+        {"out": normal(1, 4, 5, 2)},
+        ValueError,
+        f"out: must have v's batch size 2, got {NUMPY} (1, 4, 5, 2) and dtype float32",
+    ),
+    "out-heads": (
+        {"out": normal(2, 6, 5, 2)},
+        ValueError,
+        f"out: v's 4 heads must divide the number of heads, got {NUMPY} (2, 6, 5, 2) and dtype float32",
+    ),
+    "out-width": (
+        {"out": normal(2, 8, 5, 3)},
+        ValueError,
+        f"out: must have the width of the projected values, 2, got {NUMPY} (2, 8, 5, 3) and dtype float32",
+    ),
+    "lse-list": ({"lse": [1.0]}, TypeError, "lse: must be a NumPy, CuPy or Numba device array, got list"),
+    "lse-dtype": (
+        {"lse": normal(2, 8, 5, dtype="f8")},
+        TypeError,
+        f"lse: the dtype must be float32, got {NUMPY} (2, 8, 5) and dtype float64",
+    ),
+    "lse-shape": (
+        {"lse": normal(2, 5, 8)},
+        ValueError,
+        f"lse: must have shape (B, H, N) = (2, 8, 5), got {NUMPY} (2, 5, 8) and dtype float32",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changed", "error", "message"), WRONG_POOLINGS.values(), ids=WRONG_POOLINGS)
+def test_wrong_argument_of_pool_keys_is_named(changed: dict[str, Any], error: type[Exception], message: str) -> None:
+    good = {"k": normal(2, 4, 6, 3), "v": normal(2, 4, 6, 5), "size": 2}
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        distrattn_np.pool_keys(**good | changed)
+
+
+@pytest.mark.parametrize(("changed", "error", "message"), WRONG_PROJECTIONS.values(), ids=WRONG_PROJECTIONS)
+def test_wrong_argument_of_project_values_is_named(
+    changed: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        distrattn_np.project_values(**{"v": normal(2, 4, 6, 3), "rank": 2} | changed)
+
+
+@pytest.mark.parametrize(("changed", "error", "message"), WRONG_RESTORINGS.values(), ids=WRONG_RESTORINGS)
+def test_wrong_argument_of_restore_is_named(changed: dict[str, Any], error: type[Exception], message: str) -> None:
+    projected = distrattn_np.project_values(normal(2, 4, 6, 3), 2)
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        projected.restore(**{"out": normal(2, 8, 5, 2)} | changed)
+
+
 @pytest.mark.parametrize("name", ["lse_a", "out_b", "lse_b"])
 def test_mixed_kinds_of_merge_are_named(name: str) -> None:
     cuda = pytest.importorskip("numba.cuda")

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
-from distrattn_np.bench.models.methods import EXACT, PEERS, Meter, Method, expand, parse, subspace_flop
+from distrattn_np.bench.models.methods import (
+    EXACT,
+    PEERS,
+    Meter,
+    Method,
+    expand,
+    parse,
+    pooling_flop,
+    projection_flop,
+    subspace_flop,
+)
 
-from distrattn_np import checks, distr_attention, exact_attention
+from distrattn_np import checks, distr_attention, exact_attention, pool_keys, project_values
 
 
 def arrays(N=64, D=32, E=16):
@@ -50,7 +62,7 @@ class TestParse:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("fast", "--methods: must be one of exact, lsh, subspace, hyper, .*, got 'fast'"),
+            ("fast", "--methods: must be one of exact, lsh, subspace, window, hyper, .*, got 'fast'"),
             ("lsh:group_size", "--methods: options are written name=value, got 'group_size' in 'lsh:group_size'"),
             ("lsh:=2", "--methods: options are written name=value, got '=2' in 'lsh:=2'"),
         ],
@@ -72,6 +84,46 @@ class TestMeter:
         ]
         for method, expected in wanted:
             np.testing.assert_array_equal(metered(method, causal=causal)[0], expected)
+
+    def test_smaller_inputs_are_those_of_the_calls(self):
+        q, k, v = arrays()
+        projected = project_values(v, 5)
+        pooled = pool_keys(k, projected.values, 3)
+        wanted = projected.restore(distr_attention(q, pooled.k, pooled.v, bias=pooled.bias, rank=8))
+        out, meter = metered(Method("subspace", {"rank": 8, "pool": 3, "value_rank": 5}))
+        np.testing.assert_array_equal(out, wanted)
+        assert meter.mean_rank == 8
+        assert meter.exact_flop == metered(EXACT)[1].flop
+        out, _ = metered(Method("subspace", {"group_size": 1, "pool": 4}))
+        pooled = pool_keys(k, v, 4)
+        np.testing.assert_array_equal(out, exact_attention(q, pooled.k, pooled.v))
+
+    def test_smaller_inputs_are_less_work(self):
+        """Of 64 keys 22 clusters in 5 levels; q has 4 heads, k and v 2, of widths 32 and 16."""
+        q, k, v = arrays()
+        problem = checks.check_attention(q, k, v, causal=False, scale=None, layout="bhnd", out=None, grouping=None)
+        assert pooling_flop(problem, 3) == 2 * 64 * (32 + 16) * (12 * 5 + 1)
+        assert projection_flop(problem, 5) == 2 * (16 * 17 * 64 + 9 * 16**3 + 2 * 64 * 16 * 5) + 4 * 2 * 64 * 16 * 5
+        options = {"group_size": 1, "pool": 3, "value_rank": 5}
+        _, meter = metered(Method("subspace", options))
+        smaller = pooling_flop(dataclasses.replace(problem, value_width=5), 3) + projection_flop(problem, 5)
+        assert meter.flop == 4 * 64 * 22 * 2 * (32 + 5) + smaller
+
+    def test_pooled_keys_have_no_causal_form(self):
+        with pytest.raises(ValueError, match="pool: pooled keys have no order, and no causal form"):
+            metered(Method("subspace", {"pool": 3}), causal=True)
+
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_a_window_and_sinks_are_a_mask(self, causal):
+        q, k, v = arrays()
+        shown = np.array(
+            [[(0 <= n - m < 5 or m < 2) if causal else abs(n - m) < 5 or m < 2 for m in range(64)] for n in range(64)]
+        )
+        shown &= np.tri(64, dtype=bool) | (not causal)
+        out, meter = metered(Method("window", {"keys": 5, "sinks": 2}), causal=causal)
+        np.testing.assert_array_equal(out, exact_attention(q, k, v, causal=causal, mask=shown))
+        assert meter.flop == 4 * int(shown.sum()) * 2 * (32 + 16)
+        assert meter.exact_flop == metered(EXACT, causal=causal)[1].flop
 
     def test_exact_work(self):
         _, meter = metered(EXACT, causal=True)
