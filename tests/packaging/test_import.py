@@ -9,6 +9,10 @@ import distrattn_np
 PUBLIC = {"GroupedKeys", "GroupedPages", "__version__", "distr_attention", "exact_attention", "group_keys"} | {
     "group_pages",
     "merge",
+    "pool_keys",
+    "PooledKeys",
+    "project_values",
+    "ProjectedValues",
     "workspace_size",
 }
 OPTIONAL = {"cupy", "numba", "ml_dtypes", "rich", "matplotlib", "scipy", "torch"}
