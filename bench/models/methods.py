@@ -103,18 +103,26 @@ class Meter:
         if name in PEERS:
             return PEERS[name][0](q, k, v, causal=causal, **options), _Call(asked, asked)
         pool, value_rank = (options.pop(option, None) for option in SHRINKING)
-        if pool is not None and causal:
-            raise ValueError("pool: pooled keys have no order, and no causal form")
         flop = 0
         scores: dict[str, Any] = {}
         projected = None if value_rank is None else project_values(v, value_rank)
         if projected is not None:
-            flop += projection_flop(asked, value_rank)
-            v = projected.values
+            flop, v = projection_flop(asked, value_rank), projected.values
         if pool is not None:
+            if causal:
+                raise ValueError("pool: pooled keys have no order, and no causal form")
             flop += pooling_flop(_problem(q, k, v, causal), pool)
             k, v, bias = pool_keys(k, v, pool)
-            scores = {"bias": bias} if asked.keys % pool else {}
+            if asked.keys % pool:
+                scores["bias"] = bias
+        out, done, ranks, pairs = self._attend_to_what_is_left(q, k, v, causal, options, scores)
+        return out if projected is None else projected.restore(out), _Call(asked, done, ranks, pairs, flop)
+
+    def _attend_to_what_is_left(
+        self, q: Any, k: Any, v: Any, causal: bool, options: dict[str, Any], scores: dict[str, Any]
+    ) -> tuple[Any, Problem, Any, int | None]:
+        """Return the result, what was computed, and the ranks or the pairs that a mask shows."""
+        name = self.method.name
         ranks = pairs = grouping = None
         if name == "subspace":
             grouping = checks.check_grouping(q, method=name, **options)
@@ -123,13 +131,13 @@ class Meter:
         elif name == "lsh":
             grouping = checks.check_grouping(q, method=name, **options)
             out = distr_attention(q, k, v, method=name, causal=causal, **options, **scores)
+        elif name == "window":
+            shown = _window_and_sinks(_problem(q, k, v, causal), **options)
+            pairs = int(shown.sum())
+            out = exact_attention(q, k, v, causal=causal, mask=self._on_device(shown), **scores)
         else:
-            if name == "window":
-                shown = _window_and_sinks(asked, **options)
-                pairs, scores["mask"] = int(shown.sum()), self._on_device(shown)
-            out = exact_attention(q, k, v, causal=causal, **scores)
-        done = _problem(q, k, v, causal, grouping)
-        return out if projected is None else projected.restore(out), _Call(asked, done, ranks, pairs, flop)
+            out = exact_attention(q, k, v, causal=causal, **options, **scores)
+        return out, _problem(q, k, v, causal, grouping), ranks, pairs
 
     @property
     def exact_flop(self) -> int:
