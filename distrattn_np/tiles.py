@@ -376,6 +376,7 @@ _BYTES_ON_THEIR_WAY = 24 << 10
 """Bytes that a thread block has asked for while it computes, so that two cover what memory takes to answer."""
 
 
+@lru_cache(maxsize=1024)
 def decode_tiles(
     width: int, rank: int | None, value_width: int, rows: int, shared_limit: int, block_size: int | None = None
 ) -> DecodeTiles:
