@@ -223,9 +223,8 @@ def check_attention(
             raise ValueError(_message("v", f"must have k's page size {keys}", describe(v)))
         k_batch = v_batch = batch
         keys = v_keys = keys * pages_of_sequence
-    for name, array, size in (("q", q, width), ("v", v, value_width)):
-        if not 1 <= size <= MAX_WIDTH:
-            raise ValueError(_message(name, f"the last axis must have 1 to {MAX_WIDTH} elements", describe(array)))
+    for name, array in (("q", q), ("v", v)):
+        _check_width(name, array)
     if k_batch != batch:
         raise ValueError(_message("k", f"must have q's batch size {batch}", _show(k)))
     if v_batch != batch:
@@ -588,8 +587,9 @@ def check_pooling(k: Any, v: Any, *, size: Any, layout: str) -> int:
     """Return the size of a cluster, or raise the first error found in the arguments of `pool_keys`."""
     _check_choice("layout", layout, "bhnd", "bnhd")
     _check_arithmetic("k", k)
-    _check_array("k", k, k, "k")
-    _check_array("v", v, k, "k")
+    for name, array in (("k", k), ("v", v)):
+        _check_array(name, array, k, "k")
+        _check_width(name, array)
     for axis, what in enumerate(("batch size", "heads", "rows")):
         wanted, found = (_bhnd_shape(x, layout)[axis] for x in (k, v))
         if found != wanted:
@@ -602,6 +602,7 @@ def check_projection(v: Any, *, rank: Any, layout: str) -> int:
     _check_choice("layout", layout, "bhnd", "bnhd")
     _check_arithmetic("v", v)
     _check_array("v", v, v, "v")
+    _check_width("v", v)
     if not (_is_count(rank, 1) and rank <= v.shape[3]):
         raise ValueError(_message("rank", f"must be an integer of 1 to {v.shape[3]}", _show(rank)))
     return int(rank)
@@ -781,6 +782,11 @@ def _check_array(name: str, array: Any, q: Any, first: str = "q", axes: int = 4)
         raise TypeError(_message(name, f"must have {first}'s dtype {q.dtype}", describe(array)))
     _check_last_axis(name, array)
     _check_elements(name, array)
+
+
+def _check_width(name: str, array: Any) -> None:
+    if not 1 <= array.shape[len(array.shape) - 1] <= MAX_WIDTH:
+        raise ValueError(_message(name, f"the last axis must have 1 to {MAX_WIDTH} elements", describe(array)))
 
 
 def _check_last_axis(name: str, array: Any) -> None:

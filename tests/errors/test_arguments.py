@@ -612,6 +612,11 @@ WRONG_POOLINGS = {
         TypeError,
         f"k: the dtype must be one of float16, bfloat16, float32, float64, got {KEYS} int32",
     ),
+    "k-no-width": (
+        {"k": normal(2, 4, 6, 0)},
+        ValueError,
+        f"k: the last axis must have 1 to 256 elements, got {NUMPY} (2, 4, 6, 0) and dtype float32",
+    ),
     "v-none": ({"v": None}, TypeError, "v: must be a NumPy, CuPy or Numba device array, got NoneType"),
     "v-dtype": (
         {"v": normal(2, 4, 6, 3, dtype="f8")},
@@ -640,6 +645,11 @@ WRONG_POOLINGS = {
 WRONG_PROJECTIONS = {
     "v-list": ({"v": [1.0]}, TypeError, "v: must be a NumPy or CuPy array, got list"),
     "v-3d": ({"v": normal(4, 6, 3)}, ValueError, f"v: must have 4 axes, got {NUMPY} (4, 6, 3) and dtype float32"),
+    "v-no-width": (
+        {"v": normal(2, 4, 6, 0)},
+        ValueError,
+        f"v: the last axis must have 1 to 256 elements, got {NUMPY} (2, 4, 6, 0) and dtype float32",
+    ),
     "rank-zero": ({"rank": 0}, ValueError, "rank: must be an integer of 1 to 3, got 0"),
     "rank-wide": ({"rank": 4}, ValueError, "rank: must be an integer of 1 to 3, got 4"),
     "rank-real": ({"rank": 2.0}, ValueError, "rank: must be an integer of 1 to 3, got 2.0"),

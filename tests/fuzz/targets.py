@@ -18,7 +18,17 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distrattn_np import GroupedKeys, GroupedPages, distr_attention, exact_attention, group_keys, group_pages, merge
+from distrattn_np import (
+    GroupedKeys,
+    GroupedPages,
+    distr_attention,
+    exact_attention,
+    group_keys,
+    group_pages,
+    merge,
+    pool_keys,
+    project_values,
+)
 
 REFUSALS = (TypeError, ValueError, NotImplementedError)
 """What the docstrings name."""
@@ -174,14 +184,25 @@ def attention_arguments(draw: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
 
 @st.composite
 def other_arguments(draw: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """Draw arguments of `merge`, `group_keys` and `GroupedKeys.append`."""
+    """Draw arguments of what goes with a call: merging, smaller inputs, grouped keys."""
     B, H_kv, rows, width = (draw(st.integers(0, 4)) for _ in range(4))
     sizes = st.just((B, H_kv, rows, width))
     array = sizes.flatmap(any_array)
     queries = st.sampled_from([(B, H_kv * 2, 3, width), (B, H_kv, 0, width)]).flatmap(any_array)
     lse = sizes.flatmap(lambda sizes: any_array(sizes[:3]))
-    function = draw(st.sampled_from([merge, group_keys, append]))
+    function = draw(st.sampled_from([merge, pool_keys, restored, group_keys, append]))
     layout = sometimes(st.sampled_from(["bhnd", "bnhd"]))
+    count = sometimes(st.integers(1, 5))
+    if function is pool_keys:
+        return pool_keys, {
+            "k": draw(sometimes(array)),
+            "v": draw(sometimes(array)),
+            "size": draw(count),
+            "layout": draw(layout),
+        }
+    if function is restored:
+        results = {name: draw(sometimes(given)) for name, given in (("out", array), ("lse", st.one_of(st.none(), lse)))}
+        return restored, results | {"v": draw(sometimes(array)), "rank": draw(count), "layout": draw(layout)}
     if function is merge:
         parts = {
             name: draw(sometimes(lse if "lse" in name else array)) for name in ("out_a", "lse_a", "out_b", "lse_b")
@@ -202,6 +223,11 @@ def other_arguments(draw: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
     if function is append:
         arguments["more"] = draw(sometimes(array))
     return function, arguments
+
+
+def restored(v: Any, rank: Any, layout: Any, out: Any, lse: Any) -> Any:
+    """Project values, and restore a result."""
+    return project_values(v, rank, layout=layout).restore(out, lse)
 
 
 def append(more: Any, **options: Any) -> GroupedKeys:
