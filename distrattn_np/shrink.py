@@ -236,7 +236,7 @@ def _means_of_clusters(xp: ModuleType, rows: Any, order: Any, counts: np.ndarray
     """Return the means (B, H, C, W) of rows (B, H, M, W), of which in this order ``counts`` (C,) follow each other."""
     batch, heads, count, width = rows.shape
     spare = xp.zeros((batch, heads, len(counts) * size - count, width), rows.dtype)  # fills up the last cluster
-    in_order = xp.concatenate([xp.take_along_axis(rows, order[..., np.newaxis], axis=2), spare], axis=2)
+    in_order = xp.concatenate([_rows_at(xp, rows, order), spare], axis=2)
     sums = in_order.reshape(batch, heads, len(counts), size, width).sum(axis=3)
     return sums / xp.asarray(counts, rows.dtype)[:, np.newaxis]
 
@@ -264,9 +264,7 @@ def _order_of_clusters(xp: ModuleType, rows: Any, size: int) -> Any:
 
 def _order_along_a_direction(xp: ModuleType, rows: Any, order: Any, taken: Any) -> Any:
     """Return how rows of each segment, order (B, H, S, length), are sorted; those not ``taken`` (S, length) last."""
-    batch, heads, *segments = order.shape
-    members = xp.take_along_axis(rows, order.reshape(batch, heads, -1)[..., np.newaxis], axis=2)
-    members = members.reshape(batch, heads, *segments, -1)
+    members = _rows_at(xp, rows, order)
     weights = taken[..., np.newaxis].astype(rows.dtype)
     mean = (members * weights).sum(axis=3, keepdims=True) / xp.maximum(weights.sum(axis=1, keepdims=True), 1)
     centred = (members - mean) * weights
@@ -278,3 +276,10 @@ def _order_along_a_direction(xp: ModuleType, rows: Any, order: Any, taken: Any) 
         direction = direction / xp.where(length > 0, length, 1)
     heights = (centred @ direction)[..., 0]
     return xp.where(taken & xp.isfinite(heights), heights, np.inf).argsort(axis=3, kind="stable")
+
+
+def _rows_at(xp: ModuleType, rows: Any, places: Any) -> Any:
+    """Return of rows (B, H, M, W) those at places (B, H, ...) of each head, as (B, H, ..., W)."""
+    batch, heads, count, width = rows.shape
+    first_of_head = xp.arange(batch * heads).reshape(batch, heads, *[1] * (places.ndim - 2)) * count
+    return rows.reshape(batch * heads * count, width)[places + first_of_head]
