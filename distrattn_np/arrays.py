@@ -41,6 +41,11 @@ def _kind_of_type(array_type: type) -> Kind | None:
     return None
 
 
+def sum_type(dtype: Any) -> Any:
+    """Return the type that sums of elements of ``dtype`` run in: float32, or float64 for float64."""
+    return np.float64 if dtype == np.float64 else np.float32
+
+
 class StreamHandle(NamedTuple):
     """A CUDA stream as other packages take one."""
 

@@ -231,7 +231,7 @@ def check_attention(
         raise ValueError(_message("v", f"must have q's batch size {batch}", describe(v)))
     if k_width != width:
         raise ValueError(_message("k", f"must have q's width {width}", _show(k)))
-    if (kv_heads == 0 and heads != 0) or (kv_heads and heads % kv_heads):
+    if not _can_share(heads, kv_heads):
         raise ValueError(_message("k", f"the number of heads must divide q's {heads}", _show(k)))
     if v_heads != kv_heads:
         raise ValueError(_message("v", f"must have k's {kv_heads} heads", describe(v)))
@@ -338,8 +338,7 @@ def check_group_keys(
     _check_array("k", k, k, "k")
     check_dtype_of_grouped_keys("k", k.dtype.name, str(kind_of(k)), describe(k))
     batch, kv_heads, _, width = _bhnd_shape(k, layout)
-    if not 1 <= width <= MAX_WIDTH:
-        raise ValueError(_message("k", f"the last axis must have 1 to {MAX_WIDTH} elements", describe(k)))
+    _check_width("k", k)
     if q is not None:
         _check_array("q", q, k, "k")
         q_batch, heads, rows, q_width = _bhnd_shape(q, layout)
@@ -347,7 +346,7 @@ def check_group_keys(
             raise ValueError(_message("q", f"must have k's batch size {batch}", describe(q)))
         if q_width != width:
             raise ValueError(_message("q", f"must have k's width {width}", describe(q)))
-        if (kv_heads == 0 and heads != 0) or (kv_heads and (heads % kv_heads or not heads)):
+        if not _can_share(heads, kv_heads) or (kv_heads and not heads):
             raise ValueError(_message("q", f"the number of heads must be a multiple of k's {kv_heads}", describe(q)))
         if rows == 0:
             raise ValueError(_message("q", "must have a row", describe(q)))
@@ -575,11 +574,7 @@ def check_merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, *, layout: str, 
         raise ValueError(_message("out_a", "the last axis must not be empty", describe(out_a)))
     rows = _bhnd_shape(out_a, layout)[:3]
     for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
-        _check_kind(name, lse, out_a, "out_a")
-        if lse.dtype != np.float32:
-            raise TypeError(_message(name, "the dtype must be float32", describe(lse)))
-        if tuple(lse.shape) != rows:
-            raise ValueError(_message(name, f"must have shape (B, H, N) = {rows}", describe(lse)))
+        _check_lse(name, lse, out_a, "out_a", rows)
     check_stream_of(out_a, stream)
 
 
@@ -616,17 +611,12 @@ def check_restoring(out: Any, lse: Any, *, values: Any, layout: str) -> None:
     v_batch, kv_heads, _, rank = _bhnd_shape(values, layout)
     if batch != v_batch:
         raise ValueError(_message("out", f"must have v's batch size {v_batch}", describe(out)))
-    if (kv_heads == 0 and heads != 0) or (kv_heads and heads % kv_heads):
+    if not _can_share(heads, kv_heads):
         raise ValueError(_message("out", f"v's {kv_heads} heads must divide the number of heads", describe(out)))
     if width != rank:
         raise ValueError(_message("out", f"must have the width of the projected values, {rank}", describe(out)))
-    if lse is None:
-        return
-    _check_kind("lse", lse, out, "out")
-    if lse.dtype != np.float32:
-        raise TypeError(_message("lse", "the dtype must be float32", describe(lse)))
-    if tuple(lse.shape) != (batch, heads, rows):
-        raise ValueError(_message("lse", f"must have shape (B, H, N) = {(batch, heads, rows)}", describe(lse)))
+    if lse is not None:
+        _check_lse("lse", lse, out, "out", (batch, heads, rows))
 
 
 def _check_arithmetic(name: str, array: Any) -> None:
@@ -670,12 +660,7 @@ def check_lent(
     if workspace is not None and kind_of(q) == "numpy":
         raise ValueError(_message("workspace", "must be None with NumPy arrays", _show(workspace)))
     if lse is not None:
-        _check_kind("lse", lse, q)
-        if lse.dtype != np.float32:
-            raise TypeError(_message("lse", "the dtype must be float32", describe(lse)))
-        if tuple(lse.shape) != lse_shape:
-            axes = "(B, H, N)" if len(lse_shape) == 3 else "(H, N)"
-            raise ValueError(_message("lse", f"must have shape {axes} = {lse_shape}", describe(lse)))
+        _check_lse("lse", lse, q, "q", lse_shape)
         _check_plain_memory("lse", lse, 4)
         _check_apart("lse", lse, others)
         others["lse"] = lse
@@ -782,6 +767,21 @@ def _check_array(name: str, array: Any, q: Any, first: str = "q", axes: int = 4)
         raise TypeError(_message(name, f"must have {first}'s dtype {q.dtype}", describe(array)))
     _check_last_axis(name, array)
     _check_elements(name, array)
+
+
+def _check_lse(name: str, lse: Any, like: Any, first: str, shape: tuple[int, ...]) -> None:
+    """Raise unless ``lse`` is float32 of this shape, of the kind and on the device of the argument named ``first``."""
+    _check_kind(name, lse, like, first)
+    if lse.dtype != np.float32:
+        raise TypeError(_message(name, "the dtype must be float32", describe(lse)))
+    if tuple(lse.shape) != shape:
+        axes = "(B, H, N)" if len(shape) == 3 else "(H, N)"
+        raise ValueError(_message(name, f"must have shape {axes} = {shape}", describe(lse)))
+
+
+def _can_share(heads: int, kv_heads: int) -> bool:
+    """Whether each of the key heads can serve as many query heads."""
+    return heads % kv_heads == 0 if kv_heads else heads == 0
 
 
 def _check_width(name: str, array: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from . import backends, checks
-from .arrays import kind_of, on_stream
+from .arrays import kind_of, on_stream, sum_type
 from .reference import merge_results
 
 
@@ -71,7 +71,7 @@ def merge(
 
 def _merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, layout: str) -> tuple[Any, Any]:
     """Merge NumPy or CuPy arrays."""
-    dtype = np.float64 if out_a.dtype == np.float64 else np.float32
+    dtype = sum_type(out_a.dtype)
     lse_a, lse_b = (x.astype(dtype).swapaxes(1, 2) if layout == "bnhd" else x.astype(dtype) for x in (lse_a, lse_b))
     out, lse = merge_results(out_a.astype(dtype), lse_a, out_b.astype(dtype), lse_b)
     return out.astype(out_a.dtype), (lse.swapaxes(1, 2) if layout == "bnhd" else lse).astype(np.float32)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import checks
-from .arrays import kind_of
+from .arrays import kind_of, sum_type
 from .problem import ceil_div
 
 _STEPS = 2
@@ -35,9 +35,10 @@ class PooledKeys(NamedTuple):
 def pool_keys(k: Any, v: Any, size: int, *, layout: str = "bhnd") -> PooledKeys:
     """Return ceil(M / size) keys and values that stand for all M, each the mean of a cluster.
 
-    Every key keeps its part in the result, so nothing of the context is left out; a call takes 1 / size of the work.
-    It is exact where the keys of a cluster are equal, and near to exact where their scores are. Order is lost: a call
-    with what comes back must not be causal and must have no window, nor a mask by position.
+    Every key keeps its part in the result, so nothing of the context is left out; a call takes 1 / size of the work,
+    and finding the clusters log2(M / size) passes over the keys and values. It is exact where the keys of a cluster are
+    equal, and near to exact where their scores are. Order is lost: a call with what comes back must not be causal and
+    must have no window, nor a mask by position.
 
     Parameters
     ----------
@@ -83,7 +84,7 @@ def pool_keys(k: Any, v: Any, size: int, *, layout: str = "bhnd") -> PooledKeys:
         K, V = (_in_native_order(x, layout) for x in (k, v))
         rows = K.shape[2]
         size = min(size, max(rows, 1))
-        real = _real_type(K.dtype)
+        real = sum_type(K.dtype)
         wide = [x.astype(real) for x in (K, V)]
         order = _order_of_clusters(xp, xp.concatenate([_of_unit_size(xp, x) for x in wide], axis=3), size)
         counts = np.minimum(size, rows - size * np.arange(ceil_div(rows, size)))
@@ -182,7 +183,7 @@ def project_values(v: Any, rank: int, *, layout: str = "bhnd") -> ProjectedValue
     rank = checks.check_projection(v, rank=rank, layout=layout)
     with _namespace_of(v) as xp:
         V = _in_native_order(v, layout)
-        wide = V.astype(_real_type(V.dtype))
+        wide = V.astype(sum_type(V.dtype))
         mean = wide.sum(axis=2, keepdims=True) / max(wide.shape[2], 1)
         centred = wide - mean
         scaled = centred / _size_of_heads(xp, centred)  # squares of large values would not be finite
@@ -208,10 +209,6 @@ def _namespace_of(array: Any) -> Iterator[ModuleType]:
 def _in_native_order(array: Any, layout: str) -> Any:
     """Return a view as (B, H, rows, width), or one of these in the layout."""
     return array.swapaxes(1, 2) if layout == "bnhd" else array
-
-
-def _real_type(dtype: Any) -> type[np.floating[Any]]:
-    return np.float64 if dtype == np.float64 else np.float32
 
 
 def _of_unit_size(xp: ModuleType, x: Any) -> Any:

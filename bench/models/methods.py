@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -17,7 +18,7 @@ from ...reference.distr_attention import rows_that_meet
 from ...shrink import pool_keys, project_values
 from ...work import visible_pairs, work_of
 from .. import approximations
-from .layers import to_host
+from .layers import array_module, to_host
 
 PEERS: dict[str, tuple[Callable[..., Any], Callable[..., int]]] = {
     "hyper": (approximations.hyper_attention, approximations.hyper_flop),
@@ -72,9 +73,6 @@ class _Call:
     """The same with the keys and values that were left."""
     ranks: Any = None
     """(B, H_x, C) of the subspace method."""
-    pairs: int | None = None
-    """Those that a mask shows, of one head."""
-    shrinking_flop: int = 0
 
 
 class Meter:
@@ -103,27 +101,24 @@ class Meter:
         if name in PEERS:
             return PEERS[name][0](q, k, v, causal=causal, **options), _Call(asked, asked)
         pool, value_rank = (options.pop(option, None) for option in SHRINKING)
-        flop = 0
         scores: dict[str, Any] = {}
         projected = None if value_rank is None else project_values(v, value_rank)
         if projected is not None:
-            flop, v = projection_flop(asked, value_rank), projected.values
+            v = projected.values
         if pool is not None:
             if causal:
                 raise ValueError("pool: pooled keys have no order, and no causal form")
-            flop += pooling_flop(_problem(q, k, v, causal), pool)
             k, v, bias = pool_keys(k, v, pool)
             if asked.keys % pool:
                 scores["bias"] = bias
-        out, done, ranks, pairs = self._attend_to_what_is_left(q, k, v, causal, options, scores)
-        return out if projected is None else projected.restore(out), _Call(asked, done, ranks, pairs, flop)
+        out, done, ranks = self._attend_to_what_is_left(q, k, v, causal, options, scores)
+        return out if projected is None else projected.restore(out), _Call(asked, done, ranks)
 
     def _attend_to_what_is_left(
         self, q: Any, k: Any, v: Any, causal: bool, options: dict[str, Any], scores: dict[str, Any]
-    ) -> tuple[Any, Problem, Any, int | None]:
-        """Return the result, what was computed, and the ranks or the pairs that a mask shows."""
-        name = self.method.name
-        ranks = pairs = grouping = None
+    ) -> tuple[Any, Problem, Any]:
+        """Return the result, what was computed, and the ranks of the subspace method."""
+        name, ranks, grouping = self.method.name, None, None
         if name == "subspace":
             grouping = checks.check_grouping(q, method=name, **options)
             out, info = distr_attention(q, k, v, method=name, causal=causal, return_info=True, **options, **scores)
@@ -132,12 +127,11 @@ class Meter:
             grouping = checks.check_grouping(q, method=name, **options)
             out = distr_attention(q, k, v, method=name, causal=causal, **options, **scores)
         elif name == "window":
-            shown = _window_and_sinks(_problem(q, k, v, causal), **options)
-            pairs = int(shown.sum())
-            out = exact_attention(q, k, v, causal=causal, mask=self._on_device(shown), **scores)
+            mask = array_module(self._backend).asarray(_window_and_sinks(_problem(q, k, v, causal), **options))
+            out = exact_attention(q, k, v, causal=causal, mask=mask, **scores)
         else:
             out = exact_attention(q, k, v, causal=causal, **options, **scores)
-        return out, _problem(q, k, v, causal, grouping), ranks, pairs
+        return out, _problem(q, k, v, causal, grouping), ranks
 
     @property
     def exact_flop(self) -> int:
@@ -150,7 +144,7 @@ class Meter:
     @property
     def flop(self) -> int:
         """FLOP of the calls."""
-        return sum(self._count(call) + call.shrinking_flop for call in self._calls)
+        return sum(self._count(call) + self._count_shrinking(call) for call in self._calls)
 
     @property
     def mean_rank(self) -> float | None:
@@ -173,16 +167,18 @@ class Meter:
             sizes = (problem.queries, problem.keys, problem.width, problem.value_width)
             causal = problem.causal_offset is not None
             return problem.batch * problem.heads * count(*sizes, causal=causal, **self.method.options)
-        if call.pairs is not None:
-            return 2 * problem.batch * problem.heads * call.pairs * (problem.width + problem.value_width)
+        if self.method.name == "window":
+            options = {name: value for name, value in self.method.options.items() if name not in SHRINKING}
+            pairs = int(_window_and_sinks(problem, **options).sum())
+            return 2 * problem.batch * problem.heads * pairs * (problem.width + problem.value_width)
         return work_of(problem).executed_flop if call.ranks is None else subspace_flop(problem, to_host(call.ranks))
 
-    def _on_device(self, array: np.ndarray) -> Any:
-        if self._backend == "numpy":
-            return array
-        import cupy
-
-        return cupy.asarray(array)
+    def _count_shrinking(self, call: _Call) -> int:
+        pool, value_rank = (self.method.options.get(option) for option in SHRINKING)
+        flop = 0 if value_rank is None else projection_flop(call.asked, value_rank)
+        if pool is not None:
+            flop += pooling_flop(replace(call.asked, value_width=call.done.value_width), pool)
+        return flop
 
     def wait(self) -> None:
         """Wait until the device has done what was asked of it."""
@@ -196,6 +192,7 @@ def _problem(q: Any, k: Any, v: Any, causal: bool, grouping: Any = None) -> Prob
     return checks.check_attention(q, k, v, causal=causal, scale=None, layout="bhnd", out=None, grouping=grouping)
 
 
+@lru_cache(maxsize=1)
 def _window_and_sinks(problem: Problem, *, keys: int, sinks: int = 0) -> np.ndarray:
     """Return the mask (N, M) of ``keys`` up to a query, not causally of as many after it, and the first ``sinks``."""
     N, M = problem.queries, problem.keys

@@ -21,7 +21,7 @@ except ImportError:  # `load_by_name` says so before a call; plans do without
     cupy = None
 
 from .. import checks
-from ..arrays import Kind, kind_of, on_stream
+from ..arrays import Kind, kind_of, on_stream, sum_type
 from ..grouped_keys import GroupedKeys
 from ..problem import (
     GroupBy,
@@ -162,7 +162,7 @@ class CupyBackend(Backend):
             return maps.ranks[0], maps.score_errors[0]
         packed = problem.packed
         shape = (packed.grouped_heads, problem.most_blocks)
-        ranks, score_errors = (cupy.asarray(np.zeros(shape, x)) for x in (np.int32, _sum_type(packed.dtype)))
+        ranks, score_errors = (cupy.asarray(np.zeros(shape, x)) for x in (np.int32, sum_type(packed.dtype)))
         return ranks, score_errors
 
     @contextmanager
@@ -395,7 +395,7 @@ class CupyBackend(Backend):
         room = {"per_processor": 1, "row_tile": GRAM_SM90_ROW_TILE} if on_hopper else {}
         parts = segments.split(count, **room)
         shape = (batch, heads // heads_per_gram, parts.count, pad(width), pad(width))
-        sums = _empty(shape, _sum_type(X.dtype))
+        sums = _empty(shape, sum_type(X.dtype))
         sizes = (heads // heads_per_gram, heads_per_gram, parts.count, min(parts.rows, _NO_LIMIT))
         edges, ragged = parts.edges, parts.sequences is not None
         if on_hopper:
@@ -464,7 +464,7 @@ class CupyBackend(Backend):
         narrows: bool,
     ) -> _OwnSubspaceMaps:
         """Return the maps of the blocks of ``like`` from Gram matrices of `grams`; ``narrows``: in 16 bits too."""
-        width, real = like.shape[3], _sum_type(like.dtype)
+        width, real = like.shape[3], sum_type(like.dtype)
         columns = grouping.rank or width
         narrow_type = like.dtype if narrows else None
         element = _element(like) if narrow_type else ELEMENTS[real.__name__]
@@ -673,7 +673,7 @@ _SIGNS = {ALL: 0, UP_TO: 1, FROM: -1}
 def _channel_sums(Y: Any, segments: _Segments, power: int) -> Any:
     """Return sums of powers of Y's channels by segments, (B, H_y, S, D)."""
     batch, heads, rows, width = Y.shape
-    sums = _empty((batch, heads, segments.count, width), _sum_type(Y.dtype))
+    sums = _empty((batch, heads, segments.count, width), sum_type(Y.dtype))
     _launch(
         "channel_norms",
         norms_defines(_element(Y), _vector(Y), power, ragged=segments.sequences is not None),
@@ -707,7 +707,7 @@ def _sum_segments(sums: Any, segments: _Segments, factor: float = 1, element: in
         defines,
         batch * heads * (segments.count if sequences else 1) * ceil_div(width, defines["THREADS"]),
         None,
-        *(sums, out, segments.count, width, segments.per_block, _sum_type(sums.dtype)(factor)),
+        *(sums, out, segments.count, width, segments.per_block, sum_type(sums.dtype)(factor)),
         *((segments.pieces, segments.rows, heads) if sequences else ()),
     )
     return out
@@ -736,7 +736,7 @@ class _DenseMaps:
     @classmethod
     def widened(cls, maps: SubspaceMaps, K: Any) -> _DenseMaps:
         """Return ``maps`` for CUDA cores."""
-        real = _sum_type(K.dtype)
+        real = sum_type(K.dtype)
         if isinstance(maps, _OwnSubspaceMaps):
             sampling, fusion = (cls._packed(x, real, *x.shape[:-3:-1]) for x in (maps.sampling, maps.fusion))
             return cls(sampling, fusion, maps.key_mean)
@@ -935,7 +935,7 @@ class _Forward:
         # tanh(x) is x where it is this small, and quotients do not leave the range of float32
         softcap = min(self.problem.softcap, 2.0**60)
         tables = (_table(table, self.problem) for table in (self.tables.mask, self.tables.bias))
-        return (self.key_limits[0] or 0, _sum_type(self.problem.dtype)(softcap), *tables)
+        return (self.key_limits[0] or 0, sum_type(self.problem.dtype)(softcap), *tables)
 
     @property
     def folds_reference(self) -> bool:
@@ -1194,7 +1194,7 @@ class _Forward:
             problem.batch * problem.heads * tiles,
             None,
             *(self.Q, mean, sums, problem.heads, problem.kv_heads, problem.queries, problem.width),
-            _sum_type(problem.dtype)(problem.scale),
+            sum_type(problem.dtype)(problem.scale),
             *_strides(self.Q),
             *(() if pieces is None else (pieces, tiles)),
         )
@@ -1259,7 +1259,7 @@ class _Forward:
             *((maps.fusion, maps.mean) if maps else (_NULL, _NULL)),
             *(reduced_Q, reduced_K, self.O, self.lse),
             *sizes,
-            _sum_type(problem.dtype)(problem.scale),
+            sum_type(problem.dtype)(problem.scale),
             *(stride for x in (self.Q, self.K, self.V, self.O) for stride in _strides(x)),
             *self.option_arguments(),
             *self.ragged_arguments(sizes),
@@ -1341,11 +1341,6 @@ def _as_batch(array: Any) -> Any:
 def _thread_blocks() -> int:
     """Return how many thread blocks keep the current device busy with reading memory: two a multiprocessor."""
     return 2 * work().device.multiprocessors
-
-
-def _sum_type(dtype: Any) -> Any:
-    """Return the type that sums of elements of ``dtype`` run in."""
-    return np.float64 if dtype == np.float64 else np.float32
 
 
 def _contiguous(array: Any) -> Any:

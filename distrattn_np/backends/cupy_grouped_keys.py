@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import cupy
 import numpy as np
 
-from ..arrays import Kind, on_stream
+from ..arrays import Kind, on_stream, sum_type
 from ..grouped_keys import QueryStatistics
 from ..problem import Problem, Subspace
 from ..tiles import ALL, ELEMENTS, expected_gram_defines, pad
@@ -27,7 +27,6 @@ from .cupy_backend import (
     _MapRows,
     _Segments,
     _sum_segments,
-    _sum_type,
     _vector,
 )
 from .cupy_decode import FinishedKeys
@@ -41,10 +40,6 @@ class OnCupy(OnDevice):
     @staticmethod
     def _padded(size: int) -> int:
         return pad(size)
-
-    @staticmethod
-    def _sum_type(dtype: Any) -> Any:
-        return _sum_type(dtype)
 
     @staticmethod
     def _on_device(array: Any) -> Any:
@@ -66,7 +61,7 @@ class OnCupy(OnDevice):
     @staticmethod
     def _blocks_at_once(heads: int, width: int, dtype: Any) -> int:
         """Return how many blocks a workspace holds two Gram matrices of, of every head."""
-        gram_bytes: int = 2 * heads * pad(width) ** 2 * np.dtype(_sum_type(dtype)).itemsize
+        gram_bytes: int = 2 * heads * pad(width) ** 2 * np.dtype(sum_type(dtype)).itemsize
         return max(1, WORKSPACE_BYTES // max(gram_bytes, 1))
 
     @staticmethod

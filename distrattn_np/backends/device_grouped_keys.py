@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import kind_of
+from ..arrays import kind_of, sum_type
 from ..grouped_keys import GroupedKeys, KeyBlock, QueryStatistics
 from ..problem import Layout, Problem, Subspace, ceil_div
 from . import ScoreTables
@@ -24,9 +24,9 @@ class OnDevice(ABC):
         """Return how many columns are kept for a rank or a width."""
 
     @staticmethod
-    @abstractmethod
     def _sum_type(dtype: Any) -> Any:
-        """Return the type that sums of elements of ``dtype`` run in."""
+        """Return the type of predicted errors."""
+        return sum_type(dtype)
 
     @staticmethod
     @abstractmethod

@@ -15,7 +15,7 @@ import numpy as np
 from numba import cuda
 
 from .. import checks
-from ..arrays import Kind, describe, kind_of, on_stream
+from ..arrays import Kind, describe, kind_of, on_stream, sum_type
 from ..grouped_keys import GroupedKeys
 from ..numba_kernels.channel_norms import make_channel_norms
 from ..numba_kernels.forward import Tiles, choose_tiles, make_forward
@@ -247,7 +247,7 @@ class NumbaBackend(Backend):
         if not isinstance(packed.grouping, Subspace):
             return None
         shape = packed.grouped_heads, problem.most_blocks
-        return tuple(copy_in(np.zeros(shape, dtype), like) for dtype in (np.int32, _accumulator(packed.dtype)))
+        return tuple(copy_in(np.zeros(shape, dtype), like) for dtype in (np.int32, sum_type(packed.dtype)))
 
     def workspace_bytes(
         self,
@@ -309,7 +309,7 @@ class NumbaBackend(Backend):
     def _subspace_maps(
         self, problem: Problem, grouping: Subspace, Q: Any, K: Any, sequences: Sequences
     ) -> SubspaceMaps:
-        accumulator, tiles, D, R = _accumulator(problem.dtype), THREADS.product, problem.width, problem.rank
+        accumulator, tiles, D, R = sum_type(problem.dtype), THREADS.product, problem.width, problem.rank
         blocks = (problem.batch, problem.grouped_heads, sequences.blocks.shape[1])
         maps = SubspaceMaps(
             sampling=empty((*blocks, D, R), accumulator, Q),
@@ -441,7 +441,7 @@ class NumbaBackend(Backend):
     def key_mean(self, K: Any, sequences: Sequences, *, of_all: bool = False) -> Any:
         """Return the mean of the keys of every head, (B or sequences, H_kv, D) (eq. 12), or ``of_all`` rows of K."""
         batch, heads, _, width = K.shape
-        mean = empty((batch * sequences.count, heads, width), _accumulator(K.dtype), K)
+        mean = empty((batch * sequences.count, heads, width), sum_type(K.dtype), K)
         kernel = make_key_mean(mean.dtype.type, of_all, THREADS.reduction_rows, THREADS.reduction_columns)
         grid = batch * sequences.count * heads * ceil_div(width, THREADS.reduction_columns)
         threads = (THREADS.reduction_columns, THREADS.reduction_rows)
@@ -454,7 +454,7 @@ class NumbaBackend(Backend):
         ``edge``: where the table of blocks has the first row of each.
         """
         batch, _, _, width = X.shape
-        accumulator, tiles = _accumulator(X.dtype), THREADS.product
+        accumulator, tiles = sum_type(X.dtype), THREADS.product
         grams = empty((batch, heads, sequences.blocks.shape[1], width, width), accumulator, X)
         grid = batch * heads * grams.shape[2] * ceil_div(width, tiles.size) ** 2
         kernel = make_gram(accumulator, mean is not None, tiles)
@@ -478,7 +478,7 @@ class NumbaBackend(Backend):
         In ``out``, rounded to its dtype, where that is given. Columns from the rank of a block on are left as they are.
         """
         batch, heads, rows, width = X.shape
-        accumulator, tiles = _accumulator(X.dtype), THREADS.product
+        accumulator, tiles = sum_type(X.dtype), THREADS.product
         sampled = empty((batch, heads, rows, maps.sampling.shape[4]), accumulator, X) if out is None else out
         kernel = make_reduce_rows(accumulator, width, is_centred, sequences is not None, tiles)
         grid = batch * heads * _most_tiles(rows, block_size, tiles.size, sequences)
@@ -492,9 +492,7 @@ class NumbaBackend(Backend):
         batch, heads, rows, width = X.shape
         blocks = ceil_div(rows, block_size) if sequences is None else sequences.blocks.shape[1]
         words = empty((batch, heads, blocks, width), np.uint16, X)
-        kernel = make_hash_channels(
-            _accumulator(X.dtype), THREADS.hash_channels, THREADS.hash_bits, sequences is not None
-        )
+        kernel = make_hash_channels(sum_type(X.dtype), THREADS.hash_channels, THREADS.hash_bits, sequences is not None)
         grid = batch * heads * blocks * ceil_div(width, THREADS.hash_channels)
         threads = (THREADS.hash_bits, THREADS.hash_channels)
         launch(kernel, grid, threads, X, planes, words, _tables(sequences, words)[1], block_size)
@@ -512,7 +510,7 @@ class NumbaBackend(Backend):
         grouping = problem.grouping
         assert grouping is not None
         Y = Q if grouping.by == "keys" else K
-        accumulator = _accumulator(problem.dtype)
+        accumulator = sum_type(problem.dtype)
         blocks = problem.blocks if sequences is None else sequences.blocks.shape[1]
         norms = empty((problem.batch, problem.grouped_heads, blocks, problem.width), accumulator, Y)
         kernel = make_channel_norms(
@@ -534,7 +532,7 @@ class NumbaBackend(Backend):
     ) -> Any:
         """Put the sampled member of each group first in ``channels`` and return the gains, (B, H_x, C, D) (eq. 9)."""
         batch, heads, blocks, width = channels.shape
-        accumulator = _accumulator(X.dtype)
+        accumulator = sum_type(X.dtype)
         gains = empty((batch, heads, blocks, width), accumulator, X)
         threads = (THREADS.reduction_columns, THREADS.reduction_rows)
         kernel = make_fusion_gains(accumulator, width, group_size, sequences is not None, *reversed(threads))
@@ -560,7 +558,7 @@ class NumbaBackend(Backend):
             K.attend(problem, Q, V, O, lse, tables)
             return
         grouping = problem.grouping
-        accumulator = _accumulator(problem.dtype)
+        accumulator = sum_type(problem.dtype)
         low, high = problem.key_limits
         switches = ScoreSwitches(
             window=low is not None,
@@ -633,7 +631,7 @@ class NumbaBackend(Backend):
         with on_device_of(out_a):
             O_a, O_b = (self.bring_in(x, layout) for x in (bound(out_a, stream), out_b))
             O, lse = self.empty(tuple(O_a.shape), O_a, layout), self.empty_lse(tuple(O_a.shape[:3]), O_a)
-            kernel = make_merge_results(_accumulator(O.dtype))
+            kernel = make_merge_results(sum_type(O.dtype))
             launch(kernel, ceil_div(math.prod(O.shape), THREADS.group), THREADS.group, O_a, lse_a, O_b, lse_b, O, lse)
             return self.hand_back(O, layout, like=out_a, out=None), lse
 
@@ -696,7 +694,7 @@ def _row_blocks(problem: Problem) -> tuple[int, int]:
 def _forward_tiles(problem: Problem) -> Tiles:
     # the keys of an own block are met in their full width
     inner_width = problem.width if problem.own_block_is_exact else problem.rank
-    return choose_tiles(problem.width, inner_width, problem.value_width, _accumulator(problem.dtype), SIMULATED)
+    return choose_tiles(problem.width, inner_width, problem.value_width, sum_type(problem.dtype), SIMULATED)
 
 
 def _most_tiles(rows: int, block: int, tile: int, sequences: Sequences | None) -> int:
@@ -709,10 +707,6 @@ def _most_tiles(rows: int, block: int, tile: int, sequences: Sequences | None) -
 def _tables(sequences: Sequences | None, absent: Any) -> tuple[Any, Any]:
     """Return those of sequences and blocks; ``absent``, any array, stands for them where no kernel reads them."""
     return (absent, absent) if sequences is None else (sequences.table, sequences.blocks)
-
-
-def _accumulator(dtype: Any) -> Any:
-    return np.float64 if dtype == np.float64 else np.float32
 
 
 BACKEND = NumbaBackend()

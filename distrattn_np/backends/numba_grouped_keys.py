@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numba import cuda
 
-from ..arrays import Kind, kind_of
+from ..arrays import Kind, kind_of, sum_type
 from ..grouped_keys import QueryStatistics
 from ..numba_kernels.copy_rows import make_copy_rows
 from ..numba_kernels.expected_gram import make_expected_gram
@@ -18,7 +18,7 @@ from ..numba_kernels.sequences import START
 from ..problem import Layout, Problem, Subspace, SubspaceMaps, ceil_div
 from . import ScoreTables
 from .device_grouped_keys import DeviceGroupedKeys, OnDevice
-from .numba_backend import BACKEND, THREADS, WORKSPACE_BYTES, _accumulator
+from .numba_backend import BACKEND, THREADS, WORKSPACE_BYTES
 from .numba_device import (
     SIMULATED,
     bound,
@@ -53,10 +53,6 @@ class OnNumba(OnDevice):
         return size
 
     @staticmethod
-    def _sum_type(dtype: Any) -> Any:
-        return _accumulator(dtype)
-
-    @staticmethod
     def _on_device(array: Any) -> Any:
         return array if kind_of(array) == "numba" else cuda.to_device(np.ascontiguousarray(array))
 
@@ -78,14 +74,14 @@ class OnNumba(OnDevice):
     @staticmethod
     def _blocks_at_once(heads: int, width: int, dtype: Any) -> int:
         """Return how many blocks a workspace holds two Gram matrices and a map of, of every head."""
-        bytes_of_block: int = 3 * heads * width**2 * np.dtype(_accumulator(dtype)).itemsize
+        bytes_of_block: int = 3 * heads * width**2 * np.dtype(sum_type(dtype)).itemsize
         return max(1, WORKSPACE_BYTES // max(bytes_of_block, 1))
 
     @staticmethod
     def _reduce(X: Any, queries: QueryStatistics | None, grouping: Subspace, scale: float, kept: Sequence[Any]) -> None:
         """Do as `OnDevice` says: a block is a head of one block here, with a mean of its own."""
         heads, blocks, L, width = X.shape
-        rank, accumulator = grouping.rank or width, _accumulator(X.dtype)
+        rank, accumulator = grouping.rank or width, sum_type(X.dtype)
         sampled, maps, ranks, score_errors = kept
 
         block = BACKEND.one_block(L, L if queries is None else queries.rows, X)
@@ -183,7 +179,7 @@ def rebuild_keys(
         batch, pages = of_pages[0].shape
         most = pages * sampled.shape[3]
     rows, columns = THREADS.reduction_rows, THREADS.reduction_columns
-    kernel = make_rebuild_keys(_accumulator(keys.dtype), maps.shape[3] - 1, of_pages is not None, rows, columns)
+    kernel = make_rebuild_keys(sum_type(keys.dtype), maps.shape[3] - 1, of_pages is not None, rows, columns)
     # Numba passes no None to a GPU: any array does where the kernel reads none
     others = (tail, exact_from, *(of_pages or (keys,) * 3))
     launch(kernel, batch * heads * ceil_div(most, rows), (columns, rows), keys, sampled, maps, *others)
@@ -196,7 +192,7 @@ def put_listed(target: Any, source: Any, rows: np.ndarray) -> None:
 
 
 def _copy(target: Any, source: Any, numbers: int, rows: Any = None) -> None:
-    number = np.int32 if target.dtype == np.int32 else _accumulator(target.dtype)
+    number = np.int32 if target.dtype == np.int32 else sum_type(target.dtype)
     blocks = min(ceil_div(numbers, THREADS.group), COPY_BLOCKS)
     kernel = make_copy_rows(number, rows is not None)
     # Numba passes no None to a GPU: any array does where the kernel reads none

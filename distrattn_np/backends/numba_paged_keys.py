@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays import sum_type
 from ..grouped_pages import GroupedPages
 from ..numba_kernels.pack_rows import make_pack_rows
 from ..problem import Layout, PagedProblem, Problem, ceil_div
 from . import KeysInPages, ScoreTables
-from .numba_backend import BACKEND, THREADS, _accumulator
+from .numba_backend import BACKEND, THREADS
 from .numba_device import as_batch, empty, launch, swap_rows_and_heads, view, with_batch_axis
 from .numba_grouped_keys import OnNumba, rebuild_keys
 
@@ -71,7 +72,7 @@ class PagedKeys(KeysInPages):
         _, heads, _, width = rows.shape
         packed = as_batch(empty((problem.batch * problem.keys, heads, width), rows.dtype, like))
         threads = THREADS.reduction_columns, THREADS.reduction_rows
-        kernel = make_pack_rows(_accumulator(rows.dtype), *reversed(threads))
+        kernel = make_pack_rows(sum_type(rows.dtype), *reversed(threads))
         grid = problem.batch * heads * max(ceil_div(problem.keys, THREADS.reduction_rows), 1)
         launch(kernel, grid, threads, packed, rows, self.page_table, self.lengths, *edges, problem.queries)
         return packed

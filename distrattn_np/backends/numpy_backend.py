@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .. import reference
-from ..arrays import Kind
+from ..arrays import Kind, sum_type
 from ..grouped_keys import GroupedKeys, KeyBlock
 from ..grouped_pages import GroupedPages
 from ..problem import (
@@ -647,7 +647,8 @@ def _gram_of_rows(Y: np.ndarray, shift: np.ndarray, first: int, last: int) -> np
 
 
 def _compute_dtype(problem: Problem) -> np.dtype[Any]:
-    return np.dtype(np.float64 if problem.dtype == np.float64 else np.float32)
+    dtype: np.dtype[Any] = np.dtype(sum_type(problem.dtype))
+    return dtype
 
 
 def _tile(rows: np.ndarray, start: int, stop: int, dtype: np.dtype[Any]) -> np.ndarray:
