@@ -222,6 +222,12 @@ _ROUNDS_TO_EVEN_OUT = 8
 _KEPT_IN_L2 = 32 << 20
 """Bytes of keys and values that stay in the L2 cache while the tiles of their queries are dealt out."""
 _LEAST_HEADS_DEALT = 8
+_KEYS_TO_BEGIN = 640
+"""A tile of queries takes as long beside its keys as so many of these (docs/performance.md)."""
+_KEYS_TO_MERGE = 2048
+"""As many take another launch."""
+_KEYS_TO_MERGE_A_SPLIT = 6
+"""As many take what one thread block writes for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,20 +312,61 @@ def sm90_defines(
 
 @dataclass(frozen=True, slots=True)
 class Sm90Grid:
-    """How many thread blocks forward_sm90.cu is launched with, and how it deals out causal tiles (work_item.cuh)."""
+    """How many thread blocks forward_sm90.cu is launched with, and who does what (work_item.cuh)."""
 
     blocks: int
+    positions: int
     items_dealt: int = 0
     blocks_at_once: int = 0
+    whole_tiles: int = 0
+    """Tiles of full calls before those whose keys are split."""
+    splits: int = 1
+    keys_per_split: int = 0
+
+
+def sm90_splits_keys(defines: Defines) -> bool:
+    """Whether forward_sm90.cu, built with these, can cut tiles of queries along their keys: in exact full calls."""
+    return not any(defines.get(name) for name in ("CAUSAL", "KEYS_PER_ITEM", "KEY_MAPS", "RAGGED"))
+
+
+def sm90_splits(tiles: int, keys: int, block_kv: int, multiprocessors: int) -> tuple[int, int, int]:
+    """Return how many of equal tiles of queries stay whole, and into how many splits of how many keys the others go.
+
+    Whole tiles fill all multiprocessors; taken is what is done first with the others.
+    """
+    others, steps = tiles % multiprocessors, ceil_div(keys, block_kv)
+
+    def duration(splits: int) -> int:
+        """In keys."""
+        pieces = others * splits
+        merge = 0 if splits == 1 else _KEYS_TO_MERGE + _KEYS_TO_MERGE_A_SPLIT * pieces
+        rounds = ceil_div(pieces, multiprocessors)
+        return rounds * (ceil_div(steps, splits) * block_kv + _KEYS_TO_BEGIN) + merge
+
+    most = min(steps, 4 * ceil_div(multiprocessors, max(others, 1)))
+    keys_per_split = ceil_div(steps, min(range(1, most + 1), key=duration, default=1)) * block_kv
+    splits = ceil_div(keys, keys_per_split)
+    return tiles if splits == 1 else tiles - others, splits, keys_per_split
 
 
 def sm90_grid(
-    defines: Defines, *, items: int, query_tiles: int, keys: int, heads_per_kv_head: int, multiprocessors: int
+    defines: Defines,
+    *,
+    items: int,
+    query_tiles: int,
+    keys: int,
+    heads_per_kv_head: int,
+    multiprocessors: int,
 ) -> Sm90Grid:
     """Return the grid for work items of so many query tiles; a multiprocessor runs one thread block at a time."""
     positions, most_rounds = items * query_tiles, defines["MAX_ROUNDS"]
     if not (defines["CAUSAL"] and most_rounds > 1):
-        return Sm90Grid(min(positions, multiprocessors * ceil_div(positions, multiprocessors * most_rounds)))
+        whole, splits, keys_per_split = positions, 1, keys
+        if sm90_splits_keys(defines):
+            whole, splits, keys_per_split = sm90_splits(positions, keys, defines["BLOCK_KV"], multiprocessors)
+        positions = whole + (positions - whole) * splits
+        blocks = min(positions, multiprocessors * ceil_div(positions, multiprocessors * most_rounds))
+        return Sm90Grid(blocks, positions, whole_tiles=whole, splits=splits, keys_per_split=keys_per_split)
     bytes_of_a_head = 2 * max(keys, 1) * (defines["R"] + defines["E"])
     most_dealt = min(items, heads_per_kv_head * max(_KEPT_IN_L2 // bytes_of_a_head, _LEAST_HEADS_DEALT))
     sections = dealt = rounds = at_once = 0
@@ -329,7 +376,7 @@ def sm90_grid(
         dealt = ceil_div(items, sections)
         rounds = ceil_div(dealt * query_tiles, at_once)
     at_once = min(at_once, positions)
-    return Sm90Grid(at_once * ceil_div(sections, most_rounds // rounds), dealt, at_once)
+    return Sm90Grid(at_once * ceil_div(sections, most_rounds // rounds), positions, dealt, at_once)
 
 
 @dataclass(frozen=True, slots=True)

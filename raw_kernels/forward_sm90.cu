@@ -16,7 +16,8 @@
 //
 // Grid      : (positions / MAX_ROUNDS or more); see work_item.cuh. A thread block takes one position after the other, at
 //             most MAX_ROUNDS, and copies the first tiles of the next while it finishes one. CAUSAL: a multiple of
-//             blocks_at_once (Deal). RAGGED, and CAUSAL with KEYS_PER_ITEM or KEY_MAPS: (positions), CAUSAL from the longest
+//             blocks_at_once (Deal). SPLITS_KEYS: the last tiles have several positions (KeySplits). RAGGED, and CAUSAL
+//             with KEYS_PER_ITEM or KEY_MAPS: (positions), CAUSAL from the longest
 // Block     : (1 + NUM_CONSUMERS) * 128 threads. Warpgroup 0 copies tiles, the others own 64 query rows each
 // Shared    : sizeof(SharedTiles) + SWIZZLE_ALIGNMENT bytes, dynamic: 2 (BLOCK_Q Q_WIDTH + STAGES BLOCK_KV (R + E))
 //             + 8 (3 + 4 STAGES) + 1024; KEY_MAPS: and 2 R D + 4 BLOCK_Q + 32; OWN_BLOCK: D in place of R in the tiles of K;
@@ -76,6 +77,7 @@
 #define MAX_ROUNDS ((CAUSAL && (KEYS_PER_ITEM || KEY_MAPS)) || RAGGED ? 1 : 31)  // positions that a thread block takes
 #endif
 
+#define SPLITS_KEYS (!CAUSAL && !RAGGED && !KEYS_PER_ITEM && !KEY_MAPS)
 #include "hopper.cuh"
 #include "work_item.cuh"
 
@@ -96,9 +98,9 @@ static_assert(R % MMA_DEPTH == 0 && E % MMA_DEPTH == 0 && Q_WIDTH % MMA_DEPTH ==
 
 // Registers of a thread. What the warpgroups hold together may not exceed what they are launched with, or the block
 // hangs: 65536 / NUM_THREADS each, rounded down to a multiple of eight.
-// Two consumers of narrow values leave some to the producer; at two ranks others can too, with own blocks of packed
+// Two consumers of narrow rows leave some to the producer; at two ranks others can too, with own blocks of packed
 // sequences, where it has most to hold and spilled.
-constexpr bool SPARES_REGISTERS = E <= 64 || (RAGGED && OWN_BLOCK && (R == 16 || R == 96));
+constexpr bool SPARES_REGISTERS = E <= 64 || (SPLITS_KEYS && R <= 64) || (RAGGED && OWN_BLOCK && (R == 16 || R == 96));
 constexpr int PRODUCER_REGISTERS = NUM_CONSUMERS == 2 ? (SPARES_REGISTERS ? 40 : 24) : 32;
 constexpr int CONSUMER_REGISTERS =
     NUM_CONSUMERS == 2 ? (SPARES_REGISTERS ? 232 : 240) : NUM_CONSUMERS == 3 ? 160 : 112;
@@ -294,7 +296,7 @@ struct RunningSoftmax {
 #define FIRST_KEY_BLOCK shared.sequence.first_key_block
 #else
 #define QUERIES BLOCK_Q
-#define FIRST_KEY 0
+#define FIRST_KEY work.first_key()
 #define FIRST_KEY_BLOCK 0
 #endif
 
@@ -479,6 +481,13 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
                   int query_blocks, int query_block_size,  // one block of N rows where queries are not cut
                   int first_item, int positions,           // of this launch
                   int items_dealt, int blocks_at_once,     // Deal, where CAUSAL thread blocks take several positions
+#if SPLITS_KEYS
+                  int whole_tiles, int splits, int keys_per_split,
+                  float* __restrict__ partial_O,           // [splits, split_rows, E], not divided yet
+                  float* __restrict__ partial_stats,       // [splits, split_rows, 2], maxima before scale_log2, and sums
+                  int split_rows,                          // the last of [B, H, N]
+                  long long first_split_row,
+#endif
                   int causal_offset,
                   float scale_log2,                        // scale * log2(e)
                   long long stride_o_b, long long stride_o_h, long long stride_o_n  // elements
@@ -511,8 +520,16 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
     return DEALS ? dealt[round] : blockIdx.x + round * gridDim.x;
   };
   const auto find_position = [&](int round) {
-    return find_work(BLOCK_Q, H, N, query_blocks, query_block_size, first_item, CAUSAL && !DEALS, pieces,
-                     position_of(round));
+    const int position = position_of(round);
+#if SPLITS_KEYS
+    const KeySplits key_splits = {whole_tiles, splits, keys_per_split};
+    WorkItem work = find_work(BLOCK_Q, H, N, query_blocks, query_block_size, first_item, false, pieces,
+                              key_splits.tile_of(position));
+    key_splits.cut(work, position, M);
+    return work;
+#else
+    return find_work(BLOCK_Q, H, N, query_blocks, query_block_size, first_item, CAUSAL && !DEALS, pieces, position);
+#endif
   };
 #if RAGGED
   const WorkItem only = find_position(0);  // MAX_ROUNDS is 1
@@ -533,7 +550,7 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
 #endif
   // ---- which keys the query rows of a position see ----
   const auto find_keys = [&](const WorkItem& work) {
-    const int key_end = CAUSAL ? visible_key_end(work.query_end, M, causal_offset) : M;
+    const int key_end = CAUSAL ? visible_key_end(work.query_end, M, causal_offset) : RAGGED ? M : work.keys(M);
     // Rows that see no key visit one tile all the same, hidden from them, so that every barrier has its use.
     const int tiles = max(1, (key_end + BLOCK_KV - 1) / BLOCK_KV);
 #if OWN_BLOCK
@@ -676,13 +693,15 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
       // Hides from each row the keys of a tile that it does not see, or that it does not score in the way of the tile.
       auto hide_edge = [&](auto is_own, float (&S)[BLOCK_KV / 2], int tile) {
 #if RAGGED
-        const int M = shared.sequence.M, causal_offset = shared.sequence.causal_offset;
+        const int keys_end = shared.sequence.M, causal_offset = shared.sequence.causal_offset;
+#else
+        const int keys_end = work.keys(M);  // of a split
 #endif
         const int row = first_row + row_of_lane(), first_column = thread_index_anew() % 4 * 2;
         int last_seen[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          last_seen[i] = CAUSAL ? min(M - 1, row + 8 * i + causal_offset) : M - 1;
+          last_seen[i] = CAUSAL ? min(keys_end - 1, row + 8 * i + causal_offset) : keys_end - 1;
 #if OWN_BLOCK
           const int own_begin = own_begin_of(row + 8 * i);
           if (!decltype(is_own)::value) last_seen[i] = min(last_seen[i], own_begin - 1);
@@ -911,6 +930,19 @@ void forward_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant
         const int place = consumer * CONSUMER_ROWS + row_of_lane() + 8 * i, lane = thread_index_anew() % WARP_SIZE;
         const int n = done.query_begin + place;
         if (n >= done.query_end) continue;
+#if SPLITS_KEYS
+        if (done.split >= 0) {
+          const long long row = ((long long)done.b * H + done.h) * N + n - first_split_row;
+          const long long part = (long long)done.split * split_rows + row;
+#pragma unroll
+          for (int t = 0; t < E / 8; ++t)
+            *reinterpret_cast<float2*>(partial_O + part * E + 8 * t + lane % 4 * 2) =
+                make_float2(O_rmem[4 * t + 2 * i], O_rmem[4 * t + 2 * i + 1]);
+          if (lane % 4 == 0)
+            *reinterpret_cast<float2*>(partial_stats + 2 * part) = make_float2(softmax.finite_reference(i), sum);
+          continue;
+        }
+#endif
         const float inverse = __fdividef(1.0f, sum);
         element_t* const O_row = O + done.b * stride_o_b + done.h * stride_o_h + n * stride_o_n;
 #pragma unroll

@@ -1,4 +1,4 @@
-// merge_splits.cu - one result from those over the splits of the keys that decode.cu wrote.
+// merge_splits.cu - one result from those over the splits of the keys that decode.cu or forward_sm90.cu wrote.
 //
 //   row_max = max_s row_max_s,   weight_s = exp(row_max_s - row_max)
 //   O = sum_s weight_s O_s / sum_s weight_s row_sum_s,   lse = row_max + log(sum_s weight_s row_sum_s)
@@ -6,9 +6,9 @@
 // which is eq. 25 for any number of parts whose O_s are not divided yet.                     docs/math.md (eq. 25)
 //
 // Reference : reference/merge_results.py
-// Launcher  : distrattn_np/backends/cupy_decode.py      Tests : tests/agreement/test_gpu_decode.py
+// Launcher  : distrattn_np/backends/cupy_backend.py     Tests : tests/agreement/test_gpu_decode.py, test_gpu_forward.py
 //
-// Grid      : ceil_div(B * H * N * E_SLICES, WARPS); a warp makes up to 128 elements of a row
+// Grid      : ceil_div(rows * E_SLICES, WARPS); a warp makes up to 128 elements of a row
 // Block     : THREADS
 // Assumes   : parts are contiguous and aligned to 16 bytes. The order of the sums is that of the splits.
 // A query that sees no key (all row_sum_s are zero): O = 0, lse = -inf.
@@ -32,11 +32,12 @@ constexpr int E_SLICES = (E_PADDED + PER_LANE * WARP_SIZE - 1) / (PER_LANE * WAR
 constexpr float LN_2 = 0.6931471805599453f;
 
 extern "C" __global__ __launch_bounds__(THREADS)
-void merge_splits(const float* __restrict__ partial_O,      // [splits, B, H, N, E_PADDED]
-                  const float* __restrict__ partial_stats,  // [splits, B, H, N, 2], maxima before scale_log2, and sums
+void merge_splits(const float* __restrict__ partial_O,      // [splits, rows, E_PADDED]
+                  const float* __restrict__ partial_stats,  // [splits, rows, 2], maxima before scale_log2, and sums
                   element_t* __restrict__ O,                // [B, H, N, E]
                   float* __restrict__ lse,                  // [B, H, N]
-                  int rows, int H, int N, int splits,       // rows = B * H * N
+                  int rows, int H, int N, int splits,
+                  long long first_row,                      // of [B, H, N]
                   float scale_log2,
                   long long stride_o_b, long long stride_o_h, long long stride_o_n) {  // elements
   const long long item = static_cast<long long>(blockIdx.x) * (THREADS / WARP_SIZE) + threadIdx.x / WARP_SIZE;
@@ -69,11 +70,12 @@ void merge_splits(const float* __restrict__ partial_O,      // [splits, B, H, N,
     }
   }
 
-  const int n = row % N, h = row / N % H;
-  const long long b = row / N / H;
+  const long long whole_row = first_row + row;
+  const int n = whole_row % N, h = whole_row / N % H;
+  const long long b = whole_row / N / H;
   element_t* const O_row = O + b * stride_o_b + h * stride_o_h + n * stride_o_n;
 #pragma unroll
   for (int i = 0; i < PER_LANE; ++i)
     if (e + i < E) O_row[e + i] = to_element(sum == 0.0f ? 0.0f : output[i] / sum);
-  if (e == 0) lse[row] = sum == 0.0f ? minus_infinity() : LN_2 * (row_max * scale_log2 + log2f(sum));
+  if (e == 0) lse[whole_row] = sum == 0.0f ? minus_infinity() : LN_2 * (row_max * scale_log2 + log2f(sum));
 }

@@ -12,12 +12,18 @@
 //
 // A thread block has a position of its own, or takes every gridDim.x-th, or those of a `Deal`.
 //
+// SPLITS_KEYS: the tiles that would not fill the device are cut along their keys (KeySplits).
+//
 // RAGGED: c counts the pieces of sequences.cuh, of query_block_size queries, and the batch is 1. Exact attention and
 // blocks over keys have pieces of BLOCK_Q queries then. Queries are counted in the array, the keys of the item's
 // sequence from its first one.
 
 #pragma once
 #include "sequences.cuh"
+
+#ifndef SPLITS_KEYS
+#define SPLITS_KEYS 0
+#endif
 
 struct WorkItem {
   int b, h, c;
@@ -26,11 +32,17 @@ struct WorkItem {
 #if RAGGED
   Piece piece;
 #endif
+#if SPLITS_KEYS
+  int split;  // none: -1
+  int split_begin, split_keys;
+#endif
 
-  // Of these keys M of a head, those of the item's sequence.
+  // Of these keys M of a head, those of the item's sequence or split.
   __device__ __forceinline__ int keys(int M) const {
 #if RAGGED
     return piece.other_rows;
+#elif SPLITS_KEYS
+    return min(split_keys, M - split_begin);
 #else
     return M;
 #endif
@@ -40,6 +52,8 @@ struct WorkItem {
   __device__ __forceinline__ int first_key() const {
 #if RAGGED
     return piece.other_begin;
+#elif SPLITS_KEYS
+    return split_begin;
 #else
     return 0;
 #endif
@@ -72,6 +86,26 @@ struct WorkItem {
 #endif
   }
 };
+
+#if SPLITS_KEYS
+// From position `first` on, every tile has `count` positions, one after the other, each with `keys` keys of it, the last
+// with what is left. Their results meet in merge_splits.cu.
+struct KeySplits {
+  int first, count, keys;
+
+  __device__ __forceinline__ bool are_of(int position) const { return position >= first; }
+
+  __device__ __forceinline__ int tile_of(int position) const {
+    return are_of(position) ? first + (position - first) / count : position;
+  }
+
+  __device__ __forceinline__ void cut(WorkItem& work, int position, int M) const {
+    work.split = are_of(position) ? (position - first) % count : -1;
+    work.split_begin = are_of(position) ? work.split * keys : 0;
+    work.split_keys = are_of(position) ? keys : M;
+  }
+};
+#endif
 
 // How the positions of a causal call are dealt out where thread blocks take several: `thread_blocks` of them, as many as
 // run at a time, share the tiles of `items` work items, the longest first, forwards and backwards in turn, so that each gets

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from distrattn_np.problem import ceil_div
-from distrattn_np.tiles import DecodeTiles, Sm90Grid, decode_splits, decode_tiles, sm90_grid
+from distrattn_np.tiles import DecodeTiles, Sm90Grid, decode_splits, decode_tiles, sm90_grid, sm90_splits
 
 H100 = 132, 227 << 10
 
@@ -67,7 +67,7 @@ def test_bad_tiles_are_refused() -> None:
 
 
 def grid(items: int, query_tiles: int, *, causal: int = 1, keys: int = 4096, heads_per_kv_head: int = 1) -> Sm90Grid:
-    defines = {"CAUSAL": causal, "MAX_ROUNDS": 31, "R": 128, "E": 128}
+    defines = {"CAUSAL": causal, "MAX_ROUNDS": 31, "R": 128, "E": 128, "BLOCK_KV": 64}
     sizes = {"items": items, "query_tiles": query_tiles, "keys": keys, "heads_per_kv_head": heads_per_kv_head}
     return sm90_grid(defines, **sizes, multiprocessors=132)
 
@@ -91,5 +91,21 @@ def test_keys_of_heads_that_are_dealt_together_stay_in_the_cache() -> None:
 
 
 def test_full_calls_have_a_thread_block_a_multiprocessor() -> None:
-    assert grid(32, 128, causal=0) == Sm90Grid(2 * 132)
-    assert grid(1, 5, causal=0) == Sm90Grid(5)
+    assert grid(33, 128, causal=0) == Sm90Grid(2 * 132, 33 * 128, whole_tiles=33 * 128, keys_per_split=4096)
+    assert grid(1, 5, causal=0, keys=64) == Sm90Grid(5, 5, whole_tiles=5, keys_per_split=64)
+
+
+@pytest.mark.parametrize("tiles", [1, 5, 132, 133, 200, 1376, 4096])
+@pytest.mark.parametrize("keys", [1, 64, 65, 1000, 32768, 32769])
+def test_tiles_that_do_not_fill_a_device_are_split_into_all_their_keys(tiles: int, keys: int) -> None:
+    whole, splits, keys_per_split = sm90_splits(tiles, keys, 64, 132)
+    assert keys_per_split % 64 == 0
+    assert (splits - 1) * keys_per_split < keys <= splits * keys_per_split
+    assert whole == tiles or (splits > 1 and whole == tiles // 132 * 132)
+
+
+def test_splits_are_where_they_are_faster() -> None:
+    assert sm90_splits(8, 8192, 64, 132) == (0, 13, 640)  # few queries: eight tiles on 104 multiprocessors
+    assert sm90_splits(1376, 8192, 64, 132) == (1320, 2, 4096)  # the last round keeps 112 of them busy instead of 56
+    assert sm90_splits(131, 8192, 64, 132)[1] == 1
+    assert sm90_splits(8, 512, 64, 132)[1] == 1  # not worth another launch

@@ -71,6 +71,7 @@ from ..tiles import (
     maps_defines,
     maps_pitch,
     mean_scores_defines,
+    merge_splits_defines,
     mma_defines,
     mma_tiles,
     narrow_defines,
@@ -82,6 +83,7 @@ from ..tiles import (
     sm90_defines,
     sm90_grid,
     sm90_key_map_tiles,
+    sm90_splits_keys,
     sm90_tiles,
     sum_defines,
 )
@@ -776,6 +778,41 @@ class _OwnSubspaceMaps(SubspaceMaps):
 
 
 @dataclass(frozen=True, slots=True)
+class SplitResults:
+    """What splits of the keys write for rows of queries, not divided yet: merge_splits.cu makes one result of it."""
+
+    splits: int
+    rows: int
+    value_width: int
+    O: Any
+    """(splits, rows, E padded) float32; null where one split writes its result at once."""
+    stats: Any
+    """(splits, rows, 2) float32: maxima before scale_log2, or what stands for them, and sums."""
+
+    @classmethod
+    def of(cls, splits: int, rows: int, value_width: int) -> SplitResults:
+        if splits == 1:
+            return cls(splits, rows, value_width, _NULL, _NULL)
+        O, stats = (_empty((splits, rows, width), np.float32) for width in (pad(value_width), 2))
+        return cls(splits, rows, value_width, O, stats)
+
+    def merge(self, O: Any, lse: Any, scale_log2: np.float32, first_row: int = 0) -> None:
+        """Write the rows of O (B, H, N, E) and lse (B, H, N) from ``first_row`` on."""
+        if self.splits == 1:
+            return
+        defines = merge_splits_defines(_element(O), self.value_width)
+        heads, queries = lse.shape[1:]
+        _launch(
+            "merge_splits",
+            defines,
+            ceil_div(self.rows * ceil_div(pad(self.value_width), 128), defines["THREADS"] // 32),
+            None,
+            *(self.O, self.stats, O, lse, self.rows, heads, queries, self.splits),
+            *(np.int64(first_row), scale_log2, *_strides(O)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class _MapRows:
     """How many rows maps are made for, as subspace_maps.cu takes it."""
 
@@ -1101,19 +1138,28 @@ class _Forward:
             heads_per_kv_head=heads_per_kv_head,
             multiprocessors=work().device.multiprocessors,
         )
+        scale_log2 = np.float32(problem.scale * math.log2(math.e))
+        splits: tuple[Any, ...] = ()
+        if sm90_splits_keys(defines):
+            item, tile = divmod(grid.whole_tiles, query_tiles)
+            first_row = item * N + tile * launch.block_q
+            parts = SplitResults.of(grid.splits, self.lse.size - first_row, problem.value_width)
+            splits = grid.whole_tiles, grid.splits, grid.keys_per_split
+            splits += parts.O, parts.stats, parts.rows, np.int64(first_row)
         _launch(
             "forward_sm90",
             defines,
             grid.blocks,
             launch.threads,
             *(*maps, self.O, self.lse, heads, heads_per_kv_head, N, M, query_blocks, query_block_size, first),
-            *(items * query_tiles, grid.items_dealt, grid.blocks_at_once, offset),
-            np.float32(problem.scale * math.log2(math.e)),
+            *(grid.positions, grid.items_dealt, grid.blocks_at_once, *splits, offset, scale_log2),
             *_strides(self.O),
             *((by_keys.mean, key_block_size) if by_keys else ()),
             *self.ragged_arguments(sizes)[:1],
             shared=launch.shared_bytes,
         )
+        if splits:
+            parts.merge(self.O, self.lse, scale_log2, first_row=first_row)
 
     def _sample(self, X: Any, *, with_ones: bool = False) -> Any:
         """Return X W (B, H_x, rows, R padded), X the side that is cut into blocks.

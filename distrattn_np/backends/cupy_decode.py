@@ -15,14 +15,12 @@ from ..tiles import (
     decode_defines,
     decode_splits,
     decode_tiles,
-    merge_splits_defines,
-    pad,
 )
 from . import NO_TABLES, ScoreTables
 from .cupy_backend import (
     _NULL,
+    SplitResults,
     _element,
-    _empty,
     _launch,
     _strides,
     _vector,
@@ -127,10 +125,7 @@ def decode(
         problem.keys, tiles.block_kv, items, DECODE_BLOCKS_PER_PROCESSOR * device.multiprocessors
     )
     rows = problem.batch * problem.heads * problem.queries
-    partial_O, partial_stats = _NULL, _NULL
-    if splits > 1:
-        partial_O = _empty((splits, rows, pad(value_width)), np.float32)
-        partial_stats = _empty((splits, rows, 2), np.float32)
+    parts = SplitResults.of(splits, rows, value_width)
     kept = (_NULL, _NULL) if finished is None else (finished.sampled, finished.maps)
     sign, scale_log2 = _sign_and_size(problem.scale)
     causal_offset = problem.keys if problem.causal_offset is None else problem.causal_offset
@@ -149,7 +144,7 @@ def decode(
         items * splits,
         32 * tiles.num_warps,
         *(Q, *kept, K, V, O, lse),
-        *(partial_O, partial_stats, problem.heads, problem.heads_per_kv_head, problem.queries, problem.keys),
+        *(parts.O, parts.stats, problem.heads, problem.heads_per_kv_head, problem.queries, problem.keys),
         *((0, 1) if finished is None else (finished.keys, finished.block_size)),
         *(splits, keys_per_split, causal_offset),
         *(sign, scale_log2),
@@ -158,15 +153,7 @@ def decode(
         *in_pages,
         shared=defines["LAUNCH_SHARED_BYTES"],
     )
-    if splits > 1:
-        defines = merge_splits_defines(element, value_width)
-        _launch(
-            "merge_splits",
-            defines,
-            ceil_div(rows * ceil_div(pad(value_width), 128), defines["THREADS"] // 32),
-            None,
-            *(partial_O, partial_stats, O, lse, rows, problem.heads, problem.queries, splits, scale_log2, *_strides(O)),
-        )
+    parts.merge(O, lse, scale_log2)
 
 
 def _sign_and_size(scale: float) -> tuple[np.float32, np.float32]:

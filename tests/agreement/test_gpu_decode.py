@@ -15,6 +15,7 @@ from kit.agreement import assert_computes, poison, to_bhnd
 from kit.backends import to_kind
 from kit.cases import Case, in_memory, make_inputs
 from kit.compare import assert_agrees, assert_same_bits, to_host
+from kit.device import told_of_launches
 
 from distrattn_np import distr_attention, exact_attention
 from distrattn_np.problem import ceil_div
@@ -64,16 +65,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Send calls over any number of keys to decode.cu; return the list of what is launched."""
     from distrattn_np.backends import cupy_decode
 
-    stems: list[str] = []
-    launch = cupy_decode._launch
-
-    def told(stem: str, *arguments: Any, **options: Any) -> None:
-        stems.append(stem)
-        launch(stem, *arguments, **options)
-
-    monkeypatch.setattr(cupy_decode, "_launch", told)
     monkeypatch.setattr(cupy_decode, "LEAST_KEYS", 0)
-    return stems
+    return told_of_launches(monkeypatch)
 
 
 def split_into(count: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,8 @@ from kit.agreement import assert_computes, poison, to_bhnd
 from kit.backends import options_to_kind, to_kind
 from kit.cases import Case, in_memory, make_inputs, reference_maps
 from kit.compare import assert_same_bits, to_host
-from kit.lists import ALL, FEATURES, FEW, FEW_SCORE_OPTIONS, SCORE_OPTIONS, SMALL
+from kit.device import told_of_launches
+from kit.lists import ALL, FEATURES, FEW, FEW_QUERIES, FEW_SCORE_OPTIONS, SCORE_OPTIONS, SMALL
 
 from distrattn_np import backends, distr_attention
 from distrattn_np.problem import GroupMaps
@@ -44,6 +45,15 @@ def assert_call_computes(case: Case, kind: Any, backend: str) -> None:
 @pytest.mark.parametrize("case", [*ALL, *SCORE_OPTIONS], ids=str)
 def test_cupy_call_computes_the_reference(case: Case) -> None:
     assert_call_computes(case, "cupy", "cupy")
+
+
+@pytest.mark.parametrize("case", FEW_QUERIES, ids=str)
+def test_keys_of_few_queries_are_split_on_hopper(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    from distrattn_np.backends.cupy_backend import hopper_is_usable
+
+    launched = told_of_launches(monkeypatch)
+    assert_call_computes(case, "cupy", "cupy")
+    assert set(launched) == ({"forward_sm90", "merge_splits"} if hopper_is_usable() else {"forward_mma"})
 
 
 @pytest.mark.parametrize("case", [case for case in ALL if case.dtype in ("float16", "bfloat16")], ids=str)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 
 from .compare import assert_same_bits
 
@@ -20,6 +21,21 @@ def poisoned_like(array: Any) -> Any:
     import cupy
 
     return poison(cupy.empty(array.shape, array.dtype))
+
+
+def told_of_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list to which every launch of a kernel adds its stem."""
+    from distrattn_np.backends.cupy_device import CupyWork
+
+    stems: list[str] = []
+    launch = CupyWork.launch
+
+    def told(self: CupyWork, stem: str, *arguments: Any) -> None:
+        stems.append(stem)
+        launch(self, stem, *arguments)
+
+    monkeypatch.setattr(CupyWork, "launch", told)
+    return stems
 
 
 class Allocations:

@@ -90,6 +90,19 @@ MEMORY = [
     Case(N=100, M=140, E=36),
 ]
 
+# so few tiles of queries that the Hopper forward splits their keys, into whole tiles and what is left
+FEW_QUERIES = [
+    Case(N=N, M=M, D=D, E=E, H=H, G=1, dtype=dtype)
+    for N, M, D, E, H, dtype in (
+        (9, 6000, 64, 64, 2, "float16"),
+        (130, 8192, 128, 128, 2, "bfloat16"),
+        (300, 6001, 128, 128, 2, "float16"),
+        (200, 5000, 128, 64, 4, "float16"),
+        (64, 7000, 48, 96, 2, "float16"),
+        (1400, 4999, 64, 64, 14, "float16"),
+    )
+]
+
 # scales for which the largest score is not the largest product; seeds
 NUMBERS = [
     *(
